@@ -1,0 +1,1 @@
+"""Network deconvolution as a timm plugin."""

@@ -1,0 +1,206 @@
+"""What the whitening layers with a weight have in common: statistics, freezing, and the folded weight kept in evaluation."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import full_precision
+from .config import DeconvCfg
+from .partition import Partition
+from .whitening import fold, whitening_statistics
+
+__all__ = ["WhiteningMixin", "in_recomputation"]
+
+Folded = tuple[Tensor, Tensor]
+
+
+class WhiteningMixin(nn.Module):
+    """State of a layer that whitens its input before a linear map. Mixed into `nn.Conv2d` and `nn.Linear`.
+
+    Buffers, all in the state dict unless said otherwise:
+        running_mean: (S F,), zeros at first.
+        running_deconv: the running average of the whitener, (F, F) if S = 1, else (S, F, F); identity at first.
+        num_batches_tracked: int64 (); training forwards so far. Decides freezing.
+        saw_nonfinite: bool (), not in the state dict; set once a batch's statistics were not finite. Such a batch leaves the
+            running values as they were.
+
+    In evaluation the folded weight is kept while no parameter or buffer changes. Writes through `.data` are not seen.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    running_mean: Tensor
+    running_deconv: Tensor
+    num_batches_tracked: Tensor
+    saw_nonfinite: Tensor
+    cfg: DeconvCfg
+    partition: Partition
+
+    @abstractmethod
+    def rows(self, input: Tensor) -> Tensor:
+        """Samples of the input that the statistics are taken from, (S, R, F)."""
+
+    @abstractmethod
+    def fuse(self) -> nn.Module:
+        """The plain layer that does in evaluation what this one does."""
+
+    def folded(self) -> Folded:
+        """Weight and bias of the plain layer, from the running values."""
+        with full_precision(self.weight):
+            return fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
+
+    def train(self, mode: bool = True) -> "WhiteningMixin":
+        self._forget()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        changes = str(self.cfg)
+        features = f"blocks={self.partition.blocks}x{self.partition.features}"
+        return ", ".join(part for part in (super().extra_repr(), features, changes) if part)
+
+    def _init_statistics(self, cfg: DeconvCfg, partition: Partition) -> None:
+        self.cfg = cfg
+        self.partition = partition
+        factory: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        eye = torch.eye(partition.features, **factory)
+        sets, features = partition.sets, partition.features
+        self.register_buffer("running_mean", torch.zeros(sets * features, **factory))
+        self.register_buffer("running_deconv", eye if partition.groups == sets == 1 else eye.repeat(sets, 1, 1))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=self.weight.device))
+        self.register_buffer("saw_nonfinite", torch.zeros((), dtype=torch.bool, device=self.weight.device), persistent=False)
+        self._forget()
+
+    def _whitened(self, input: Tensor) -> Folded:
+        """Weight and bias for this input: live statistics in training, running ones in evaluation or for an empty input."""
+        if self.training and input.numel():
+            with full_precision(input):
+                mean, whitener = self._training_statistics(input)
+                return fold(self.weight, self.bias, mean, whitener, self.partition)
+        return self._kept_fold()
+
+    # Training
+
+    def _training_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        recomputing = in_recomputation()
+        frozen = self._frozen(recomputing)
+        if frozen is True:
+            mean, whitener = (value.detach().clone() for value in self._running_values())
+        else:
+            mean, whitener = whitening_statistics(self.rows(input), self.cfg)
+            if not recomputing:
+                self._track(mean.detach(), whitener.detach(), frozen)
+            if isinstance(frozen, Tensor):
+                running_mean, running_whitener = self._running_values()
+                mean, whitener = torch.where(frozen, running_mean, mean), torch.where(frozen, running_whitener, whitener)
+        if not recomputing:
+            self._count_forward()
+        return mean, whitener
+
+    def _running_values(self) -> tuple[Tensor, Tensor]:
+        sets, features = self.partition.sets, self.partition.features
+        return self.running_mean.reshape(sets, features), self.running_deconv.reshape(sets, features, features)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, whitener: Tensor, frozen: bool | Tensor) -> None:
+        finite = mean.isfinite().all() & whitener.isfinite().all()
+        moving = finite & ~frozen if isinstance(frozen, Tensor) else finite
+        momentum = self._momentum()
+        for running, value in ((self.running_mean, mean), (self.running_deconv, whitener)):
+            value = value.reshape(running.shape).to(running.dtype)
+            running.copy_(torch.where(moving, running + momentum * (value - running), running))
+        self.saw_nonfinite.logical_or_(~finite)
+
+    def _momentum(self) -> float | Tensor:
+        """m, or m / (1 - (1 - m)^t) at the t-th update: then the weights of all batches so far add up to 1."""
+        momentum = self.cfg.momentum
+        if not self.cfg.start_corrected or momentum == 1:
+            return momentum
+        decay = torch.full((), 1 - momentum, device=self.running_mean.device)
+        return momentum / (1 - decay ** (self._updates() + 1))
+
+    def _updates(self) -> Tensor:
+        """Live training forwards so far: all of them, or freeze_iter + 1 in every freezing cycle."""
+        forwards = self.num_batches_tracked
+        if not self.cfg.freeze:
+            return forwards
+        live = self.cfg.freeze_iter + 1
+        if not self.cfg.thaw:
+            return forwards.clamp(max=live)
+        cycle = 10 * self.cfg.freeze_iter
+        return forwards // cycle * min(live, cycle) + (forwards % cycle).clamp(max=live)
+
+    def _frozen(self, recomputing: bool) -> bool | Tensor:
+        """Whether this forward uses the running values: a bool in eager mode, decided on the device when compiled."""
+        if not self.cfg.freeze:
+            return False
+        forwards = self.num_batches_tracked if torch.compiler.is_compiling() else self._forwards()
+        forwards = forwards - 1 if recomputing else forwards
+        return (forwards % (10 * self.cfg.freeze_iter) if self.cfg.thaw else forwards) > self.cfg.freeze_iter
+
+    def _count_forward(self) -> None:
+        if torch.compiler.is_compiling() or not self.cfg.freeze:
+            self.num_batches_tracked.add_(1)
+            return
+        forwards = self._forwards()
+        self.num_batches_tracked.add_(1)
+        self._counted = (self.num_batches_tracked, self.num_batches_tracked._version, forwards + 1)
+
+    def _forwards(self) -> int:
+        """num_batches_tracked as a Python integer, read from the device only after somebody else wrote it."""
+        counter = self.num_batches_tracked
+        if counter.is_meta:
+            return 0
+        if self._counted is None or self._counted[0] is not counter or self._counted[1] != counter._version:
+            self._counted = (counter, counter._version, int(counter))
+        return self._counted[2]
+
+    # Evaluation
+
+    def _kept_fold(self) -> Folded:
+        source = self._fold_source()
+        if source is None:
+            return self.folded()
+        if self._kept is None or not _same(self._kept[0], source):
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = (source, self.folded())
+        return self._kept[1]
+
+    def _fold_source(self) -> list[tuple[Tensor, int, int]] | None:
+        """What the kept fold depends on; None where keeping it would be wrong: gradients, tracing, tensors without a version."""
+        tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_deconv) if t is not None]
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if needs_grad or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+            return None
+        try:
+            return [(t, t._version, t.data_ptr()) for t in tensors]
+        except RuntimeError:  # tensors without storage, as under functional transforms
+            return None
+
+    def _forget(self) -> None:
+        self._kept: tuple[list[tuple[Tensor, int, int]], Folded] | None = None
+        self._counted: tuple[Tensor, int, int] | None = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "WhiteningMixin":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        counter = prefix + "num_batches_tracked"
+        if counter not in state_dict and prefix + "running_deconv" in state_dict:
+            state_dict[counter] = torch.zeros_like(self.num_batches_tracked)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None, "_counted": None}
+
+
+def in_recomputation() -> bool:
+    """Whether autograd's backward pass is calling, as activation checkpointing does to run a forward a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _same(kept: list[tuple[Tensor, int, int]], source: list[tuple[Tensor, int, int]]) -> bool:
+    return all(a is b and va == vb and pa == pb for (a, va, pa), (b, vb, pb) in zip(kept, source, strict=True))

@@ -1,0 +1,112 @@
+"""Every choice of a whitening layer, in one frozen, JSON-serialisable object."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
+from typing import Any, Literal, get_args
+
+__all__ = ["PRESETS", "DeconvCfg", "Layout", "nearest", "preset"]
+
+Layout = Literal["interleaved", "window", "flat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeconvCfg:
+    """How a layer whitens its input. The defaults are the published settings (Ye et al., ICLR 2020, section 4 and released code).
+
+    Attributes:
+        block: channels whitened together (features, in linear layers). A block that does not divide the channels falls back to
+            their greatest common divisor; a larger one to all channels. Grouped convolutions whiten each group as one block.
+        layout: which features of a convolution stand in a block together.
+            'interleaved': every Q-th column of the unfolded windows, Q = channels / block (published);
+            'window': the whole windows of `block` neighbouring channels;
+            'flat': runs of `block` features of the flattened window, as linear layers have them.
+        per_block: one mean and covariance for each block instead of one shared by all blocks of the layer.
+        eps: added to the diagonal of the covariance.
+        n_iter: coupled Newton-Schulz steps; fewer whiten less (see `timm_deconv.linalg`).
+        momentum: weight of the newest batch in the running mean and whitener, in (0, 1].
+        start_corrected: weigh the first batches so that running values do not lean towards the initial mean 0 and whitener I.
+        sampling_stride: spacing of the sampled windows, multiplied by the convolution's own stride.
+        grid: sample 1x1 convolutions on a two-dimensional grid as larger kernels are, instead of every n-th pixel of the batch.
+        min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more densely, and
+            what is still missing is made up for by shrinking the covariance towards its mean variance. 0 switches it off.
+        freeze: use the running values, detached, after freeze_iter + 1 training forwards.
+        freeze_iter: see `freeze`.
+        thaw: a frozen layer is live again for freeze_iter + 1 forwards out of every 10 * freeze_iter (published); False freezes
+            it for good.
+        centred: `ChannelDeconv` only: centre the second moment (published: not centred).
+
+    Raises:
+        ValueError: a value of the wrong type or out of range.
+    """
+
+    block: int = 64
+    layout: Layout = "interleaved"
+    per_block: bool = False
+    eps: float = 1e-5
+    n_iter: int = 5
+    momentum: float = 0.1
+    start_corrected: bool = False
+    sampling_stride: int = 3
+    grid: bool = False
+    min_rows: float = 0.0
+    freeze: bool = False
+    freeze_iter: int = 100
+    thaw: bool = True
+    centred: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block", "n_iter", "sampling_stride", "freeze_iter"):
+            _check(name, getattr(self, name), _is_positive_int, "a positive whole number")
+        for name in ("per_block", "start_corrected", "grid", "freeze", "thaw", "centred"):
+            _check(name, getattr(self, name), lambda value: isinstance(value, bool), "True or False")
+        _check("layout", self.layout, get_args(Layout).__contains__, f"one of {', '.join(get_args(Layout))}")
+        _check("eps", self.eps, lambda value: _is_real(value) and 0 < value < float("inf"), "a positive number")
+        _check("momentum", self.momentum, lambda value: _is_real(value) and 0 < value <= 1, "a number in (0, 1]")
+        _check("min_rows", self.min_rows, lambda value: _is_real(value) and 0 <= value < float("inf"), "zero or more")
+
+    def override(self, changes: Mapping[str, Any]) -> "DeconvCfg":
+        """A copy with some fields changed; an unknown field raises a TypeError that names the nearest ones."""
+        known = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise TypeError(f"no whitening option {name!r}; nearest: {nearest(name, known)}")
+        return replace(self, **changes)
+
+    def changes(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, JSON-serialisable."""
+        default = asdict(DeconvCfg())
+        return {name: value for name, value in asdict(self).items() if value != default[name]}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.changes().items())
+
+
+def preset(name: str) -> DeconvCfg:
+    """The configuration called `name`; a KeyError names the nearest ones."""
+    if name not in PRESETS:
+        raise KeyError(f"no preset {name!r}; nearest: {nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Up to three of `known` most like `name`, or the first few if none is alike, for error messages."""
+    known = sorted(known)
+    return ", ".join(difflib.get_close_matches(str(name), known, cutoff=0.5) or known[:8])
+
+
+def _check(name: str, value: Any, valid: Any, wanted: str) -> None:
+    if not valid(value):
+        raise ValueError(f"{name}={value!r}: must be {wanted}")
+
+
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+PRESETS: Mapping[str, DeconvCfg] = {"paper": DeconvCfg()}

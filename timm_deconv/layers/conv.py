@@ -1,0 +1,112 @@
+"""Deconv2d: a convolution that whitens its input windows (Ye et al., Network Deconvolution, ICLR 2020)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import WhiteningMixin
+from .config import DeconvCfg
+from .partition import partition_conv
+from .whitening import Window, fold, window_rows
+
+__all__ = ["Deconv2d"]
+
+
+class Deconv2d(WhiteningMixin, nn.Conv2d):
+    """`nn.Conv2d` of whitened input windows: conv(D (x - mu)), computed as one plain convolution with folded weight and bias.
+
+    In training mu and D come from windows sampled from the batch, and gradients flow through both; running averages are kept for
+    evaluation. All arguments of `nn.Conv2d` mean what they mean there. Whitening is not a transposed convolution.
+
+    Args:
+        cfg: how to whiten; the published settings by default.
+
+    Shape:
+        (N, Cin, H, W) or (Cin, H, W) -> (N, Cout, H', W') or (Cout, H', W'), as in `nn.Conv2d`. An empty batch gives an empty output
+        and leaves the statistics alone. Under autocast the statistics stay in float32 and the output has the autocast dtype.
+
+    Raises:
+        ValueError: an argument or input that makes no sense; the message says which.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        cfg: DeconvCfg | None = None,
+    ) -> None:
+        _check_positive(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, dilation=dilation)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        pads = (left, right, top, bottom)
+        self.window = Window(self.kernel_size, self.stride, self.dilation, pads, padding_mode)  # type: ignore[arg-type]
+        cfg = cfg or DeconvCfg()
+        self._init_statistics(cfg, partition_conv(in_channels, self.kernel_size[0] * self.kernel_size[1], groups, cfg))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if self.training:
+                raise RuntimeError("a scripted whitening layer only evaluates: call eval() before torch.jit.script")
+            weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
+            return self._conv_forward(input, weight, bias)
+        else:
+            self._check_input(input)
+            return self._conv_forward(input, *self._whitened(input))
+
+    @torch.jit.unused
+    def rows(self, input: Tensor) -> Tensor:
+        batch = input if input.ndim == 4 else input.unsqueeze(0)
+        return window_rows(batch, self.window, self.partition, self.cfg)
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Conv2d:
+        """The plain convolution that does in evaluation what this layer does; the layer itself is left as it is."""
+        weight, bias = self.folded()
+        plain = nn.utils.skip_init(
+            nn.Conv2d,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        plain.weight.data, plain.bias.data = weight.detach(), bias.detach()
+        return plain.train(self.training)
+
+    @torch.jit.unused
+    def _check_input(self, input: Tensor) -> None:
+        if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"input of shape {tuple(input.shape)}: expected (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)"
+            )
+        size = (input.shape[-2], input.shape[-1])
+        if input.numel() and not self.window.count(size, (1, 1)):
+            raise ValueError(
+                f"input of {size[0]}x{size[1]} pixels: smaller than the kernel {self.kernel_size} with dilation {self.dilation}"
+                f" and padding {self.padding!r}; use larger images or more padding"
+            )
+
+
+def _check_positive(**arguments: int | tuple[int, int]) -> None:
+    for name, value in arguments.items():
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(f"{name}={value!r}: must be positive whole numbers")

@@ -1,0 +1,73 @@
+"""DeconvLinear: a linear layer that whitens its input features (Ye et al., Network Deconvolution, ICLR 2020)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import WhiteningMixin
+from .config import DeconvCfg
+from .partition import partition_linear
+from .whitening import fold, linear_rows
+
+__all__ = ["DeconvLinear"]
+
+
+class DeconvLinear(WhiteningMixin, nn.Linear):
+    """`nn.Linear` of whitened input features, in runs of `cfg.block` contiguous ones that share one mean and covariance.
+
+    Every feature vector of the batch is a sample. Freezing, running averages and regularisation as in `Deconv2d`; the layout and
+    sampling options do not apply.
+
+    Args:
+        cfg: how to whiten; by default the published settings with blocks of 512 features.
+
+    Shape:
+        (..., in_features) -> (..., out_features). An empty input gives an empty output and leaves the statistics alone.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        cfg: DeconvCfg | None = None,
+    ) -> None:
+        if min(in_features, out_features) < 1:
+            raise ValueError(f"in_features={in_features}, out_features={out_features}: both must be positive")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        cfg = cfg or DeconvCfg(block=512)
+        self._init_statistics(cfg, partition_linear(in_features, cfg))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if self.training:
+                raise RuntimeError("a scripted whitening layer only evaluates: call eval() before torch.jit.script")
+            weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
+            return F.linear(input, weight, bias)
+        else:
+            self._check_input(input)
+            return F.linear(input, *self._whitened(input))
+
+    @torch.jit.unused
+    def rows(self, input: Tensor) -> Tensor:
+        return linear_rows(input, self.partition)
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Linear:
+        """The plain linear layer that does in evaluation what this layer does; the layer itself is left as it is."""
+        weight, bias = self.folded()
+        plain = nn.utils.skip_init(
+            nn.Linear, self.in_features, self.out_features, device=weight.device, dtype=weight.dtype
+        )
+        plain.weight.data, plain.bias.data = weight.detach(), bias.detach()
+        return plain.train(self.training)
+
+    @torch.jit.unused
+    def _check_input(self, input: Tensor) -> None:
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(f"input of shape {tuple(input.shape)}: expected (..., {self.in_features})")

@@ -1,0 +1,140 @@
+"""Covariances and their inverse square roots.
+
+Coupled Newton-Schulz iteration: Ye et al., Network Deconvolution, ICLR 2020, section 4.5.3; Higham, Functions of Matrices, eq. 6.35.
+Everything is a pure function of tensors, batched over leading dimensions, differentiable, free of host synchronisation,
+and computed in float32 or better whatever the autocast mode.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Norm", "covariance", "full_precision", "isqrt_eigh", "isqrt_newton_schulz", "isqrt_newton_schulz_uncoupled", "shrink"]
+
+Norm = Literal["frobenius", "trace"]
+
+
+def covariance(rows: Tensor, *, centred: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of sampled rows.
+
+    Args:
+        rows: (..., R, F), R samples of F features; any floating dtype.
+        centred: False leaves the second moment uncentred, as the published channel whitening does.
+
+    Returns:
+        mean (..., F) and covariance (..., F, F), divided by R, in float32 or better. One product of R F^2.
+    """
+    with full_precision(rows):
+        rows = _promote(rows)
+        mean = rows.mean(-2, keepdim=True)
+        deviations = rows - mean if centred else rows
+        cov = (deviations.mT @ deviations) / rows.shape[-2]
+        return mean.squeeze(-2), cov
+
+
+def shrink(cov: Tensor, share: float) -> Tensor:
+    """Shrink covariances (..., F, F) towards their mean variance: (1 - share) cov + share tr(cov)/F I.
+
+    The estimate of a covariance from fewer rows than features is singular; shrinking keeps its inverse root of ordinary size
+    (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004).
+    """
+    variance = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return (1 - share) * cov + share * variance * _eye_like(cov)
+
+
+def isqrt_newton_schulz(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") -> Tensor:
+    """Approximate inverse square root of symmetric positive definite matrices, by coupled Newton-Schulz steps.
+
+    With A = cov / ||cov||, Y = A and Z = I, a step is T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z; the result is Z / sqrt(||cov||).
+    It converges while ||I - A|| < 1, true for every symmetric positive definite matrix under either norm.
+
+    Args:
+        cov: (..., F, F), any floating dtype; computed in float32 or better.
+        n_iter: coupled steps; together they cost 3 (n_iter - 1) F x F products, as the first step multiplies by the identity and
+            the last needs no Y.
+        norm: 'frobenius' (published) or 'trace'.
+
+    Returns:
+        (..., F, F), the dtype of the computation. An eigenvalue much smaller than ||cov|| is amplified by at most 1.5 ** n_iter.
+
+    Raises:
+        ValueError: n_iter < 1, an unknown norm, or the last two dimensions differ.
+    """
+    _check_square(cov)
+    _check_n_iter(n_iter)
+    with full_precision(cov):
+        cov = _promote(cov)
+        scale = _norm(cov, norm)
+        y = (cov / scale).reshape(-1, *cov.shape[-2:])
+        eye = _eye_like(y)
+        z = t = 1.5 * eye - 0.5 * y
+        for _ in range(n_iter - 1):
+            y = y @ t
+            t = torch.baddbmm(eye.expand_as(y), z, y, beta=1.5, alpha=-0.5)
+            z = t @ z
+        return z.reshape(cov.shape) / scale.sqrt()
+
+
+def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") -> Tensor:
+    """The vanilla iteration Z <- (3 Z - Z^3 A) / 2 with A = cov / ||cov||, which paper figure 7 compares.
+
+    Unstable: rounding errors grow from about 10 steps in float32 and 15 in float64. Use it for comparison only.
+    Arguments, result and errors as in `isqrt_newton_schulz`; 3 products a step, none in the first.
+    """
+    _check_square(cov)
+    _check_n_iter(n_iter)
+    with full_precision(cov):
+        cov = _promote(cov)
+        scale = _norm(cov, norm)
+        a = cov / scale
+        z = 1.5 * _eye_like(a) - 0.5 * a
+        for _ in range(n_iter - 1):
+            z = 1.5 * z - 0.5 * (z @ z @ z @ a)
+        return z / scale.sqrt()
+
+
+def isqrt_eigh(cov: Tensor) -> Tensor:
+    """Exact inverse square root of symmetric positive definite matrices (..., F, F) by eigendecomposition: the oracle.
+
+    Returns float32 or better; not finite where a matrix is singular. Its gradient is undefined for repeated eigenvalues.
+    """
+    _check_square(cov)
+    with full_precision(cov):
+        values, vectors = torch.linalg.eigh(_promote(cov))
+        return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast on the tensor's device."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _norm(matrices: Tensor, norm: Norm) -> Tensor:
+    if norm == "frobenius":
+        return torch.linalg.matrix_norm(matrices, keepdim=True)
+    if norm == "trace":
+        return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    raise ValueError(f"norm={norm!r}: choose 'frobenius' or 'trace'")
+
+
+def _eye_like(matrices: Tensor) -> Tensor:
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+
+
+def _promote(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_square(matrices: Tensor) -> None:
+    if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2]:
+        raise ValueError(f"matrices of shape {tuple(matrices.shape)}: the last two dimensions must be equal")
+
+
+def _check_n_iter(n_iter: int) -> None:
+    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
+        raise ValueError(
+            f"n_iter={n_iter!r}: at least one Newton-Schulz step is needed; the paper uses 5, or 15 for the first layer"
+        )
