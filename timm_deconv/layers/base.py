@@ -35,7 +35,6 @@ class WhiteningMixin(nn.Module):
     running_deconv: Tensor
     num_batches_tracked: Tensor
     saw_nonfinite: Tensor
-    cfg: DeconvCfg
     partition: Partition
 
     @abstractmethod
@@ -61,8 +60,8 @@ class WhiteningMixin(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), features, changes) if part)
 
     def _init_statistics(self, cfg: DeconvCfg, partition: Partition) -> None:
-        self.cfg = cfg
-        self.partition = partition
+        self.cfg: DeconvCfg = cfg
+        self.partition: Partition = partition
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         eye = torch.eye(partition.features, **factory)
         sets, features = partition.sets, partition.features
@@ -71,6 +70,15 @@ class WhiteningMixin(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=self.weight.device))
         self.register_buffer("saw_nonfinite", torch.zeros((), dtype=torch.bool, device=self.weight.device), persistent=False)
         self._forget()
+
+    def _adopt(self, source: "nn.Conv2d | nn.Linear") -> None:
+        """Take over the parameters and the mode of a plain layer; a missing bias becomes zeros, the statistics start anew."""
+        bias = source.bias
+        if bias is None:
+            bias = nn.Parameter(source.weight.new_zeros(source.weight.shape[0]), requires_grad=source.weight.requires_grad)
+        self.weight, self.bias = source.weight, bias
+        self._init_statistics(self.cfg, self.partition)
+        self.train(source.training)
 
     def _whitened(self, input: Tensor) -> Folded:
         """Weight and bias for this input: live statistics in training, running ones in evaluation or for an empty input."""

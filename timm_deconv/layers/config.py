@@ -1,12 +1,13 @@
 """Every choice of a whitening layer, in one frozen, JSON-serialisable object."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
-__all__ = ["PRESETS", "DeconvCfg", "Layout", "nearest", "preset"]
+from ..errors import unknown_name
+
+__all__ = ["PRESETS", "DeconvCfg", "Layout", "preset"]
 
 Layout = Literal["interleaved", "window", "flat"]
 
@@ -67,11 +68,11 @@ class DeconvCfg:
         _check("min_rows", self.min_rows, lambda value: _is_real(value) and 0 <= value < float("inf"), "zero or more")
 
     def override(self, changes: Mapping[str, Any]) -> "DeconvCfg":
-        """A copy with some fields changed; an unknown field raises a TypeError that names the nearest ones."""
+        """A copy with some fields changed; an unknown field is an error that names the nearest ones."""
         known = [field.name for field in fields(self)]
         for name in changes:
             if name not in known:
-                raise TypeError(f"no whitening option {name!r}; nearest: {nearest(name, known)}")
+                raise unknown_name("whitening option", name, known)
         return replace(self, **changes)
 
     def changes(self) -> dict[str, Any]:
@@ -84,16 +85,10 @@ class DeconvCfg:
 
 
 def preset(name: str) -> DeconvCfg:
-    """The configuration called `name`; a KeyError names the nearest ones."""
+    """The configuration called `name`; an unknown name is an error that lists the known ones."""
     if name not in PRESETS:
-        raise KeyError(f"no preset {name!r}; nearest: {nearest(name, PRESETS)}")
+        raise unknown_name("preset", name, PRESETS)
     return PRESETS[name]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Up to three of `known` most like `name`, or the first few if none is alike, for error messages."""
-    known = sorted(known)
-    return ", ".join(difflib.get_close_matches(str(name), known, cutoff=0.5) or known[:8])
 
 
 def _check(name: str, value: Any, valid: Any, wanted: str) -> None:

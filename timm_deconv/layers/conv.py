@@ -56,6 +56,24 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         cfg = cfg or DeconvCfg()
         self._init_statistics(cfg, partition_conv(in_channels, self.kernel_size[0] * self.kernel_size[1], groups, cfg))
 
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, cfg: DeconvCfg) -> "Deconv2d":
+        """The whitening layer with a convolution's own parameters, whitener at the identity."""
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            padding_mode=conv.padding_mode,
+            device="meta",
+            cfg=cfg,
+        )
+        layer._adopt(conv)
+        return layer
+
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             if self.training:

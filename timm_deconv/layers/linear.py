@@ -43,6 +43,13 @@ class DeconvLinear(WhiteningMixin, nn.Linear):
         cfg = cfg or DeconvCfg(block=512)
         self._init_statistics(cfg, partition_linear(in_features, cfg))
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, cfg: DeconvCfg) -> "DeconvLinear":
+        """The whitening layer with a linear layer's own parameters, whitener at the identity."""
+        layer = cls(linear.in_features, linear.out_features, device="meta", cfg=cfg)
+        layer._adopt(linear)
+        return layer
+
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             if self.training:

@@ -1,0 +1,92 @@
+"""Training and evaluation steps: what is timed computes the right thing, and prices are what they are said to be."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from timm_deconv.benchmark import step
+from timm_deconv.benchmark.rows import COLUMNS, append_rows, step_rows, table
+from timm_deconv.benchmark.step import StepSettings, price, time_evaluation, time_training
+from timm_deconv.benchmark.timing import Timings
+from timm_deconv.errors import InputError
+
+SMALL = StepSettings(width=0.0625, batch=32, rounds=2, warmup=1, memory_formats=("channels_last",))
+FAKE = StepSettings(forms=("none", "twin", "deconv"), rounds=3)
+SECONDS = {
+    "none contiguous": [2.0, 2.0, 2.0],
+    "none channels_last": [1.0, 1.0, 1.0],
+    "twin contiguous": [1.5, 1.4, 1.6],
+    "twin channels_last": [2.0, 2.0, 9.0],
+    "deconv contiguous": [3.0, 3.0, 3.0],
+    "deconv channels_last": [1.1, 1.2, 1.3],
+}
+
+
+def silent(message: str) -> None:
+    """No progress on the screen."""
+
+
+def test_price_takes_each_form_in_its_faster_memory_format() -> None:
+    assert price(Timings(SECONDS), FAKE) == pytest.approx((1.2 - 1.0) / (1.5 - 1.0))
+
+
+def test_rows_hold_medians_ratios_and_one_price(tmp_path: Path) -> None:
+    rows = step_rows("step", Timings(SECONDS), FAKE)
+    assert [set(row) for row in rows] == [set(COLUMNS)] * 6
+    assert {(row["form"], row["memory_format"]): row["price"] for row in rows if row["price"] != ""} == {
+        ("deconv", "channels_last"): pytest.approx(0.4)
+    }
+    assert rows[5]["ratio_to_twin"] == pytest.approx(0.55)
+    assert len(table(rows).splitlines()) == 7
+    append_rows(tmp_path / "new" / "rows.csv", rows)
+    append_rows(tmp_path / "new" / "rows.csv", rows[:1])
+    with open(tmp_path / "new" / "rows.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert len(read) == 7
+    assert read[5]["seconds"] == "1.2"
+
+
+def test_a_file_of_other_columns_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="other columns"):
+        append_rows(path, step_rows("step", Timings(SECONDS), FAKE))
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize("time", [time_training, time_evaluation])
+def test_all_forms_of_a_registered_pair_are_timed(time: object) -> None:
+    timings = time(SMALL, silent)
+    assert {label.split()[0] for label in timings.seconds} == {"none", "twin", "deconv", "published"}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in timings.seconds.values())
+
+
+def test_a_published_form_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = step.build
+
+    def wrong(form: str, *args: object, **kwargs: object) -> nn.Module:
+        model = original(form, *args, **kwargs)
+        if form == "published":
+            with torch.no_grad():
+                model.conv1.weight.mul_(1.1)
+        return model
+
+    monkeypatch.setattr(step, "build", wrong)
+    with pytest.raises(RuntimeError, match="published"):
+        time_training(SMALL, silent)
+
+
+def test_a_parameter_without_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = step.build
+
+    def unused(form: str, *args: object, **kwargs: object) -> nn.Module:
+        model = original(form, *args, **kwargs)
+        model.unused = nn.Parameter(torch.zeros(1))
+        return model
+
+    monkeypatch.setattr(step, "build", unused)
+    with pytest.raises(RuntimeError, match="no finite gradient for unused"):
+        time_training(StepSettings(forms=("twin",), width=0.0625, batch=4), silent)

@@ -1,0 +1,145 @@
+"""The forms of one network that are compared.
+
+none: no norm at all, the same biases; twin: batch norm; deconv: whitened by a preset; published: whitened by the
+published operation sequence, with the settings of the preset 'paper'.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import timm_deconv.models  # noqa: F401 (registers the networks)
+from timm_deconv.benchmark.baselines import PublishedChannel, PublishedConv2d, PublishedLinear
+from timm_deconv.errors import unknown_name
+from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvLinear
+
+__all__ = ["FORMS", "build", "with_published_layers", "without_norms"]
+
+FORMS = ("none", "twin", "deconv", "published")
+
+
+def build(form: str, network: str, preset: str = "paper", **arguments: Any) -> nn.Module:
+    """A form of a registered pair, e.g. 'resnet18_cifar', in training mode, from the same random numbers each time.
+
+    Args:
+        form: one of FORMS.
+        network: the name without '_deconv'.
+        preset: of the form 'deconv'.
+        arguments: the network's own, such as `width`.
+
+    Raises:
+        InputError: no such form, or no such pair.
+    """
+    base = network.removesuffix("_deconv").removesuffix("_bn")
+    twin = f"{base}_bn" if timm.is_model(f"{base}_bn") else base
+    if form not in FORMS:
+        raise unknown_name("form", form, FORMS)
+    if not timm.is_model(twin) or not timm.is_model(f"{base}_deconv"):
+        pairs = [name.removesuffix("_deconv") for name in timm.list_models("*_deconv")]
+        raise unknown_name("pair of networks", base, pairs)
+    torch.manual_seed(0)
+    if form == "twin":
+        return timm.create_model(twin, **arguments).train()
+    if form == "none":
+        return without_norms(timm.create_model(twin, **arguments)).train()
+    preset = "paper" if form == "published" else preset
+    model = timm.create_model(f"{base}_deconv", deconv=preset, **arguments)
+    return (with_published_layers(model) if form == "published" else model).train()
+
+
+def without_norms(model: nn.Module) -> nn.Module:
+    """Take every batch norm out of a network, in place, and give every convolution a bias; activations stay."""
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d) and conv.bias is None:
+            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+    return _exchange(model, _activation_of_norm)
+
+
+def with_published_layers(model: nn.Module) -> nn.Module:
+    """Replace every whitening layer by the published sequence, in place, with its settings, weights and statistics.
+
+    Raises:
+        ValueError: a layer has an option that the published one lacks.
+    """
+    return _exchange(model, _published_layer)
+
+
+def _exchange(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    exchanged: dict[nn.Module, nn.Module | None] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child not in exchanged:
+                exchanged[child] = replacement(child)
+            if (new := exchanged[child]) is not None:
+                setattr(parent, name, new)
+    return model
+
+
+def _activation_of_norm(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, BatchNormAct2d):
+        act = copy.deepcopy(module.act)
+        if getattr(act, "inplace", False):
+            act.inplace = False  # what the norm read may be read by others, as in dense blocks
+        return act
+    return nn.Identity() if isinstance(module, _BatchNorm) else None
+
+
+def _published_layer(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, Deconv2d):
+        return _with_state(_published_conv(module), module)
+    if isinstance(module, DeconvLinear):
+        return _with_state(_published_linear(module), module)
+    if isinstance(module, ChannelDeconv):
+        cfg = module.cfg
+        sampling = {"sampling_stride": cfg.sampling_stride}
+        options = {"eps": cfg.eps, "n_iter": cfg.n_iter, "momentum": cfg.momentum, **sampling}
+        return _with_state(PublishedChannel(cfg.block, **options), module)
+    return None
+
+
+def _published_conv(layer: Deconv2d) -> PublishedConv2d:
+    square = all(len(set(pair)) == 1 for pair in (layer.kernel_size, layer.stride, layer.dilation))
+    padding = layer.padding[0] if isinstance(layer.padding, tuple) else None
+    plain = layer.padding_mode == "zeros" and layer.bias is not None and layer.cfg.layout == "interleaved"
+    if not square or padding is None or layer.padding[1] != padding or not plain:
+        raise ValueError(f"the published layer has no form of {layer}")
+    cfg = layer.cfg
+    return PublishedConv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size[0],
+        layer.stride[0],
+        padding,
+        layer.dilation[0],
+        layer.groups,
+        eps=cfg.eps,
+        n_iter=cfg.n_iter,
+        momentum=cfg.momentum,
+        block=cfg.block,
+        sampling_stride=cfg.sampling_stride,
+        freeze=cfg.freeze,
+        freeze_iter=cfg.freeze_iter,
+    )
+
+
+def _published_linear(layer: DeconvLinear) -> PublishedLinear:
+    cfg = layer.cfg
+    options = {"eps": cfg.eps, "momentum": cfg.momentum}
+    return PublishedLinear(
+        layer.in_features, layer.out_features, layer.bias is not None, n_iter=cfg.n_iter, block=cfg.block, **options
+    )
+
+
+def _with_state(new: nn.Module, old: nn.Module) -> nn.Module:
+    state = old.state_dict()
+    new = new.to(state["running_deconv"])  # first, as loading would round
+    new.load_state_dict({name: state[name] for name in new.state_dict()})
+    if isinstance(new, PublishedConv2d):
+        new.counter = int(state["num_batches_tracked"]) % (10 * new.freeze_iter)
+    return new.train(old.training)

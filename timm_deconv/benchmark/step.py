@@ -1,0 +1,191 @@
+"""Training and evaluation steps of the forms of one network, timed interleaved, and the price of whitening."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_deconv.benchmark.networks import FORMS, build
+from timm_deconv.benchmark.timing import Timings, interleave, synchroniser
+
+__all__ = ["MEMORY_FORMATS", "StepSettings", "check_published", "price", "time_evaluation", "time_training"]
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What is timed.
+
+    Attributes:
+        network: a registered pair, without '_deconv'.
+        preset: of the form 'deconv'.
+        forms, memory_formats: what is compared; each form is timed in each memory format.
+        width: multiplies the channels, in networks that have the argument.
+        batch: images a step.
+        image_size: height and width in pixels; None takes the network's own.
+        device: 'cpu', 'cuda'.
+        amp: autocast dtype, 'bfloat16' or 'float16'; None for float32.
+        compile: time `torch.compile` of each network.
+        rounds, warmup: see `timing.interleave`.
+    """
+
+    network: str = "resnet18_cifar"
+    preset: str = "paper"
+    forms: Sequence[str] = FORMS
+    memory_formats: Sequence[str] = tuple(MEMORY_FORMATS)
+    width: float = 1.0
+    batch: int = 128
+    image_size: int | None = None
+    device: str = "cpu"
+    amp: str | None = None
+    compile: bool = False
+    rounds: int = 7
+    warmup: int = 2
+
+    def labels(self, form: str) -> list[str]:
+        """The labels of a form's timings, one a memory format."""
+        return [f"{form} {memory_format}" for memory_format in self.memory_formats]
+
+    def build(self, form: str, preset: str | None = None) -> nn.Module:
+        """The network in a form, on the device; the preset may be another one than that of the settings."""
+        sizes = {} if self.width == 1 else {"width": self.width}
+        return build(form, self.network, preset or self.preset, **sizes).to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        dtype = getattr(torch, self.amp) if self.amp else None
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=bool(self.amp))
+
+
+def time_training(settings: StepSettings, progress: Callable[[str], object] = print) -> Timings:
+    """Seconds of forward pass, cross entropy and backward pass, labelled 'FORM MEMORY_FORMAT'.
+
+    Raises:
+        RuntimeError: a network does not compute what it should.
+    """
+    if "published" in settings.forms:
+        check_published(settings)
+    steps = {}
+    for label, model, memory_format in _networks(settings):
+        steps[label] = _training_step(model, *_batch(settings, model, memory_format), settings)
+        _check_training(label, model, steps[label]())
+    return _interleave(steps, settings, progress)
+
+
+def time_evaluation(settings: StepSettings, progress: Callable[[str], object] = print) -> Timings:
+    """Seconds of a forward pass in evaluation mode, labelled 'FORM MEMORY_FORMAT'; after one training step.
+
+    Raises:
+        RuntimeError: a network does not compute what it should.
+    """
+    if "published" in settings.forms:
+        check_published(settings)
+    steps = {}
+    for label, model, memory_format in _networks(settings):
+        images, labels = _batch(settings, model, memory_format)
+        _training_step(model, images, labels, settings)()
+        model.eval()
+        steps[label] = _evaluation_step(model, images, settings)
+        if not steps[label]().isfinite().all():
+            raise RuntimeError(
+                f"{label}: output is not finite; whitening with fewer rows than features? Raise the batch"
+            )
+    return _interleave(steps, settings, progress)
+
+
+def price(timings: Timings, settings: StepSettings, form: str = "deconv") -> float:
+    """(form - none) / (twin - none), medians, each in its fastest memory format: 1 is what batch norm costs."""
+    none, twin, seconds = (
+        timings.spread(timings.fastest(settings.labels(label))).median for label in ("none", "twin", form)
+    )
+    return (seconds - none) / (twin - none) if twin != none else float("nan")
+
+
+def check_published(settings: StepSettings) -> None:
+    """Both whitened forms under the preset 'paper' have the same training loss and evaluation output, within 1e-3.
+
+    Raises:
+        RuntimeError: they have not.
+    """
+    losses, outputs = [], []
+    for form in ("deconv", "published"):
+        model = settings.build(form, "paper")
+        images, labels = _batch(settings, model, "contiguous")
+        with torch.no_grad():
+            losses.append(float(F.cross_entropy(model(images), labels)))
+            outputs.append(model.eval()(images))
+    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
+    if not (abs(losses[0] - losses[1]) <= 1e-3 * abs(losses[1]) and difference <= 1e-3):
+        raise RuntimeError(
+            f"{settings.network}: training loss {losses[0]:.6g}, published {losses[1]:.6g}; "
+            f"evaluation differs by {difference:.1e}"
+        )
+
+
+def _networks(settings: StepSettings) -> list[tuple[str, nn.Module, str]]:
+    networks = []
+    for form in settings.forms:
+        for label, memory_format in zip(settings.labels(form), settings.memory_formats, strict=True):
+            model = settings.build(form).to(memory_format=MEMORY_FORMATS[memory_format])
+            networks.append((label, model, memory_format))
+    return networks
+
+
+def _batch(settings: StepSettings, model: nn.Module, memory_format: str) -> tuple[Tensor, Tensor]:
+    """Random images (N, C, H, W) of a network's size and labels (N); the same ones for all networks."""
+    channels, height, width = model.default_cfg["input_size"]
+    height, width = settings.image_size or height, settings.image_size or width
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(settings.batch, channels, height, width, generator=generator)
+    labels = torch.randint(model.num_classes, (settings.batch,), generator=generator)
+    return (
+        images.to(settings.device, memory_format=MEMORY_FORMATS[memory_format]),
+        labels.to(settings.device),
+    )
+
+
+def _training_step(model: nn.Module, images: Tensor, labels: Tensor, settings: StepSettings) -> Step:
+    network = torch.compile(model) if settings.compile else model
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with settings.autocast():
+            output = network(images)
+        loss = F.cross_entropy(output.float(), labels)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def _evaluation_step(model: nn.Module, images: Tensor, settings: StepSettings) -> Step:
+    network = torch.compile(model) if settings.compile else model
+
+    def step() -> Tensor:
+        with torch.inference_mode(), settings.autocast():
+            return network(images)
+
+    return step
+
+
+def _check_training(label: str, model: nn.Module, loss: Tensor) -> None:
+    if not loss.isfinite():
+        raise RuntimeError(f"{label}: loss {float(loss)}; whitening with fewer rows than features? Raise the batch")
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None or not parameter.grad.isfinite().all():
+            raise RuntimeError(f"{label}: no finite gradient for {name}")
+
+
+def _interleave(steps: dict[str, Step], settings: StepSettings, progress: Callable[[str], object]) -> Timings:
+    return interleave(
+        steps,
+        rounds=settings.rounds,
+        warmup=settings.warmup,
+        synchronise=synchroniser(settings.device),
+        progress=progress,
+    )

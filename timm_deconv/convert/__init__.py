@@ -1,0 +1,8 @@
+"""From any network to a deconvolution network and back to a plain one."""
+
+from .converter import convert_deconv_model
+from .fuse import fuse
+from .policy import DeconvPolicy, resolve_policy
+from .report import ConversionReport
+
+__all__ = ["ConversionReport", "DeconvPolicy", "convert_deconv_model", "fuse", "resolve_policy"]

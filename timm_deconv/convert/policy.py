@@ -1,0 +1,113 @@
+"""DeconvPolicy: which layer of a network is whitened how, by role and by name."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from ..errors import InputError, unknown_name
+from ..layers import DeconvCfg, preset
+
+__all__ = ["DEFAULT_PRESET", "ClassifierKind", "DeconvPolicy", "Role", "resolve_policy"]
+
+Role = Literal["stem", "pointwise", "spatial", "depthwise", "grouped", "squeeze_excite", "linear", "classifier"]
+ClassifierKind = Literal["linear", "channel", "plain"]
+Options = Mapping[str, Any]
+DEFAULT_PRESET = "paper"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeconvPolicy:
+    """Whitening options of every layer, from the general to the particular; what comes later wins.
+
+    Attributes:
+        preset: name of the configuration to start from.
+        options: fields of `DeconvCfg` for all layers.
+        roles: role -> fields for the layers of that role, or None to leave them plain. Roles: stem (first convolution), classifier
+            (last layer), squeeze_excite, depthwise, grouped, pointwise (1x1), spatial (other convolutions), linear (hidden ones).
+        patterns: shell pattern of layer names ('layer4.*') -> fields, or None to leave the layers plain. A pattern that matches
+            no layer is an error.
+        classifier: 'linear' whitens the classifier's input features; 'channel' keeps it plain and whitens channels in front of
+            the global pooling; 'plain' leaves it alone.
+
+    Raises:
+        InputError: an unknown name, with the nearest known ones, or a value that makes no sense.
+    """
+
+    preset: str = DEFAULT_PRESET
+    options: Options = field(default_factory=dict)
+    roles: Mapping[str, Options | None] = field(default_factory=dict)
+    patterns: Mapping[str, Options | None] = field(default_factory=dict)
+    classifier: ClassifierKind = "linear"
+
+    def __post_init__(self) -> None:
+        base = preset(self.preset).override(self.options)
+        for role in self.roles:
+            if role not in get_args(Role):
+                raise unknown_name("role", role, get_args(Role))
+        for options in (*self.roles.values(), *self.patterns.values()):
+            base.override(options or {})
+        if self.classifier not in get_args(ClassifierKind):
+            raise unknown_name("classifier", str(self.classifier), get_args(ClassifierKind))
+
+    def cfg(self, name: str, role: Role) -> DeconvCfg | None:
+        """The configuration of the layer called `name`; None if it stays plain."""
+        chosen: DeconvCfg | None = preset(self.preset).override(self.options)
+        matching = (options for pattern, options in self.patterns.items() if fnmatchcase(name, pattern))
+        for options in (self.roles.get(role, {}), *matching):
+            chosen = None if options is None else (chosen or preset(self.preset).override(self.options)).override(options)
+        return chosen
+
+    def channel_cfg(self) -> DeconvCfg:
+        """The configuration of the channel whitening in front of the pooling: published eps 1e-2 unless the options say otherwise."""
+        return preset(self.preset).override({"eps": 1e-2} | dict(self.options))
+
+    def over(self, family: "DeconvPolicy") -> "DeconvPolicy":
+        """This policy on top of a family's own: its options, roles and patterns win where both speak."""
+        return DeconvPolicy(
+            preset=self.preset,
+            options={**family.options, **self.options},
+            roles=_merge(family.roles, self.roles),
+            patterns=_merge(family.patterns, self.patterns),
+            classifier=self.classifier,
+        )
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise InputError for a pattern that matches none of the layer names."""
+        names = list(names)
+        for pattern in self.patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise unknown_name("layer that matches", pattern, names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, which `resolve_policy` takes: options stand beside `preset`; what is empty or default is left out."""
+        rest = {name: dict(getattr(self, name)) for name in ("roles", "patterns") if getattr(self, name)}
+        classifier = {} if self.classifier == "linear" else {"classifier": self.classifier}
+        return {"preset": self.preset, **self.options, **rest, **classifier}
+
+
+def resolve_policy(deconv: "str | Options | DeconvPolicy | None" = None) -> DeconvPolicy:
+    """What `deconv=` means: a preset's name, a dictionary over a preset, or a policy; None is the default preset.
+
+    A dictionary holds fields of `DeconvCfg` for all layers, and if wanted `preset`, `roles`, `patterns`, `classifier`:
+    `{'preset': 'paper', 'block': 16, 'roles': {'stem': {'n_iter': 15}}}`.
+    """
+    if deconv is None:
+        return DeconvPolicy()
+    if isinstance(deconv, DeconvPolicy):
+        return deconv
+    if isinstance(deconv, str):
+        return DeconvPolicy(preset=deconv)
+    if not isinstance(deconv, Mapping):
+        raise InputError(f"deconv={deconv!r}: give a preset's name, a dictionary of options or a DeconvPolicy")
+    own = {f.name for f in fields(DeconvPolicy)} - {"options"}
+    named = {name: value for name, value in deconv.items() if name in own}
+    return DeconvPolicy(options={name: value for name, value in deconv.items() if name not in own}, **named)
+
+
+def _merge(family: Mapping[str, Options | None], own: Mapping[str, Options | None]) -> dict[str, Options | None]:
+    merged = dict(family)
+    for name, options in own.items():
+        before = merged.pop(name, None)  # popped so that the particular comes last
+        merged[name] = None if options is None else {**(before or {}), **options}
+    return merged

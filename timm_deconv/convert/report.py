@@ -1,0 +1,48 @@
+"""What a conversion did, layer by layer."""
+
+from dataclasses import dataclass, field
+
+__all__ = ["ConversionReport", "ConvertedLayer"]
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """A whitened layer: `blocks` of `features` each; `options` is what differs from the published settings."""
+
+    name: str
+    role: str
+    kind: str
+    blocks: int
+    features: int
+    options: str
+
+
+@dataclass
+class ConversionReport:
+    """Result of `convert_deconv_model`; prints as a table.
+
+    Attributes:
+        converted: whitened layers in network order.
+        skipped: (name, reason) of the convolutions and linear layers left plain.
+        norms: names of the batch norms taken out.
+        parameters_before, parameters_after: counts.
+    """
+
+    parameters_before: int
+    parameters_after: int = 0
+    converted: list[ConvertedLayer] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [("layer", "role", "becomes", "blocks x features", "options")]
+        rows += [(c.name, c.role, c.kind, f"{c.blocks} x {c.features}", c.options) for c in self.converted]
+        rows += [(name, "", "(plain)", "", reason) for name, reason in self.skipped]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append(
+            f"{len(self.converted)} layers whitened, {len(self.skipped)} left plain, {len(self.norms)} batch norms removed, "
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""Errors in what the user gave, each one line: what is wrong with the value, and what to do."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """A value from outside (recipe, command line, data) that cannot be used; the message is one line."""
+
+
+class NonFiniteError(FloatingPointError):
+    """Training met NaN or infinity; the message names where it was first seen."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is not known, with the nearest known ones.
+
+    Args:
+        kind: what the name is of, as in "no KIND 'name'".
+        name: what was asked for.
+        known: all names there are.
+    """
+    known = sorted(set(known))
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if nearest:
+        return InputError(f"no {kind} {name!r}; nearest: {', '.join(sorted(nearest))}")
+    shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+    return InputError(f"no {kind} {name!r}; there are: {shown}")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends a script with one line on stderr and status 1 where the input, the disk or the numbers are at fault."""
+    try:
+        yield
+    except (InputError, NonFiniteError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None

@@ -1,0 +1,31 @@
+"""The networks of the paper; importing this package registers them with timm."""
+
+from timm_deconv.models import (
+    deeplabv3,
+    densenet,
+    dpn,
+    efficientnet,
+    mobilenetv2,
+    pnasnet,
+    preact_resnet,
+    resnet,
+    resnext,
+    senet,
+    vgg,
+)
+from timm_deconv.models._registration import list_models
+
+__all__ = [
+    "deeplabv3",
+    "densenet",
+    "dpn",
+    "efficientnet",
+    "list_models",
+    "mobilenetv2",
+    "pnasnet",
+    "preact_resnet",
+    "resnet",
+    "resnext",
+    "senet",
+    "vgg",
+]

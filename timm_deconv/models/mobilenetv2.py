@@ -1,0 +1,110 @@
+"""MobileNetV2 for 32x32 images.
+
+Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR 2018, as in Table 1 of Ye et al., Network
+Deconvolution, ICLR 2020: stride 1 in the stem and in the second group of blocks, ReLU, an expansion convolution in the
+first block too, and a convolved shortcut where a block of stride 1 changes the channels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import SEModule
+from torch import Tensor, nn
+
+from timm_deconv.models._blocks import ConvNormAct, scaled
+from timm_deconv.models._cifar import StagedNet
+from timm_deconv.models._twins import register_twins
+
+__all__ = ["CifarMobileNetV2", "InvertedResidual"]
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, 3x3 depthwise and linear 1x1 projection: (N, in_chs, H, W) -> (N, out_chs, H', W').
+
+    With `se_reduction` a squeeze-excite module of `out_chs // se_reduction` hidden channels scales the projection. At
+    stride 1 a shortcut is added, through a 1x1 convolution and norm where the channels change.
+    """
+
+    def __init__(
+        self, in_chs: int, out_chs: int, expansion: int, *, stride: int = 1, se_reduction: int | None = None
+    ) -> None:
+        super().__init__()
+        mid_chs = in_chs * expansion
+        self.expand = ConvNormAct(in_chs, mid_chs, 1)
+        self.depthwise = ConvNormAct(mid_chs, mid_chs, 3, stride=stride, groups=mid_chs)
+        self.project = ConvNormAct(mid_chs, out_chs, 1, act=False)
+        self.residual = stride == 1
+        changes = self.residual and in_chs != out_chs
+        self.shortcut = ConvNormAct(in_chs, out_chs, 1, act=False) if changes else nn.Identity()
+        hidden = max(1, out_chs // se_reduction) if se_reduction else 0
+        self.se = SEModule(out_chs, rd_channels=hidden) if hidden else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Branch, plus shortcut at stride 1."""
+        out = self.se(self.project(self.depthwise(self.expand(x))))
+        return out + self.shortcut(x) if self.residual else out
+
+
+class CifarMobileNetV2(StagedNet):
+    """Inverted residuals; a stage is what lies between two halvings of the map.
+
+    Args:
+        groups: (expansion, channels, blocks, stride of the first) of each group of equal blocks.
+        stem_chs, stem_stride: of the stem's 3x3 convolution.
+        head_chs: channels of the 1x1 convolution behind the last block; None: no such convolution.
+        se_reduction: channels of a block over hidden channels of its squeeze-excite module; None: no such modules.
+        width: multiplies every channel count.
+        in_chans: channels of the image.
+        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[int, int, int, int]],
+        *,
+        stem_chs: int = 32,
+        stem_stride: int = 1,
+        head_chs: int | None = 1280,
+        se_reduction: int | None = None,
+        width: float = 1.0,
+        in_chans: int = 3,
+        **head: Any,
+    ) -> None:
+        chs, reduction = scaled(stem_chs, width), stem_stride
+        stem = ConvNormAct(in_chans, chs, stride=stem_stride)
+        levels = [(chs, reduction)]
+        stages: list[list[nn.Module]] = []
+        for expansion, group_chs, depth, group_stride in groups:
+            out_chs = scaled(group_chs, width)
+            for stride in [group_stride] + [1] * (depth - 1):
+                if stride > 1 or not stages:
+                    reduction *= stride
+                    stages.append([])
+                    levels.append((out_chs, reduction))
+                stages[-1].append(InvertedResidual(chs, out_chs, expansion, stride=stride, se_reduction=se_reduction))
+                levels[-1] = (out_chs, reduction)
+                chs = out_chs
+        final_chs = scaled(head_chs, width) if head_chs else chs
+        final = ConvNormAct(chs, final_chs, 1) if head_chs else None
+        super().__init__(stem, stages, levels, final=final, num_features=final_chs, in_chans=in_chans, **head)
+
+
+register_twins(
+    __name__,
+    CifarMobileNetV2,
+    {
+        "mobilenetv2_cifar": {
+            "groups": (
+                (1, 16, 1, 1),
+                (6, 24, 2, 1),
+                (6, 32, 3, 2),
+                (6, 64, 4, 2),
+                (6, 96, 3, 1),
+                (6, 160, 3, 2),
+                (6, 320, 1, 1),
+            )
+        }
+    },
+    first_conv="stem.conv",
+    paper_ids="arXiv:1801.04381",
+)

@@ -1,0 +1,93 @@
+"""Pre-activation ResNet for 32x32 images.
+
+He et al., Identity Mappings in Deep Residual Networks, ECCV 2016, as in Table 1 of Ye et al., Network Deconvolution,
+ICLR 2020: the shortcut of a block that changes the shape starts behind the first activation, and the network ends
+without norm and activation. The published network also registers a norm that it never uses; this one does not.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import SEModule
+from torch import Tensor, nn
+
+from timm_deconv.models._blocks import ConvNormAct, NormAct, scaled
+from timm_deconv.models._cifar import StagedNet
+from timm_deconv.models._twins import register_twins
+
+__all__ = ["CifarPreActResNet", "PreActBlock"]
+
+
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, each behind norm and ReLU, and a shortcut: (N, in_chs, H, W) -> (N, out_chs, H', W').
+
+    With `se_reduction` the branch ends in a squeeze-excite module of `out_chs // se_reduction` hidden channels.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, *, stride: int = 1, se_reduction: int | None = None) -> None:
+        super().__init__()
+        self.preact1 = NormAct(in_chs)
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride, 1, bias=False)
+        self.preact2 = NormAct(out_chs)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, 1, 1, bias=False)
+        changes = stride != 1 or in_chs != out_chs
+        self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride, bias=False) if changes else None
+        hidden = max(1, out_chs // se_reduction) if se_reduction else 0
+        self.se = SEModule(out_chs, rd_channels=hidden) if hidden else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Branch plus shortcut."""
+        active = self.preact1(x)
+        shortcut = x if self.shortcut is None else self.shortcut(active)
+        return self.se(self.conv2(self.preact2(self.conv1(active)))) + shortcut
+
+
+class CifarPreActResNet(StagedNet):
+    """Stages of `PreActBlock`.
+
+    Args:
+        layers: blocks in each stage.
+        channels: of each stage; the stem has those of the first.
+        strides: of each stage.
+        stem_stride: of the stem's 3x3 convolution.
+        norm_stem: whether norm and ReLU follow the stem's convolution.
+        se_reduction: channels of a block over hidden channels of its squeeze-excite module; None: no such modules.
+        width: multiplies every channel count.
+        in_chans: channels of the image.
+        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        *,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        strides: Sequence[int] = (1, 2, 2, 2),
+        stem_stride: int = 1,
+        norm_stem: bool = False,
+        se_reduction: int | None = None,
+        width: float = 1.0,
+        in_chans: int = 3,
+        **head: Any,
+    ) -> None:
+        prev, reduction = scaled(channels[0], width), stem_stride
+        conv = nn.Conv2d(in_chans, prev, 3, stem_stride, 1, bias=False)
+        stem = ConvNormAct(in_chans, prev, stride=stem_stride) if norm_stem else conv
+        levels = [(prev, reduction)]
+        stages: list[list[nn.Module]] = []
+        for depth, stage_chs, stride in zip(layers, channels, strides, strict=True):
+            chs, reduction = scaled(stage_chs, width), reduction * stride
+            first = PreActBlock(prev, chs, stride=stride, se_reduction=se_reduction)
+            stages.append([first, *(PreActBlock(chs, chs, se_reduction=se_reduction) for _ in range(depth - 1))])
+            levels.append((chs, reduction))
+            prev = chs
+        super().__init__(stem, stages, levels, in_chans=in_chans, **head)
+
+
+register_twins(
+    __name__,
+    CifarPreActResNet,
+    {"preact_resnet18_cifar": {"layers": (2, 2, 2, 2)}},
+    first_conv="stem",
+    paper_ids="arXiv:1603.05027",
+)

@@ -1,0 +1,82 @@
+"""ResNet for 32x32 images: timm's own ResNet behind a 3x3 stem without max pooling.
+
+He et al., Deep Residual Learning for Image Recognition, CVPR 2016, with the widths of the ImageNet networks, as in
+Table 1 of Ye et al., Network Deconvolution, ICLR 2020.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+from timm_deconv.models._blocks import scaled
+from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from timm_deconv.models._twins import register_twins
+
+__all__ = ["CifarResNet"]
+
+
+class CifarResNet(ResNet):
+    """timm's `ResNet` with one 3x3 convolution as its stem and no stem pooling.
+
+    Args:
+        block: timm's `BasicBlock` or `Bottleneck`.
+        layers: blocks in each of the four stages.
+        channels: base channels of each stage; the stem has those of the first.
+        width: multiplies every channel count, e.g. 0.25 for stages of 16, 32, 64 and 128.
+        stem_stride: of the stem's convolution.
+        output_stride: at most this reduction (default 8 times the stem's stride); later strides become dilations.
+        kwargs: as for timm's `ResNet`: `num_classes`, `global_pool`, `drop_rate`, `drop_path_rate` and others.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: Sequence[int],
+        *,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        width: float = 1.0,
+        in_chans: int = 3,
+        stem_stride: int = 1,
+        output_stride: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        planes = tuple(scaled(c, width) for c in channels)
+        # timm's ResNet takes the stem's width only with a deep stem, replaced below; its count of strides starts at 4.
+        super().__init__(
+            block,
+            tuple(layers),
+            in_chans=in_chans,
+            channels=planes,
+            stem_type="deep",
+            stem_width=planes[0] // 2,
+            output_stride=32 if output_stride is None else output_stride * 4 // stem_stride,
+            **{"num_classes": 10, **kwargs},
+        )
+        self.conv1 = nn.Conv2d(in_chans, planes[0], 3, stem_stride, 1, bias=False)
+        self.maxpool = nn.Identity()
+        for level, info in enumerate(self.feature_info):
+            info["reduction"] = stem_stride * info["reduction"] // 4 if level else stem_stride
+
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        """Keep PyTorch's default initialisation: the published 32x32 networks use it."""
+
+
+register_twins(
+    __name__,
+    CifarResNet,
+    {
+        "resnet18_cifar": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
+        "resnet50_cifar": {"block": Bottleneck, "layers": (3, 4, 6, 3)},
+    },
+    feature_cfg={},
+    first_conv="conv1",
+    classifier="fc",
+    paper_ids="arXiv:1512.03385",
+)
+
+register_deconv(__name__, {"resnet18_cifar": CIFAR_POLICY, "resnet50_cifar": CIFAR_POLICY})
+register_deconv(
+    __name__, dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), frozen_stem(IMAGENET_POLICY, 15))
+)

@@ -1,0 +1,66 @@
+"""ResNeXt-29 for 32x32 images: three stages of timm's grouped bottlenecks behind a 1x1 stem.
+
+Xie et al., Aggregated Residual Transformations for Deep Neural Networks, CVPR 2017, as in Table 1 of Ye et al., Network
+Deconvolution, ICLR 2020.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models.resnet import Bottleneck, make_blocks
+
+from timm_deconv.models._blocks import ConvNormAct, scaled
+from timm_deconv.models._cifar import StagedNet
+from timm_deconv.models._twins import STAGED_FEATURES, register_twins
+
+__all__ = ["CifarResNeXt"]
+
+
+class CifarResNeXt(StagedNet):
+    """Stages of timm's `Bottleneck` with grouped 3x3 convolutions; each stage after the first has stride 2.
+
+    Args:
+        layers: blocks in each stage.
+        channels: base channels of each stage, a quarter of its output's.
+        cardinality: groups of the 3x3 convolutions.
+        base_width: channels a group in a stage of 64 base channels.
+        stem_chs, stem_kernel, stem_stride: of the stem's convolution.
+        width: multiplies every channel count.
+        in_chans: channels of the image.
+        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        *,
+        channels: Sequence[int] = (64, 128, 256),
+        cardinality: int = 32,
+        base_width: int = 4,
+        stem_chs: int = 64,
+        stem_kernel: int = 1,
+        stem_stride: int = 1,
+        width: float = 1.0,
+        in_chans: int = 3,
+        **head: Any,
+    ) -> None:
+        planes = tuple(scaled(c, width, 64 // base_width) for c in channels)
+        chs = scaled(stem_chs, width)
+        stages, infos = make_blocks(
+            (Bottleneck,) * len(planes), planes, tuple(layers), chs, cardinality=cardinality, base_width=base_width
+        )
+        # timm counts reductions from its ImageNet stem's 4.
+        levels = [(chs, stem_stride), *((i["num_chs"], i["reduction"] * stem_stride // 4) for i in infos)]
+        stem = ConvNormAct(in_chans, chs, stem_kernel, stride=stem_stride)
+        super().__init__(stem, [stage for _, stage in stages], levels, in_chans=in_chans, **head)
+
+
+register_twins(
+    __name__,
+    CifarResNeXt,
+    {"resnext29_32x4d_cifar": {"layers": (3, 3, 3)}},
+    feature_cfg={**STAGED_FEATURES, "out_indices": (0, 1, 2, 3)},
+    first_conv="stem.conv",
+    pool_size=(8, 8),
+    paper_ids="arXiv:1611.05431",
+)

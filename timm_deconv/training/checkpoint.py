@@ -1,0 +1,154 @@
+"""The output folder of a run: weights that timm loads, the state to resume from, the recipe, the curve.
+
+    model.safetensors, config.json   `timm.create_model('local-dir:OUT', pretrained=True)`
+    state/epoch-0003/                accelerate's state after three epochs; the previous one stays until the new one is whole
+    recipe.yaml  curve.csv  results.csv  tensorboard/
+"""
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from timm_deconv.errors import InputError
+from timm_deconv.training.files import flush, remove, write_text, write_whole
+from timm_deconv.training.recipe import Recipe, parse_yaml
+
+# may differ between a run and its continuation
+FREE = {"name", "data_dir", "dataset_download", "workers", "log_interval"}
+
+
+@dataclass
+class Progress:
+    """How far a run is: finished epochs, updates made, seconds spent in all and in training alone, one row an epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+class RunFolder:
+    """The output folder of one run.
+
+    Args:
+        path: created by `open` where it is missing.
+        recipe: the run's.
+    """
+
+    def __init__(self, path: str | Path, recipe: Recipe):
+        self.path = Path(path)
+        self.recipe = recipe
+
+    def check(self, resume: bool) -> None:
+        """Raises InputError where the folder holds another recipe's run, or this one's and `resume` is not set."""
+        saved = self.path / "recipe.yaml"
+        if not saved.exists():
+            self._refuse_foreign_files()
+            return
+        differing = _differences(Recipe.from_dict(parse_yaml(saved.read_text(), str(saved))), self.recipe)
+        if differing:
+            raise InputError(f"{self.path} holds a run of other settings ({differing}); choose another --output-dir")
+        if not resume and (self.states() or (self.path / "model.safetensors").exists()):
+            raise InputError(f"{self.path} holds this run already; add --resume, or choose another --output-dir")
+
+    def open(self) -> None:
+        """Creates the folder, with the recipe in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "recipe.yaml", self.recipe.yaml())
+
+    def states(self) -> list[Path]:
+        """Whole states, the latest last."""
+        return sorted((self.path / "state").glob("epoch-*"))
+
+    def save(self, accelerator: Accelerator, model: nn.Module, ema: nn.Module | None, progress: Progress) -> None:
+        """Saves weights, curve and state of a finished epoch; all processes call it.
+
+        Args:
+            model: the network whose weights are the result, not wrapped.
+            ema: the averaged network where there is one.
+
+        Raises:
+            OSError: something could not be written, e.g. on a full disk. What was saved before is whole.
+        """
+        try:
+            if accelerator.is_main_process:
+                self._export(model)
+                self._write_curve(progress)
+            self._save_state(accelerator, ema, progress)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            left = self.states()
+            kept = f"the state of {left[-1].name} is whole; make room and add --resume" if left else "make room and start again"
+            raise OSError(f"epoch {progress.epoch} could not be saved in {self.path} ({_first_line(error)}); {kept}") from error
+
+    def load(self, accelerator: Accelerator, ema: nn.Module | None) -> Progress:
+        """Restores the latest whole state into what was prepared; a fresh Progress where there is none."""
+        states = self.states()
+        if not states:
+            return Progress()
+        accelerator.load_state(str(states[-1]))
+        if ema is not None:
+            ema.load_state_dict(safetensors.torch.load_file(states[-1] / "ema.safetensors"))
+        return Progress(**json.loads((states[-1] / "progress.json").read_text()))
+
+    def _export(self, model: nn.Module) -> None:
+        data = {"input_size": self.recipe.input_size, "mean": self.recipe.mean, "std": self.recipe.std}
+        data |= {"crop_pct": self.recipe.crop_pct, "interpolation": self.recipe.interpolation}
+        write_whole(self.path / "config.json", lambda file: save_config_for_hf(model, str(file), data_config=data))
+        write_whole(self.path / "model.safetensors", lambda file: safetensors.torch.save_file(_tensors(model), file))
+
+    def _write_curve(self, progress: Progress) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=progress.curve[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(progress.curve)
+        write_text(self.path / "curve.csv", text.getvalue())
+
+    def _save_state(self, accelerator: Accelerator, ema: nn.Module | None, progress: Progress) -> None:
+        partial = self.path / "state" / ".partial"
+        if accelerator.is_main_process:
+            remove(partial)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        if ema is not None:
+            safetensors.torch.save_file(_tensors(ema), partial / "ema.safetensors")
+        (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+        flush(partial)
+        older = self.states()
+        partial.rename(self.path / "state" / f"epoch-{progress.epoch:04d}")
+        for state in older:
+            remove(state)
+
+    def _refuse_foreign_files(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; choose another --output-dir")
+        for name in ("model.safetensors", "config.json"):
+            if (self.path / name).exists():
+                raise InputError(f"{self.path} holds a {name} that no run of ours wrote; choose another --output-dir")
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    # a copy each: safetensors refuses channels_last strides and tensors that share memory
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+
+
+def _differences(saved: Recipe, wanted: Recipe) -> str:
+    pairs = {key: (value, getattr(wanted, key)) for key, value in saved if key not in FREE}
+    return ", ".join(f"{key}: {old} there, {new} here" for key, (old, new) in pairs.items() if old != new)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,275 @@
+"""The training loop: accelerate's processes and precision, timm's optimisers and schedules, our checks and records."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration, is_tensorboard_available
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, random_seed
+from torch import Tensor, nn
+
+from timm_deconv.errors import InputError
+from timm_deconv.training import results
+from timm_deconv.training.checkpoint import Progress, RunFolder
+from timm_deconv.training.display import Display
+from timm_deconv.training.evaluation import evaluate
+from timm_deconv.training.recipe import Recipe
+from timm_deconv.training.tasks import Classification, Task
+from timm_deconv.training.watch import Watch
+
+
+def train(
+    recipe: Recipe, output_dir: str | Path, *, resume: bool = False, record: bool = False, cpu: bool = False
+) -> dict[str, object]:
+    """Trains a recipe into a folder; see `checkpoint` for what lies there afterwards.
+
+    Args:
+        recipe: the settings.
+        output_dir: of this run alone.
+        resume: continue from the last whole epoch where there is one; bit for bit on the same machine.
+        record: add the result row to `hub_configs/results` of the checkout too.
+        cpu: stay on the processor where there is a GPU.
+
+    Returns:
+        The result row.
+
+    Raises:
+        InputError: something in the recipe, the data or the folder cannot be used.
+        NonFiniteError: the loss or a weight became NaN or infinite; the last checkpoint is whole.
+        OSError: an unreadable image, or a full disk; the last checkpoint is whole.
+    """
+    folder = RunFolder(output_dir, recipe)
+    folder.check(resume)
+    record_to = results.record_path(recipe) if record else None
+    accelerator = create_accelerator(recipe, folder.path, cpu)
+    random_seed(recipe.seed)
+    with accelerator.main_process_first():  # the main process downloads
+        trainer = Trainer(recipe, Classification(recipe, accelerator.device), folder, accelerator)
+    try:
+        row = trainer.run(resume)
+    finally:
+        trainer.display.end_epoch()
+        accelerator.end_training()
+    if record_to and accelerator.is_main_process:
+        results.append_row(record_to, row)
+    return row
+
+
+def create_accelerator(recipe: Recipe, output_dir: Path, cpu: bool = False) -> Accelerator:
+    """accelerate, set up for whole-batch loaders that every process takes its share of.
+
+    Raises:
+        InputError: the batch does not divide into the processes.
+    """
+    AcceleratorState._reset_state()  # a second run in one process may ask for another precision
+    accelerator = Accelerator(
+        cpu=cpu or not torch.cuda.is_available(),
+        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no",
+        gradient_accumulation_steps=recipe.grad_accum_steps,
+        log_with="tensorboard" if is_tensorboard_available() else None,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed, non_blocking=True
+        ),
+        # whitening matrices are large; `average_buffers` brings them together once an epoch
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if recipe.batch_size % accelerator.num_processes:
+        raise InputError(f"batch_size={recipe.batch_size} does not divide into {accelerator.num_processes} processes")
+    return accelerator
+
+
+class Trainer:
+    """One run of a recipe.
+
+    Args:
+        recipe: the settings.
+        task: data, loss and figures.
+        folder: where the run is saved.
+        accelerator: from `create_accelerator`.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, folder: RunFolder, accelerator: Accelerator):
+        self.recipe, self.task, self.folder, self.accelerator = recipe, task, folder, accelerator
+        self.display = Display(accelerator.is_main_process, recipe.epochs)
+        self.progress = Progress()
+        network = task.create_model()
+        train_loader, val_loader = task.create_loaders()
+        optimizer = create_optimizer(network, recipe)
+        self.scheduler = create_scheduler(optimizer, recipe, len(train_loader))
+        self.model, self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(
+            network, optimizer, train_loader, val_loader
+        )
+        self.network: nn.Module = accelerator.unwrap_model(self.model)
+        self.ema = self._create_ema()
+        self.watch = Watch(self.network)
+
+    def run(self, resume: bool) -> dict[str, object]:
+        """Trains to the last epoch and returns the result row."""
+        self._open(resume)
+        while self.progress.epoch < self.recipe.epochs:
+            self._epoch()
+        return self._finish()
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is evaluated and saved."""
+        return self.ema.module if self.ema is not None else self.network
+
+    def _open(self, resume: bool) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.open()
+        self.accelerator.wait_for_everyone()
+        if resume:
+            self.progress = self.folder.load(self.accelerator, self._ema_network())
+            self.display.line(f"resumed after {self.progress.epoch} of {self.recipe.epochs} epochs")
+        if self.progress.step:
+            self.scheduler.step_update(self.progress.step)
+        self.accelerator.init_trackers("tensorboard")
+
+    def _epoch(self) -> None:
+        started = time.perf_counter()
+        training = self._train_epoch()
+        training_seconds = time.perf_counter() - started
+        self.watch.finish()
+        average_buffers(self.accelerator, self.network)
+        if self.ema is not None:
+            average_buffers(self.accelerator, self.ema.module)
+        validation = evaluate(self.task, self.result, self.val_loader, self.accelerator)
+        self.progress.epoch += 1
+        self.progress.training_seconds += training_seconds
+        self.progress.seconds += time.perf_counter() - started
+        self._note(training, validation)
+        self.folder.save(self.accelerator, self.result, self._ema_network(), self.progress)
+
+    def _train_epoch(self) -> dict[str, float]:
+        epoch = self.progress.epoch
+        # order and augmentation depend on seed and epoch alone, so a resumed run continues as if it had never stopped
+        random_seed((self.recipe.seed + 1_000_003 * (epoch + 1)) % 2**31, self.accelerator.process_index)
+        self.train_loader.set_epoch(epoch)
+        self.model.train()
+        self.display.start_epoch(epoch, len(self.train_loader) * self.recipe.batch_size)
+        total = torch.zeros(len(self.task.columns), device=self.accelerator.device, dtype=torch.float64)
+        images = 0
+        for batch in self.train_loader:
+            figures = self._batch(batch)
+            total += figures.sum(0)
+            images += len(figures)
+            self.display.advance(len(figures) * self.accelerator.num_processes)
+            if self.accelerator.sync_gradients and self.progress.step % self.recipe.log_interval == 0:
+                self._log(total, images)
+        self.display.end_epoch()
+        total = self.accelerator.reduce(total, "sum")
+        return dict(self.task.summarise(total, images * self.accelerator.num_processes))
+
+    def _batch(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with self.accelerator.accumulate(self.model):
+            loss, figures = self.task.loss(self.model, batch)
+            place = f"epoch {self.progress.epoch + 1}, update {self.progress.step + 1}"
+            self.watch.step(loss, lambda: self.task.loss(self.network, batch), place)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients and self.recipe.clip_grad is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            self.progress.step += 1
+            self.scheduler.step_update(self.progress.step)
+            if self.ema is not None:
+                self.ema.update(self.network, self.progress.step)
+        return figures
+
+    def _log(self, total: Tensor, images: int) -> None:
+        figures = dict(self.task.summarise(total, images))
+        figures = {"loss": figures["loss"], self.task.headline: figures[self.task.headline]}
+        self.display.show(figures)
+        values = {f"train/{name}": value for name, value in figures.items()}
+        self.accelerator.log({**values, "lr": self.optimizer.param_groups[0]["lr"]}, step=self.progress.step)
+
+    def _note(self, training: dict[str, float], validation: dict[str, float]) -> None:
+        headline = self.task.headline
+        row = {
+            "epoch": self.progress.epoch,
+            "train_loss": round(training["loss"], 5),
+            f"train_{headline}": round(training[headline], 3),
+            headline: round(validation[headline], 3),
+            "seconds": round(self.progress.seconds, 2),
+        }
+        self.progress.curve.append(row)
+        self.accelerator.log({f"validation/{name}": value for name, value in validation.items()}, step=self.progress.step)
+        self.display.line(
+            f"epoch {row['epoch']}/{self.recipe.epochs}: loss {training['loss']:.4f}, {headline} {training[headline]:.2f} % "
+            f"in training, {validation[headline]:.2f} % in evaluation, {self._speed():.0f} images/s, {row['seconds']:.0f} s"
+        )
+
+    def _speed(self) -> float:
+        images = self.progress.epoch * len(self.train_loader) * self.recipe.batch_size
+        return images / max(self.progress.training_seconds, 1e-9)
+
+    def _finish(self) -> dict[str, object]:
+        headline, curve = self.task.headline, self.progress.curve
+        row = {
+            **results.describe_run(self.recipe),
+            headline: curve[-1][headline],
+            f"best_{headline}": max(epoch[headline] for epoch in curve),
+            "train_loss": curve[-1]["train_loss"],
+            "seconds": round(self.progress.seconds, 1),
+            "images_per_second": round(self._speed(), 1),
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "processes": self.accelerator.num_processes,
+            **results.describe_machine(self.accelerator.device),
+        }
+        path = self.folder.path / "results.csv"
+        if self.accelerator.is_main_process and not path.exists():
+            results.append_row(path, row)
+        return row
+
+    def _create_ema(self) -> ModelEmaV3 | None:
+        if not self.recipe.model_ema:
+            return None
+        return ModelEmaV3(self.network, decay=self.recipe.model_ema_decay, use_warmup=self.recipe.model_ema_warmup)
+
+    def _ema_network(self) -> nn.Module | None:
+        return self.ema.module if self.ema is not None else None
+
+
+def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """timm's optimiser of the recipe."""
+    return create_optimizer_v2(
+        model,
+        opt=recipe.opt,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        filter_bias_and_bn=recipe.filter_bias_and_bn,
+    )
+
+
+def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, batches: int) -> Scheduler:
+    """timm's schedule of the recipe over all its updates, at its first value."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=recipe.sched,
+        num_epochs=recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=recipe.warmup_lr,
+        min_lr=recipe.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=math.ceil(batches / recipe.grad_accum_steps),
+    )
+    return scheduler
+
+
+def average_buffers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Makes floating-point buffers (running means, whiteners) the mean over all processes, which each saw other images."""
+    if accelerator.num_processes == 1:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(accelerator.reduce(buffer.clone(), "mean"))

@@ -1,0 +1,144 @@
+"""What a training run is about: its data, its loss, its figures. The loop knows only the protocol."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from timm_deconv import data
+from timm_deconv.errors import InputError, unknown_name
+from timm_deconv.training.recipe import Recipe
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Task(Protocol):
+    """What the loop asks. Figures of a batch are (images, columns), so that they add over batches and processes."""
+
+    columns: tuple[str, ...]
+    headline: str
+
+    def create_model(self) -> nn.Module:
+        """A fresh network."""
+
+    def create_loaders(self) -> tuple[DataLoader, DataLoader]:
+        """Training and evaluation loaders of whole batches over all processes."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The training loss (a scalar with a graph) and the figures (B, columns) without one."""
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The figures (B, columns) of a batch."""
+
+    def summarise(self, total: Tensor, images: int) -> Mapping[str, float]:
+        """Figures added up (columns,) over `images` -> named numbers, `loss` and the headline among them."""
+
+
+class Classification:
+    """Cross entropy, top-1 and top-5."""
+
+    columns = ("loss", "top1", "top5")
+    headline = "top1"
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self.recipe = recipe
+        self.normalise = Normalise(recipe.mean, recipe.std, device, recipe.channels_last)
+
+    def create_model(self) -> nn.Module:
+        return create_model(self.recipe)
+
+    def create_loaders(self) -> tuple[DataLoader, DataLoader]:
+        train, val = self._dataset(self.recipe.train_split), self._dataset(self.recipe.val_split)
+        _check_classes(train, val, self.recipe.num_classes)
+        return self._loader(train, training=True), self._loader(val, training=False)
+
+    def evaluation_loader(self) -> DataLoader:
+        """The evaluation split alone."""
+        return self._loader(self._dataset(self.recipe.val_split), training=False)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, target = batch
+        output = model(self.normalise(images))
+        losses = F.cross_entropy(output.float(), target, reduction="none", label_smoothing=self.recipe.smoothing)
+        return losses.mean(), _figures(losses.detach(), output.detach(), target)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        images, target = batch
+        output = model(self.normalise(images))
+        return _figures(F.cross_entropy(output.float(), target, reduction="none"), output, target)
+
+    def summarise(self, total: Tensor, images: int) -> Mapping[str, float]:
+        loss, top1, top5 = (total.double() / images).tolist()
+        return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
+
+    def _dataset(self, split: str) -> Dataset:
+        recipe = self.recipe
+        return data.create_dataset(
+            recipe.dataset,
+            recipe.data_dir,
+            split,
+            download=recipe.dataset_download,
+            channels=recipe.input_size[0],
+        )
+
+    def _loader(self, dataset: Dataset, training: bool) -> DataLoader:
+        recipe = self.recipe
+        transform = data.create_transform(
+            recipe.input_size,
+            augmentation=recipe.augmentation if training else "none",
+            crop_padding=recipe.crop_padding,
+            scale=recipe.scale,
+            hflip=recipe.hflip,
+            crop_pct=1.0 if training else recipe.crop_pct,
+            interpolation=recipe.interpolation,
+        )
+        return data.create_loader(
+            dataset,
+            transform,
+            batch_size=recipe.batch_size,
+            training=training,
+            workers=recipe.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class Normalise:
+    """Bytes (B, C, H, W) -> float32 of zero mean and unit deviation, as the recipe's figures have it."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, channels_last: bool):
+        self.mean, self.std = (torch.tensor(value, device=device).view(1, -1, 1, 1) * 255 for value in (mean, std))
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.memory_format)
+
+
+def create_model(recipe: Recipe) -> nn.Module:
+    """The recipe's network, freshly initialised.
+
+    Raises:
+        InputError: an unknown model, with the nearest names of `timm.list_models()`.
+    """
+    if not timm.is_model(recipe.model):
+        raise unknown_name("model", recipe.model, timm.list_models())
+    kwargs = {"num_classes": recipe.num_classes, "in_chans": recipe.input_size[0], **recipe.model_kwargs}
+    model = timm.create_model(recipe.model, **kwargs)
+    return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+def _figures(losses: Tensor, output: Tensor, target: Tensor) -> Tensor:
+    best = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
+    return torch.stack([losses.float(), best[:, 0].float(), best.any(dim=1).float()], dim=1)
+
+
+def _check_classes(train: Dataset, val: Dataset, num_classes: int) -> None:
+    names, val_names = data.class_names(train), data.class_names(val)
+    if names is not None and len(names) != num_classes:
+        raise InputError(f"num_classes={num_classes}, but the training images have {len(names)} classes")
+    if names != val_names:
+        differing = sorted(set(names or ()) ^ set(val_names or ())) or ["their order"]
+        raise InputError(f"training and evaluation images differ in their classes: {', '.join(differing[:5])}")
