@@ -1,8 +1,8 @@
 """Covariances and their inverse square roots.
 
-Coupled Newton-Schulz iteration: Ye et al., Network Deconvolution, ICLR 2020, section 4.5.3; Higham, Functions of Matrices, eq. 6.35.
-Everything is a pure function of tensors, batched over leading dimensions, differentiable, free of host synchronisation,
-and computed in float32 or better whatever the autocast mode.
+Coupled Newton-Schulz iteration: Ye et al., Network Deconvolution, ICLR 2020, section 4.5.3; Higham, Functions of
+Matrices, eq. 6.35. Everything is a pure function of tensors, batched over leading dimensions, differentiable, free
+of host synchronisation, and computed in float32 or better whatever the autocast mode.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Norm", "covariance", "full_precision", "isqrt_eigh", "isqrt_newton_schulz", "isqrt_newton_schulz_uncoupled", "shrink"]
+__all__ = [
+    "Norm",
+    "covariance",
+    "full_precision",
+    "isqrt_eigh",
+    "isqrt_newton_schulz",
+    "isqrt_newton_schulz_uncoupled",
+    "shrink",
+]
 
 Norm = Literal["frobenius", "trace"]
 
@@ -37,8 +45,8 @@ def covariance(rows: Tensor, *, centred: bool = True) -> tuple[Tensor, Tensor]:
 def shrink(cov: Tensor, share: float) -> Tensor:
     """Shrink covariances (..., F, F) towards their mean variance: (1 - share) cov + share tr(cov)/F I.
 
-    The estimate of a covariance from fewer rows than features is singular; shrinking keeps its inverse root of ordinary size
-    (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004).
+    The estimate of a covariance from fewer rows than features is singular; shrinking keeps its inverse root of
+    ordinary size (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004).
     """
     variance = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return (1 - share) * cov + share * variance * _eye_like(cov)
@@ -47,17 +55,18 @@ def shrink(cov: Tensor, share: float) -> Tensor:
 def isqrt_newton_schulz(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") -> Tensor:
     """Approximate inverse square root of symmetric positive definite matrices, by coupled Newton-Schulz steps.
 
-    With A = cov / ||cov||, Y = A and Z = I, a step is T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z; the result is Z / sqrt(||cov||).
-    It converges while ||I - A|| < 1, true for every symmetric positive definite matrix under either norm.
+    With A = cov / ||cov||, Y = A and Z = I, a step is T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z; the result is
+    Z / sqrt(||cov||). It converges while ||I - A|| < 1, true for every symmetric positive definite matrix, either norm.
 
     Args:
         cov: (..., F, F), any floating dtype; computed in float32 or better.
-        n_iter: coupled steps; together they cost 3 (n_iter - 1) F x F products, as the first step multiplies by the identity and
-            the last needs no Y.
+        n_iter: coupled steps; together they cost 3 (n_iter - 1) F x F products, as the first step multiplies by the
+            identity and the last needs no Y.
         norm: 'frobenius' (published) or 'trace'.
 
     Returns:
-        (..., F, F), the dtype of the computation. An eigenvalue much smaller than ||cov|| is amplified by at most 1.5 ** n_iter.
+        (..., F, F), the dtype of the computation. An eigenvalue much smaller than ||cov|| is amplified by at most
+        1.5 ** n_iter.
 
     Raises:
         ValueError: n_iter < 1, an unknown norm, or the last two dimensions differ.
@@ -98,7 +107,8 @@ def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "fr
 def isqrt_eigh(cov: Tensor) -> Tensor:
     """Exact inverse square root of symmetric positive definite matrices (..., F, F) by eigendecomposition: the oracle.
 
-    Returns float32 or better; not finite where a matrix is singular. Its gradient is undefined for repeated eigenvalues.
+    Returns float32 or better; not finite where a matrix is singular. Its gradient is undefined for repeated
+    eigenvalues.
     """
     _check_square(cov)
     with full_precision(cov):

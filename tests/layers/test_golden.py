@@ -1,4 +1,4 @@
-"""The layers give the published method's numbers: outputs, all gradients, running statistics over steps, freezing, evaluation."""
+"""The layers give the published numbers: outputs, gradients, running statistics, freezing, evaluation."""
 
 import pytest
 import torch

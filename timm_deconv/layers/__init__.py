@@ -5,5 +5,16 @@ from .channel import ChannelDeconv
 from .config import PRESETS, DeconvCfg, preset
 from .conv import Deconv2d
 from .linear import DeconvLinear
+from .same import Conv2dSame, Deconv2dSame
 
-__all__ = ["PRESETS", "ChannelDeconv", "Deconv2d", "DeconvCfg", "DeconvLinear", "WhiteningMixin", "preset"]
+__all__ = [
+    "PRESETS",
+    "ChannelDeconv",
+    "Conv2dSame",
+    "Deconv2d",
+    "Deconv2dSame",
+    "DeconvCfg",
+    "DeconvLinear",
+    "WhiteningMixin",
+    "preset",
+]

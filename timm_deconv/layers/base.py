@@ -1,4 +1,5 @@
-"""What the whitening layers with a weight have in common: statistics, freezing, and the folded weight kept in evaluation."""
+"""What the whitening layers with a weight have in common: statistics, freezing, and the folded weight kept in
+evaluation."""
 
 from abc import abstractmethod
 from typing import Any
@@ -14,6 +15,8 @@ from .whitening import fold, whitening_statistics
 __all__ = ["WhiteningMixin", "in_recomputation"]
 
 Folded = tuple[Tensor, Tensor]
+Source = list[tuple[Tensor, int, int]]
+"""Tensors with their version and address: equal while nothing was written to or moved."""
 
 
 class WhiteningMixin(nn.Module):
@@ -23,19 +26,21 @@ class WhiteningMixin(nn.Module):
         running_mean: (S F,), zeros at first.
         running_deconv: the running average of the whitener, (F, F) if S = 1, else (S, F, F); identity at first.
         num_batches_tracked: int64 (); training forwards so far. Decides freezing.
-        saw_nonfinite: bool (), not in the state dict; set once a batch's statistics were not finite. Such a batch leaves the
-            running values as they were.
+        saw_nonfinite: bool (), not in the state dict; set once a batch's statistics were not finite. Such a batch
+            leaves the running values as they were.
 
     In evaluation the folded weight is kept while no parameter or buffer changes. Writes through `.data` are not seen.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     running_mean: Tensor
     running_deconv: Tensor
     num_batches_tracked: Tensor
     saw_nonfinite: Tensor
     partition: Partition
+    _kept: tuple[Source, Folded] | None
+    _counted: tuple[Tensor, int, int] | None
 
     @abstractmethod
     def rows(self, input: Tensor) -> Tensor:
@@ -61,27 +66,30 @@ class WhiteningMixin(nn.Module):
 
     def _init_statistics(self, cfg: DeconvCfg, partition: Partition) -> None:
         self.cfg: DeconvCfg = cfg
-        self.partition: Partition = partition
+        self.partition = partition
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         eye = torch.eye(partition.features, **factory)
         sets, features = partition.sets, partition.features
         self.register_buffer("running_mean", torch.zeros(sets * features, **factory))
         self.register_buffer("running_deconv", eye if partition.groups == sets == 1 else eye.repeat(sets, 1, 1))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=self.weight.device))
-        self.register_buffer("saw_nonfinite", torch.zeros((), dtype=torch.bool, device=self.weight.device), persistent=False)
+        nothing_seen = torch.zeros((), dtype=torch.bool, device=self.weight.device)
+        self.register_buffer("saw_nonfinite", nothing_seen, persistent=False)
+        counter = self.num_batches_tracked
+        self._counted = None if counter.is_inference() else (counter, counter._version, 0)
         self._forget()
 
     def _adopt(self, source: "nn.Conv2d | nn.Linear") -> None:
-        """Take over the parameters and the mode of a plain layer; a missing bias becomes zeros, the statistics start anew."""
-        bias = source.bias
+        """Take over a plain layer's parameters and mode; a missing bias becomes zeros, the statistics start anew."""
+        weight, bias = source.weight, source.bias
         if bias is None:
-            bias = nn.Parameter(source.weight.new_zeros(source.weight.shape[0]), requires_grad=source.weight.requires_grad)
-        self.weight, self.bias = source.weight, bias
+            bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
+        self.weight, self.bias = weight, bias
         self._init_statistics(self.cfg, self.partition)
         self.train(source.training)
 
     def _whitened(self, input: Tensor) -> Folded:
-        """Weight and bias for this input: live statistics in training, running ones in evaluation or for an empty input."""
+        """Weight and bias for this input: live statistics in training, else and for an empty input running ones."""
         if self.training and input.numel():
             with full_precision(input):
                 mean, whitener = self._training_statistics(input)
@@ -101,7 +109,8 @@ class WhiteningMixin(nn.Module):
                 self._track(mean.detach(), whitener.detach(), frozen)
             if isinstance(frozen, Tensor):
                 running_mean, running_whitener = self._running_values()
-                mean, whitener = torch.where(frozen, running_mean, mean), torch.where(frozen, running_whitener, whitener)
+                mean = torch.where(frozen, running_mean, mean)
+                whitener = torch.where(frozen, running_whitener, whitener)
         if not recomputing:
             self._count_forward()
         return mean, whitener
@@ -175,9 +184,10 @@ class WhiteningMixin(nn.Module):
                 self._kept = (source, self.folded())
         return self._kept[1]
 
-    def _fold_source(self) -> list[tuple[Tensor, int, int]] | None:
-        """What the kept fold depends on; None where keeping it would be wrong: gradients, tracing, tensors without a version."""
-        tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_deconv) if t is not None]
+    def _fold_source(self) -> Source | None:
+        """What the kept fold depends on; None where keeping it is wrong: gradients, tracing, no version."""
+        sources = (self.weight, self.bias, self.running_mean, self.running_deconv)
+        tensors = [tensor for tensor in sources if tensor is not None]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if needs_grad or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
             return None
@@ -187,8 +197,7 @@ class WhiteningMixin(nn.Module):
             return None
 
     def _forget(self) -> None:
-        self._kept: tuple[list[tuple[Tensor, int, int]], Folded] | None = None
-        self._counted: tuple[Tensor, int, int] | None = None
+        self._kept = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> "WhiteningMixin":
         self._forget()
@@ -210,5 +219,5 @@ def in_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _same(kept: list[tuple[Tensor, int, int]], source: list[tuple[Tensor, int, int]]) -> bool:
+def _same(kept: Source, source: Source) -> bool:
     return all(a is b and va == vb and pa == pb for (a, va, pa), (b, vb, pb) in zip(kept, source, strict=True))

@@ -1,4 +1,5 @@
-"""ChannelDeconv: whitens activations themselves (published beside the deconvolution layers, for use in front of the global pooling)."""
+"""ChannelDeconv: whitens activations themselves (published beside the deconvolution layers, for use in front of the
+global pooling)."""
 
 from typing import Any
 
@@ -16,19 +17,21 @@ PUBLISHED = DeconvCfg(eps=1e-2)
 
 
 class ChannelDeconv(nn.Module):
-    """Whiten the first floor(C / B) * B channels in B rows, and normalise the remaining ones together by one mean and variance.
+    """Whiten the first floor(C / B) * B channels in B rows, and normalise the remaining ones together by one mean
+    and variance.
 
-    Row i of the whitened part holds channels i q ... (i + 1) q - 1 with q = floor(C / B), so that q channels share an axis.
-    The remaining channels of an image form one list. There is no weight. Running averages take the first training batch outright.
+    Row i of the whitened part holds channels i q ... (i + 1) q - 1 with q = floor(C / B), so that q channels share
+    an axis. The remaining channels of an image form one list. There is no weight. Running averages take the first
+    training batch outright.
 
     Args:
         num_features: C; None takes it from each input, as the published layer does, but such a layer cannot be fused.
-        cfg: how to whiten; `block` is B. Default: the published block 64, eps 1e-2. The second moment is centred only with
-            `cfg.centred`. Layout, freezing, grid and min_rows do not apply.
+        cfg: how to whiten; `block` is B. Default: the published block 64, eps 1e-2. The second moment is centred
+            only with `cfg.centred`. Layout, freezing, grid and min_rows do not apply.
 
     Shape:
-        (N, C) or (N, C, H, W) -> the same. Images are sampled at every sampling_stride^2-th position if they are at least
-        sampling_stride high and wide.
+        (N, C) or (N, C, H, W) -> the same. Images are sampled at every sampling_stride^2-th position if they are at
+        least sampling_stride high and wide.
     """
 
     running_mean1: Tensor
@@ -77,7 +80,9 @@ class ChannelDeconv(nn.Module):
             ValueError: the number of channels is not known.
         """
         if self.num_features is None:
-            raise ValueError("ChannelDeconv() without num_features cannot be fused: construct it with the number of channels")
+            raise ValueError(
+                "ChannelDeconv() without num_features cannot be fused: construct it with the number of channels"
+            )
         channels = self.num_features
         with torch.no_grad():
             basis = torch.eye(channels, device=self.running_deconv.device, dtype=self.running_deconv.dtype)

@@ -1,11 +1,10 @@
-"""The published class and argument names, for projects that carry a copy of the published `deconv.py`: change one import.
+"""The published class and argument names, for projects that carry a copy of the published `deconv.py`: change one
+import.
 
     from timm_deconv.layers.compat import FastDeconv, Delinear, ChannelDeconv
 
 State dicts are the published ones; the freeze counter, which those lack, starts at 0.
 """
-
-from typing import Any
 
 from . import channel, conv, linear
 from .config import DeconvCfg
@@ -73,4 +72,3 @@ class ChannelDeconv(channel.ChannelDeconv):
     ) -> None:
         cfg = DeconvCfg(block=block, eps=eps, n_iter=n_iter, momentum=momentum, sampling_stride=sampling_stride)
         super().__init__(cfg=cfg)
-

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from ..errors import unknown_name
+from ..errors import InputError, unknown_name
 
 __all__ = ["PRESETS", "DeconvCfg", "Layout", "preset"]
 
@@ -14,11 +14,13 @@ Layout = Literal["interleaved", "window", "flat"]
 
 @dataclass(frozen=True, kw_only=True)
 class DeconvCfg:
-    """How a layer whitens its input. The defaults are the published settings (Ye et al., ICLR 2020, section 4 and released code).
+    """How a layer whitens its input. The defaults are the published settings (Ye et al., ICLR 2020, section 4 and
+    released code).
 
     Attributes:
-        block: channels whitened together (features, in linear layers). A block that does not divide the channels falls back to
-            their greatest common divisor; a larger one to all channels. Grouped convolutions whiten each group as one block.
+        block: channels whitened together (features, in linear layers). A block that does not divide the channels
+            falls back to their greatest common divisor; a larger one to all channels. Grouped convolutions whiten
+            each group as one block.
         layout: which features of a convolution stand in a block together.
             'interleaved': every Q-th column of the unfolded windows, Q = channels / block (published);
             'window': the whole windows of `block` neighbouring channels;
@@ -27,19 +29,22 @@ class DeconvCfg:
         eps: added to the diagonal of the covariance.
         n_iter: coupled Newton-Schulz steps; fewer whiten less (see `timm_deconv.linalg`).
         momentum: weight of the newest batch in the running mean and whitener, in (0, 1].
-        start_corrected: weigh the first batches so that running values do not lean towards the initial mean 0 and whitener I.
+        start_corrected: weigh the first batches so that running values do not lean towards the initial mean 0 and
+            whitener I.
         sampling_stride: spacing of the sampled windows, multiplied by the convolution's own stride.
-        grid: sample 1x1 convolutions on a two-dimensional grid as larger kernels are, instead of every n-th pixel of the batch.
-        min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more densely, and
-            what is still missing is made up for by shrinking the covariance towards its mean variance. 0 switches it off.
+        grid: sample 1x1 convolutions on a two-dimensional grid as larger kernels are, instead of every n-th pixel of
+            the batch.
+        min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more
+            densely, and what is still missing is made up for by shrinking the covariance towards its mean variance.
+            0 switches it off.
         freeze: use the running values, detached, after freeze_iter + 1 training forwards.
         freeze_iter: see `freeze`.
-        thaw: a frozen layer is live again for freeze_iter + 1 forwards out of every 10 * freeze_iter (published); False freezes
-            it for good.
+        thaw: a frozen layer is live again for freeze_iter + 1 forwards out of every 10 * freeze_iter (published);
+            False freezes it for good.
         centred: `ChannelDeconv` only: centre the second moment (published: not centred).
 
     Raises:
-        ValueError: a value of the wrong type or out of range.
+        InputError: a value of the wrong type or out of range.
     """
 
     block: int = 64
@@ -86,14 +91,14 @@ class DeconvCfg:
 
 def preset(name: str) -> DeconvCfg:
     """The configuration called `name`; an unknown name is an error that lists the known ones."""
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
+    if not isinstance(name, str) or name not in PRESETS:
+        raise unknown_name("preset", str(name), PRESETS)
     return PRESETS[name]
 
 
 def _check(name: str, value: Any, valid: Any, wanted: str) -> None:
     if not valid(value):
-        raise ValueError(f"{name}={value!r}: must be {wanted}")
+        raise InputError(f"{name}={value!r}: must be {wanted}")
 
 
 def _is_positive_int(value: Any) -> bool:

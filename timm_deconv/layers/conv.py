@@ -1,6 +1,6 @@
 """Deconv2d: a convolution that whitens its input windows (Ye et al., Network Deconvolution, ICLR 2020)."""
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,26 @@ __all__ = ["Deconv2d"]
 
 
 class Deconv2d(WhiteningMixin, nn.Conv2d):
-    """`nn.Conv2d` of whitened input windows: conv(D (x - mu)), computed as one plain convolution with folded weight and bias.
+    """`nn.Conv2d` of whitened input windows: conv(D (x - mu)), computed as one plain convolution with folded weight
+    and bias.
 
-    In training mu and D come from windows sampled from the batch, and gradients flow through both; running averages are kept for
-    evaluation. All arguments of `nn.Conv2d` mean what they mean there. Whitening is not a transposed convolution.
+    In training mu and D come from windows sampled from the batch, and gradients flow through both; running averages
+    are kept for evaluation. All arguments of `nn.Conv2d` mean what they mean there. Whitening is not a transposed
+    convolution.
 
     Args:
         cfg: how to whiten; the published settings by default.
 
     Shape:
-        (N, Cin, H, W) or (Cin, H, W) -> (N, Cout, H', W') or (Cout, H', W'), as in `nn.Conv2d`. An empty batch gives an empty output
-        and leaves the statistics alone. Under autocast the statistics stay in float32 and the output has the autocast dtype.
+        (N, Cin, H, W) or (Cin, H, W) -> (N, Cout, H', W') or (Cout, H', W'), as in `nn.Conv2d`. An empty batch gives
+        an empty output and leaves the statistics alone. Under autocast the statistics stay in float32 and the output
+        has the autocast dtype.
 
     Raises:
         ValueError: an argument or input that makes no sense; the message says which.
     """
+
+    plain = nn.Conv2d
 
     def __init__(
         self,
@@ -40,13 +45,14 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
         cfg: DeconvCfg | None = None,
     ) -> None:
-        _check_positive(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, dilation=dilation)
+        _check_positive(in_channels=in_channels, out_channels=out_channels)
+        _check_positive(kernel_size=kernel_size, stride=stride, dilation=dilation)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
@@ -75,6 +81,9 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._whitened_conv(input)
+
+    def _whitened_conv(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             if self.training:
                 raise RuntimeError("a scripted whitening layer only evaluates: call eval() before torch.jit.script")
@@ -94,7 +103,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         """The plain convolution that does in evaluation what this layer does; the layer itself is left as it is."""
         weight, bias = self.folded()
         plain = nn.utils.skip_init(
-            nn.Conv2d,
+            self.plain,
             self.in_channels,
             self.out_channels,
             self.kernel_size,
@@ -113,13 +122,14 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     def _check_input(self, input: Tensor) -> None:
         if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ValueError(
-                f"input of shape {tuple(input.shape)}: expected (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)"
+                f"input of shape {tuple(input.shape)}: expected (N, {self.in_channels}, H, W)"
+                f" or ({self.in_channels}, H, W)"
             )
         size = (input.shape[-2], input.shape[-1])
-        if input.numel() and not self.window.count(size, (1, 1)):
+        if input.numel() and not self.window.windows(size, (1, 1)):
             raise ValueError(
-                f"input of {size[0]}x{size[1]} pixels: smaller than the kernel {self.kernel_size} with dilation {self.dilation}"
-                f" and padding {self.padding!r}; use larger images or more padding"
+                f"input of {size[0]}x{size[1]} pixels: smaller than the kernel {self.kernel_size} with dilation"
+                f" {self.dilation} and padding {self.padding!r}; use larger images or more padding"
             )
 
 

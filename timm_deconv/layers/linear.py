@@ -14,11 +14,12 @@ from .whitening import fold, linear_rows
 __all__ = ["DeconvLinear"]
 
 
-class DeconvLinear(WhiteningMixin, nn.Linear):
-    """`nn.Linear` of whitened input features, in runs of `cfg.block` contiguous ones that share one mean and covariance.
+class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch declares that there always is a bias
+    """`nn.Linear` of whitened input features, in runs of `cfg.block` contiguous ones that share one mean and
+    covariance.
 
-    Every feature vector of the batch is a sample. Freezing, running averages and regularisation as in `Deconv2d`; the layout and
-    sampling options do not apply.
+    Every feature vector of the batch is a sample. Freezing, running averages and regularisation as in `Deconv2d`;
+    the layout and sampling options do not apply.
 
     Args:
         cfg: how to whiten; by default the published settings with blocks of 512 features.

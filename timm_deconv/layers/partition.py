@@ -1,8 +1,8 @@
 """How the features of a layer's windows are divided into blocks that are whitened together.
 
-A window has K = channels * kernel positions features, channel-major as `F.unfold` lays them out. They form P blocks of F features.
-The blocks share S sets of statistics: one for all (S = 1), or one each (S = P; always so in grouped convolutions, a group being a block).
-All functions are rearrangements; TorchScript can compile them.
+A window has K = channels * kernel positions features, channel-major as `F.unfold` lays them out. They form P blocks of
+F features. The blocks share S sets of statistics: one for all (S = 1), or one each (S = P; always so in grouped
+convolutions, a group being a block). All functions are rearrangements; TorchScript can compile them.
 """
 
 import math
@@ -12,11 +12,20 @@ from torch import Tensor
 
 from .config import DeconvCfg
 
-__all__ = ["Partition", "effective_block", "partition_conv", "partition_linear", "split_rows", "split_weight", "sum_shift", "unsplit_weight"]
+__all__ = [
+    "Partition",
+    "effective_block",
+    "partition_conv",
+    "partition_linear",
+    "split_rows",
+    "split_weight",
+    "sum_shift",
+    "unsplit_weight",
+]
 
 
 class Partition(NamedTuple):
-    """P `blocks` of F `features`; `interleaved`: block j holds the features congruent to j modulo P; `shared`: S = 1."""
+    """P `blocks` of F `features`; `interleaved`: block j holds the features j modulo P; `shared`: S = 1."""
 
     blocks: int
     features: int
@@ -31,7 +40,7 @@ class Partition(NamedTuple):
 
 
 def effective_block(channels: int, block: int) -> int:
-    """The published rule: all channels if the block is larger, their greatest common divisor if it does not divide them."""
+    """The published rule: all channels if the block is larger, their greatest common divisor if it does not divide."""
     return channels if block > channels else math.gcd(block, channels)
 
 
@@ -40,7 +49,10 @@ def partition_conv(in_channels: int, positions: int, groups: int, cfg: DeconvCfg
     if groups > 1:
         return Partition(groups, in_channels // groups * positions, False, False, groups)
     width = in_channels * positions
-    features = effective_block(width, cfg.block) if cfg.layout == "flat" else positions * effective_block(in_channels, cfg.block)
+    if cfg.layout == "flat":
+        features = effective_block(width, cfg.block)
+    else:
+        features = positions * effective_block(in_channels, cfg.block)
     blocks = width // features
     return Partition(blocks, features, cfg.layout == "interleaved", not cfg.per_block or blocks == 1, 1)
 
@@ -74,10 +86,7 @@ def unsplit_weight(rows: Tensor, shape: list[int], partition: Partition) -> Tens
     """The inverse of `split_weight`: (S, N, F) -> a weight of the given shape."""
     if partition.groups > 1:
         return rows.reshape(shape)
-    if partition.shared:
-        blocks = rows.reshape(shape[0], partition.blocks, partition.features)
-    else:
-        blocks = rows.transpose(0, 1)
+    blocks = rows.reshape(shape[0], -1, partition.features) if partition.shared else rows.transpose(0, 1)
     if partition.interleaved:
         blocks = blocks.transpose(1, 2)
     return blocks.reshape(shape)

@@ -1,7 +1,8 @@
 """Whitening as pure functions: sampled rows of the input -> moments -> whitener -> folded weight and bias.
 
-Ye et al., Network Deconvolution, ICLR 2020, sections 3 and 4 (algorithm 1): with the mean mu of the input windows and the approximate
-inverse root D of their covariance, conv(D (x - mu)) = conv'(x) with weight w D and bias b - w D mu. Gradients flow through mu and D.
+Ye et al., Network Deconvolution, ICLR 2020, sections 3 and 4 (algorithm 1): with the mean mu of the input windows
+and the approximate inverse root D of their covariance, conv(D (x - mu)) = conv'(x) with weight w D and bias b - w D
+mu. Gradients flow through mu and D.
 """
 
 import math
@@ -31,10 +32,12 @@ class Window(NamedTuple):
     def pointwise(self) -> bool:
         return self.kernel_size == (1, 1)
 
-    def count(self, size: tuple[int, int], step: tuple[int, int]) -> int:
+    def windows(self, size: tuple[int, int], step: tuple[int, int]) -> int:
         """Number of windows in an image of (height, width) at a spacing of `step`; not positive if none fits."""
         rows, cols = (
-            (size[i] + self.pads[2 - 2 * i] + self.pads[3 - 2 * i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // step[i] + 1
+            (size[i] + self.pads[2 - 2 * i] + self.pads[3 - 2 * i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
+            // step[i]
+            + 1
             for i in (0, 1)
         )
         return rows * cols if min(rows, cols) > 0 else 0
@@ -43,7 +46,8 @@ class Window(NamedTuple):
 def window_rows(x: Tensor, window: Window, partition: Partition, cfg: DeconvCfg) -> Tensor:
     """Sampled windows of images (N, C, H, W) as rows (S, R, F), zero padding counted as data.
 
-    1x1 windows are the pixels of the batch as one flat list, every (sampling stride * stride)^2-th of them, unless `cfg.grid`.
+    1x1 windows are the pixels of the batch as one flat list, every (sampling stride * stride)^2-th of them, unless
+    `cfg.grid`.
     """
     stride = _sampling_stride(x, window, partition, cfg)
     step = (stride * window.stride[0], stride * window.stride[1])
@@ -71,7 +75,7 @@ def whitening_statistics(rows: Tensor, cfg: DeconvCfg) -> tuple[Tensor, Tensor]:
 
 
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
-    """Approximate inverse root of covariances (..., F, F) estimated from a number of samples, regularised as configured."""
+    """Approximate inverse root of covariances (..., F, F) estimated from `samples` rows, regularised as configured."""
     wanted = cfg.min_rows * cov.shape[-1]
     if samples < wanted:
         cov = shrink(cov, 1 - samples / wanted)
@@ -79,7 +83,9 @@ def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
     return isqrt_newton_schulz(cov + cfg.eps * eye, cfg.n_iter)
 
 
-def fold(weight: Tensor, bias: Tensor | None, mean: Tensor, whitener: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+def fold(
+    weight: Tensor, bias: Tensor | None, mean: Tensor, whitener: Tensor, partition: Partition
+) -> tuple[Tensor, Tensor]:
     """Weight w D and bias b - w D mu of the plain layer that does the whitened layer's work (paper, algorithm 1).
 
     Args:
@@ -94,7 +100,7 @@ def fold(weight: Tensor, bias: Tensor | None, mean: Tensor, whitener: Tensor, pa
     dtype = torch.promote_types(weight.dtype, whitener.dtype)
     rows = split_weight(weight.to(dtype), partition) @ whitener.to(dtype).reshape(-1, features, features)
     shift = sum_shift((rows @ mean.to(dtype).reshape(-1, features, 1)).squeeze(-1), partition)
-    folded = unsplit_weight(rows, weight.shape, partition).to(weight.dtype)
+    folded = unsplit_weight(rows, list(weight.shape), partition).to(weight.dtype)
     return folded, (-shift if bias is None else bias - shift).to(weight.dtype)
 
 
@@ -106,7 +112,7 @@ def _sampling_stride(x: Tensor, window: Window, partition: Partition, cfg: Decon
         if window.pointwise and not cfg.grid:
             windows = math.ceil(x.shape[0] * x.shape[2] * x.shape[3] / (step[0] * step[1]))
         else:
-            windows = x.shape[0] * window.count((x.shape[2], x.shape[3]), step)
+            windows = x.shape[0] * window.windows((x.shape[2], x.shape[3]), step)
         if windows * per_window >= cfg.min_rows * partition.features:
             return stride
     return 1

@@ -1,0 +1,86 @@
+"""DeconvLinear whitens runs of features; ChannelDeconv whitens activations; both evaluate and fuse to the same."""
+
+import pytest
+import torch
+from torch import nn
+
+from timm_deconv.layers import ChannelDeconv, DeconvCfg, DeconvLinear, compat
+
+
+def test_linear_output_is_that_of_exactly_whitened_features() -> None:
+    layer = DeconvLinear(6, 4, dtype=torch.float64, cfg=DeconvCfg(n_iter=40, eps=1e-9))
+    x = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 2
+    deviations = x - x.mean(0)
+    values, vectors = torch.linalg.eigh(deviations.T @ deviations / len(x))
+    whitened = deviations @ (vectors * values.rsqrt()) @ vectors.T
+    torch.testing.assert_close(layer(x), whitened @ layer.weight.T + layer.bias, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_layers_take_any_leading_dimensions() -> None:
+    layer = DeconvLinear(6, 4)
+    x = torch.randn(3, 5, 6)
+    torch.testing.assert_close(layer(x).flatten(0, 1), layer(x.flatten(0, 1)))
+    assert layer(torch.zeros(0, 6)).shape == (0, 4)
+    with pytest.raises(ValueError, match=r"input of shape \(3, 5\): expected \(..., 6\)"):
+        layer(torch.zeros(3, 5))
+
+
+def test_fused_linear_layer_equals_the_evaluating_one() -> None:
+    layer = DeconvLinear(16, 4, bias=False, cfg=DeconvCfg(block=4))
+    layer(3 * torch.randn(64, 16) + 1)
+    layer.eval()
+    plain = layer.fuse()
+    x = torch.randn(8, 16)
+    assert type(plain) is nn.Linear
+    torch.testing.assert_close(plain(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "block"), [(8, 4), (10, 4), (3, 8)])
+def test_fused_channel_whitening_equals_the_evaluating_one(channels: int, block: int) -> None:
+    layer = ChannelDeconv(channels, cfg=DeconvCfg(block=block, eps=1e-2))
+    x = torch.randn(6, channels, 7, 7) * torch.rand(channels, 1, 1) + 1
+    for _ in range(2):
+        layer(x)
+    plain = layer.fuse()
+    assert layer.training and plain.training
+    layer.eval()
+    torch.testing.assert_close(plain(x), layer(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.fuse(spatial=False)(x[:, :, 0, 0]), layer(x[:, :, 0, 0]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_centred_moment_whitens_activations_with_a_mean() -> None:
+    x = 5 + torch.randn(64, 4, 8, 8, dtype=torch.float64)
+    centred = ChannelDeconv(4, dtype=torch.float64, cfg=DeconvCfg(block=4, centred=True, n_iter=15, sampling_stride=1))
+    published = ChannelDeconv(4, dtype=torch.float64, cfg=DeconvCfg(block=4, n_iter=15, sampling_stride=1))
+    cov = torch.cov(centred(x).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(cov, torch.eye(4, dtype=torch.float64), rtol=1e-2, atol=1e-2)
+    assert torch.cov(published(x).transpose(0, 1).flatten(1)).trace() < 3.2
+
+
+def test_channel_whitening_refuses_other_channels_and_ranks() -> None:
+    layer = ChannelDeconv(4, cfg=DeconvCfg(block=2))
+    for shape in ((2, 5), (2, 5, 3, 3), (2, 4, 3)):
+        with pytest.raises(ValueError, match=r"expected \(N, 4\) or \(N, 4, H, W\)"):
+            layer(torch.zeros(shape))
+    with pytest.raises(ValueError, match="without num_features cannot be fused"):
+        compat.ChannelDeconv(4).fuse()
+
+
+def test_published_state_dicts_load_as_they_are() -> None:
+    layer = compat.FastDeconv(8, 4, 3, padding=1, block=4)
+    published = {
+        name: torch.rand_like(value) for name, value in layer.state_dict().items() if value.is_floating_point()
+    }
+    assert set(published) == {"weight", "bias", "running_mean", "running_deconv"}
+    layer.num_batches_tracked.fill_(7)
+    layer.load_state_dict(published)
+    assert layer.num_batches_tracked == 0
+    torch.testing.assert_close(layer.running_deconv, published["running_deconv"])
+    channel = compat.ChannelDeconv(4)
+    assert list(channel.state_dict()) == [
+        "running_mean1",
+        "running_deconv",
+        "running_mean2",
+        "running_var",
+        "num_batches_tracked",
+    ]

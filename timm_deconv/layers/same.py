@@ -1,0 +1,46 @@
+"""TensorFlow's 'SAME' padding: as many outputs as strides fit into the input, whatever its size.
+
+timm keeps it for weights that come from TensorFlow. How much is padded depends on the input's size, and an odd pixel goes
+to the bottom and right, so that the numbers of `nn.Conv2d` cannot say it.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .conv import Deconv2d
+
+__all__ = ["Conv2dSame", "Deconv2dSame", "pad_same"]
+
+
+class Conv2dSame(nn.Conv2d):
+    """`nn.Conv2d` that pads its input so that (N, Cin, H, W) -> (N, Cout, ceil(H / stride), ceil(W / stride))."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self._padded(input), self.weight, self.bias)
+
+    def _padded(self, input: Tensor) -> Tensor:
+        return pad_same(input, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+
+
+class Deconv2dSame(Deconv2d):
+    """`Deconv2d` that pads its input first: (N, Cin, H, W) -> (N, Cout, ceil(H / stride), ceil(W / stride)).
+
+    The statistics see the padded windows, as the convolution does.
+    """
+
+    plain = Conv2dSame
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._whitened_conv(pad_same(input, self.kernel_size, self.stride, self.dilation))  # type: ignore[arg-type]
+
+
+def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+    """(..., H, W) with zeros around it, the odd one at the end, so that ceil(H / stride) windows fit; likewise W."""
+    rows = _missing(x.shape[-2], kernel_size[0], stride[0], dilation[0])
+    cols = _missing(x.shape[-1], kernel_size[1], stride[1], dilation[1])
+    return F.pad(x, [cols // 2, cols - cols // 2, rows // 2, rows - rows // 2])
+
+
+def _missing(size: int, kernel: int, stride: int, dilation: int) -> int:
+    outputs = (size + stride - 1) // stride
+    return max((outputs - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
