@@ -6,9 +6,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden_files import golden_folder, relative_error, tolerance
-from timm_deconv.linalg import covariance, isqrt_eigh, isqrt_newton_schulz, isqrt_newton_schulz_uncoupled, shrink
+from timm_deconv.linalg import (
+    covariance,
+    isqrt_backward,
+    isqrt_eigh,
+    isqrt_newton_schulz,
+    isqrt_newton_schulz_uncoupled,
+    isqrt_with_iterates,
+    shrink,
+)
 
 INDEX = json.loads((golden_folder() / "isqrt" / "index.json").read_text())
 CASES = load_file(golden_folder() / "isqrt" / "cases.safetensors")
@@ -99,13 +108,26 @@ def test_shrinking_moves_eigenvalues_towards_their_mean() -> None:
     torch.testing.assert_close(shrink(cov, 0.25), torch.diag(torch.tensor([3.5, 0.5])))
 
 
-def test_steps_cost_the_products_that_are_stated() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cov = torch.eye(10)
+@pytest.mark.parametrize(("n_iter", "backward"), [(1, 0), (3, 8), (5, 16)])
+def test_steps_cost_the_products_that_are_stated(n_iter: int, backward: int) -> None:
+    cov = torch.eye(10).unsqueeze(0)
     with FlopCounterMode(display=False) as counter:
-        isqrt_newton_schulz(cov, 5)
-    assert counter.get_total_flops() == 12 * 2 * 10**3
+        root, saved = isqrt_with_iterates(cov, n_iter)
+    assert counter.get_total_flops() == 3 * (n_iter - 1) * 2 * 10**3
+    with FlopCounterMode(display=False) as counter:
+        isqrt_backward(root, saved)
+    assert counter.get_total_flops() == backward * 2 * 10**3
+
+
+@pytest.mark.parametrize("n_iter", [1, 2, 5, 6, 7, 15])
+@pytest.mark.parametrize("matrix", ["random24", "photo27", "condition1e6_32"])
+def test_the_root_is_differentiated_by_hand_as_by_the_chain_rule(matrix: str, n_iter: int) -> None:
+    cov = CASES[f"{matrix}.covariance"].unsqueeze(0).requires_grad_()
+    cotangent = CASES[f"{matrix}.cotangent"].unsqueeze(0)
+    (expected,) = torch.autograd.grad(isqrt_newton_schulz(cov, n_iter), cov, cotangent)
+    root, saved = isqrt_with_iterates(cov.detach(), n_iter)
+    assert torch.equal(root, isqrt_newton_schulz(cov.detach(), n_iter))
+    assert relative_error(isqrt_backward(cotangent, saved), (expected + expected.mT) / 2) < 1e-7
 
 
 @pytest.mark.parametrize("root", [isqrt_newton_schulz, isqrt_newton_schulz_uncoupled])

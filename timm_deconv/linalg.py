@@ -76,14 +76,82 @@ def isqrt_newton_schulz(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") 
     with full_precision(cov):
         cov = _promote(cov)
         scale = _norm(cov, norm)
-        y = (cov / scale).reshape(-1, *cov.shape[-2:])
-        eye = _eye_like(y)
-        z = t = 1.5 * eye - 0.5 * y
-        for _ in range(n_iter - 1):
-            y = y @ t
-            t = torch.baddbmm(eye.expand_as(y), z, y, beta=1.5, alpha=-0.5)
-            z = t @ z
-        return z.reshape(cov.shape) / scale.sqrt()
+        *_, root = _coupled_iterates((cov / scale).reshape(-1, *cov.shape[-2:]), n_iter)
+        return root.reshape(cov.shape) / scale.sqrt()
+
+
+def isqrt_with_iterates(cov: Tensor, n_iter: int) -> tuple[Tensor, list[Tensor]]:
+    """`isqrt_newton_schulz` of (B, F, F) in the Frobenius norm, with what `isqrt_backward` needs of it."""
+    scale = _norm(cov, "frobenius")
+    *iterates, root = _coupled_iterates(cov / scale, n_iter)
+    return root / scale.sqrt(), [scale, root, *iterates]
+
+
+def isqrt_backward(grad: Tensor, saved: list[Tensor]) -> Tensor:
+    """Gradient of `isqrt_with_iterates` with respect to cov, symmetric; grad (B, F, F) need not be.
+
+    Up to 6 steps it costs 4 (n_iter - 1) products, beyond, where rounding errors would grow, 6 (n_iter - 1).
+    """
+    scale, root, first, *steps = saved
+    pairs = list(zip(steps[-2::-2], steps[::-2], strict=True))
+    backward = _symmetric_backward if len(pairs) < 6 else _chain_rule_backward
+    grad_first = backward(grad / scale.sqrt(), first, pairs)
+    grad_scale = (grad * root).sum((-2, -1), keepdim=True) / (-2 * scale**1.5)
+    grad_scale = grad_scale - (grad_first * first).sum((-2, -1), keepdim=True) / scale
+    return grad_first / scale + grad_scale * first
+
+
+def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Gradient of the last Z with respect to the first Y; `pairs`: (Y, Z) of every step, the last first.
+
+    All iterates are polynomials of one symmetric matrix: they commute, and cotangents may be kept symmetric. With G_z,
+    G_y the cotangents of Z', Y' behind a step, P = G_z Z and Q = G_y Y, the ones before it are, for G_t = sym(P + Q),
+    (3 G_z - sym((P + G_t) Y)) / 2 and (3 G_y - sym((Q + G_t) Z)) / 2.
+    """
+    grad_z, grad_y = _symmetric(grad), None
+    for y, z in pairs:
+        p = grad_z @ z
+        if grad_y is None:
+            grad_t = _symmetric(p)
+            grad_y = -0.5 * _symmetric(grad_t @ z)
+        else:
+            q = grad_y @ y
+            grad_t = _symmetric(p + q)
+            grad_y = 1.5 * grad_y - 0.5 * _symmetric((q + grad_t) @ z)
+        grad_z = 1.5 * grad_z - 0.5 * _symmetric((p + grad_t) @ y)
+    if grad_y is None:
+        return -0.5 * grad_z
+    return 1.5 * grad_y - 0.5 * grad_z - _symmetric(grad_y @ first)
+
+
+def _chain_rule_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The same without use of symmetry: what autograd does, stable for any number of steps."""
+    eye = _eye_like(first)
+    grad_z, grad_y = grad, torch.zeros_like(grad)
+    for y, z in pairs:
+        t = 1.5 * eye - 0.5 * z @ y
+        grad_t = grad_z @ z.mT + y.mT @ grad_y
+        grad_y = grad_y @ t.mT - 0.5 * z.mT @ grad_t
+        grad_z = t.mT @ grad_z - 0.5 * grad_t @ y.mT
+    t = 1.5 * eye - 0.5 * first
+    return _symmetric(grad_y @ t - 0.5 * (grad_z + first @ grad_y))
+
+
+def _coupled_iterates(y: Tensor, n_iter: int) -> list[Tensor]:
+    """Y_0, then Y_i and Z_i of every step i = 1 ... n_iter - 1, then Z_n; (B, F, F) of norm 1 each."""
+    eye = _eye_like(y)
+    z = t = 1.5 * eye - 0.5 * y
+    iterates = [y]
+    for _ in range(n_iter - 1):
+        y = y @ t
+        iterates += [y, z]
+        t = torch.baddbmm(eye.expand_as(y), z, y, beta=1.5, alpha=-0.5)
+        z = t @ z
+    return [*iterates, z]
+
+
+def _symmetric(matrices: Tensor) -> Tensor:
+    return 0.5 * (matrices + matrices.mT)
 
 
 def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") -> Tensor:

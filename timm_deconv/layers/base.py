@@ -2,15 +2,16 @@
 evaluation."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..linalg import full_precision
 from .config import DeconvCfg
+from .operation import Map, whitened_map
 from .partition import Partition
-from .whitening import fold, whitening_statistics
+from .whitening import fold
 
 __all__ = ["WhiteningMixin", "in_recomputation"]
 
@@ -41,6 +42,9 @@ class WhiteningMixin(nn.Module):
     partition: Partition
     _kept: tuple[Source, Folded] | None
     _counted: tuple[Tensor, int, int] | None
+
+    if TYPE_CHECKING:  # at run time TorchScript would compile what is annotated here
+        linear_map: Map
 
     @abstractmethod
     def rows(self, input: Tensor) -> Tensor:
@@ -88,32 +92,27 @@ class WhiteningMixin(nn.Module):
         self._init_statistics(self.cfg, self.partition)
         self.train(source.training)
 
-    def _whitened(self, input: Tensor) -> Folded:
-        """Weight and bias for this input: live statistics in training, else and for an empty input running ones."""
-        if self.training and input.numel():
-            with full_precision(input):
-                mean, whitener = self._training_statistics(input)
-                return fold(self.weight, self.bias, mean, whitener, self.partition)
-        return self._kept_fold()
-
     # Training
 
-    def _training_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _live_map(self, input: Tensor) -> Tensor:
+        """The layer's map of whitened windows, with live statistics unless frozen; input as `linear_map` takes it."""
         recomputing = in_recomputation()
         frozen = self._frozen(recomputing)
         if frozen is True:
-            mean, whitener = (value.detach().clone() for value in self._running_values())
+            output = self.linear_map(input, *self._frozen_fold())
         else:
-            mean, whitener = whitening_statistics(self.rows(input), self.cfg)
+            running = (frozen, *self._running_values()) if isinstance(frozen, Tensor) else None
+            output, mean, whitener = whitened_map(input, self.weight, self.bias, self.linear_map, running)
             if not recomputing:
-                self._track(mean.detach(), whitener.detach(), frozen)
-            if isinstance(frozen, Tensor):
-                running_mean, running_whitener = self._running_values()
-                mean = torch.where(frozen, running_mean, mean)
-                whitener = torch.where(frozen, running_whitener, whitener)
+                self._track(mean, whitener, frozen)
         if not recomputing:
             self._count_forward()
-        return mean, whitener
+        return output
+
+    def _frozen_fold(self) -> Folded:
+        mean, whitener = (value.detach().clone() for value in self._running_values())
+        with full_precision(self.weight):
+            return fold(self.weight, self.bias, mean, whitener, self.partition)
 
     def _running_values(self) -> tuple[Tensor, Tensor]:
         sets, features = self.partition.sets, self.partition.features

@@ -1,14 +1,17 @@
 """Deconv2d: a convolution that whitens its input windows (Ye et al., Network Deconvolution, ICLR 2020)."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import WhiteningMixin
 from .config import DeconvCfg
-from .partition import partition_conv
-from .whitening import Window, fold, window_rows
+from .operation import ConvMap
+from .partition import partition_conv, split_rows
+from .sampling import Window
+from .whitening import fold
 
 __all__ = ["Deconv2d"]
 
@@ -56,11 +59,13 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        pads = (left, right, top, bottom)
-        self.window = Window(self.kernel_size, self.stride, self.dilation, pads, padding_mode)  # type: ignore[arg-type]
         cfg = cfg or DeconvCfg()
         self._init_statistics(cfg, partition_conv(in_channels, self.kernel_size[0] * self.kernel_size[1], groups, cfg))
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        own = padding_mode == "zeros" and left == right and top == bottom
+        self.pads = [] if own else [left, right, top, bottom]
+        window = Window(self.kernel_size, self.stride, self.dilation, (top, left) if own else (0, 0))  # type: ignore[arg-type]
+        self.linear_map = ConvMap(window, groups, self.partition, cfg)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, cfg: DeconvCfg) -> "Deconv2d":
@@ -91,12 +96,22 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
             return self._conv_forward(input, weight, bias)
         else:
             self._check_input(input)
-            return self._conv_forward(input, *self._whitened(input))
+            if not self.training or input.numel() == 0:
+                return self._conv_forward(input, *self._kept_fold())
+            output = self._live_map(self._padded_batch(input))
+            return output if input.ndim == 4 else output.squeeze(0)
 
     @torch.jit.unused
     def rows(self, input: Tensor) -> Tensor:
+        return split_rows(self.linear_map.columns(self._padded_batch(input)), self.partition)
+
+    @torch.jit.unused
+    def _padded_batch(self, input: Tensor) -> Tensor:
+        """(N, C, H, W), padded where the convolution itself cannot: unequally, or not with zeros."""
         batch = input if input.ndim == 4 else input.unsqueeze(0)
-        return window_rows(batch, self.window, self.partition, self.cfg)
+        if not self.pads:
+            return batch
+        return F.pad(batch, self.pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     @torch.jit.unused
     def fuse(self) -> nn.Conv2d:
@@ -115,7 +130,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
             device=weight.device,
             dtype=weight.dtype,
         )
-        plain.weight.data, plain.bias.data = weight.detach(), bias.detach()
+        plain.weight.data, plain.bias.data = weight.detach().contiguous(), bias.detach()
         return plain.train(self.training)
 
     @torch.jit.unused
@@ -126,7 +141,9 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
                 f" or ({self.in_channels}, H, W)"
             )
         size = (input.shape[-2], input.shape[-1])
-        if input.numel() and not self.window.windows(size, (1, 1)):
+        left, right, top, bottom = self.pads or (0, 0, 0, 0)
+        padded = (size[0] + top + bottom, size[1] + left + right)
+        if input.numel() and not self.linear_map.window.windows(padded, (1, 1)):
             raise ValueError(
                 f"input of {size[0]}x{size[1]} pixels: smaller than the kernel {self.kernel_size} with dilation"
                 f" {self.dilation} and padding {self.padding!r}; use larger images or more padding"

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from .base import WhiteningMixin
 from .config import DeconvCfg
-from .partition import partition_linear
-from .whitening import fold, linear_rows
+from .operation import LinearMap
+from .partition import partition_linear, split_rows
+from .whitening import fold
 
 __all__ = ["DeconvLinear"]
 
@@ -43,6 +44,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         super().__init__(in_features, out_features, bias, device, dtype)
         cfg = cfg or DeconvCfg(block=512)
         self._init_statistics(cfg, partition_linear(in_features, cfg))
+        self.linear_map = LinearMap(self.partition, cfg)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, cfg: DeconvCfg) -> "DeconvLinear":
@@ -59,11 +61,13 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
             return F.linear(input, weight, bias)
         else:
             self._check_input(input)
-            return F.linear(input, *self._whitened(input))
+            if not self.training or input.numel() == 0:
+                return F.linear(input, *self._kept_fold())
+            return self._live_map(input.reshape(-1, self.in_features)).reshape(*input.shape[:-1], self.out_features)
 
     @torch.jit.unused
     def rows(self, input: Tensor) -> Tensor:
-        return linear_rows(input, self.partition)
+        return split_rows(input, self.partition)
 
     @torch.jit.unused
     def fuse(self) -> nn.Linear:
@@ -72,7 +76,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         plain = nn.utils.skip_init(
             nn.Linear, self.in_features, self.out_features, device=weight.device, dtype=weight.dtype
         )
-        plain.weight.data, plain.bias.data = weight.detach(), bias.detach()
+        plain.weight.data, plain.bias.data = weight.detach().contiguous(), bias.detach()
         return plain.train(self.training)
 
     @torch.jit.unused

@@ -19,7 +19,9 @@ __all__ = [
     "partition_linear",
     "split_rows",
     "split_weight",
+    "spread_shift",
     "sum_shift",
+    "unsplit_rows",
     "unsplit_weight",
 ]
 
@@ -99,6 +101,26 @@ def sum_shift(shift: Tensor, partition: Partition) -> Tensor:
     if partition.shared:
         return shift.reshape(-1, partition.blocks).sum(1)
     return shift.sum(0)
+
+
+def spread_shift(grad: Tensor, partition: Partition) -> Tensor:
+    """The adjoint of `sum_shift`: (O,) -> (S, N), an output's gradient for each block that it sees."""
+    if partition.groups > 1:
+        return grad.reshape(partition.blocks, -1)
+    if partition.shared:
+        return grad.repeat_interleave(partition.blocks).unsqueeze(0)
+    return grad.expand(partition.blocks, -1)
+
+
+def unsplit_rows(rows: Tensor, shape: list[int], partition: Partition) -> Tensor:
+    """The inverse of `split_rows`: (S, R, F) -> columns of the given shape (..., K)."""
+    if partition.shared:
+        blocks = rows.reshape(*shape[:-1], partition.blocks, partition.features)
+    else:
+        blocks = rows.transpose(0, 1).reshape(*shape[:-1], partition.blocks, partition.features)
+    if partition.interleaved:
+        blocks = blocks.transpose(-1, -2)
+    return blocks.reshape(shape)
 
 
 def _split_features(columns: Tensor, partition: Partition) -> Tensor:

@@ -1,9 +1,10 @@
 """TensorFlow's 'SAME' padding: as many outputs as strides fit into the input, whatever its size.
 
-timm keeps it for weights that come from TensorFlow. How much is padded depends on the input's size, and an odd pixel goes
-to the bottom and right, so that the numbers of `nn.Conv2d` cannot say it.
+timm keeps it for weights that come from TensorFlow. How much is padded depends on the input's size, and an odd pixel
+goes to the bottom and right, so that the numbers of `nn.Conv2d` cannot say it.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,6 +33,10 @@ class Deconv2dSame(Deconv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return self._whitened_conv(pad_same(input, self.kernel_size, self.stride, self.dilation))  # type: ignore[arg-type]
+
+    @torch.jit.unused
+    def rows(self, input: Tensor) -> Tensor:
+        return super().rows(pad_same(input, self.kernel_size, self.stride, self.dilation))  # type: ignore[arg-type]
 
 
 def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:

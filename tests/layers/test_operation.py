@@ -1,0 +1,100 @@
+"""The operation's hand-written backward pass is the chain rule through statistics, root, fold and convolution."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear
+from timm_deconv.layers.partition import split_rows
+from timm_deconv.layers.whitening import fold, whitener
+from timm_deconv.linalg import covariance
+
+CASES = {
+    "interleaved": (dict(kernel_size=3, padding=1), DeconvCfg(block=4)),
+    "window": (dict(kernel_size=3, padding=1), DeconvCfg(block=4, layout="window")),
+    "per block": (dict(kernel_size=3, padding=1), DeconvCfg(block=4, layout="window", per_block=True)),
+    "interleaved per block": (dict(kernel_size=3), DeconvCfg(block=4, per_block=True)),
+    "flat": (dict(kernel_size=4, stride=2), DeconvCfg(block=16, layout="flat", sampling_stride=1)),
+    "overlapping": (dict(kernel_size=5, padding=2), DeconvCfg(block=2, sampling_stride=2)),
+    "pointwise": (dict(kernel_size=1), DeconvCfg(block=4)),
+    "pointwise strided": (dict(kernel_size=1, stride=2), DeconvCfg(sampling_stride=2)),
+    "grid": (dict(kernel_size=1, stride=(1, 2)), DeconvCfg(block=4, grid=True)),
+    "grouped": (dict(kernel_size=3, padding=1, groups=2), DeconvCfg()),
+    "depthwise": (dict(kernel_size=(3, 1), groups=8), DeconvCfg(n_iter=1)),
+    "shrunk": (dict(kernel_size=3), DeconvCfg(min_rows=40.0)),
+    "many steps": (dict(kernel_size=3), DeconvCfg(block=4, n_iter=9)),
+    "same, even": (dict(kernel_size=2, padding="same"), DeconvCfg(block=4)),
+    "circular": (dict(kernel_size=3, padding=1, padding_mode="circular"), DeconvCfg(block=4)),
+    "no bias": (dict(kernel_size=3, bias=False), DeconvCfg(block=4)),
+}
+
+
+def by_chain_rule(layer: Deconv2d, x: Tensor) -> Tensor:
+    rows = split_rows(layer.linear_map.columns(layer._padded_batch(x)), layer.partition)
+    mean, cov = covariance(rows)
+    folded = fold(layer.weight, layer.bias, mean, whitener(cov, rows.shape[-2], layer.cfg), layer.partition)
+    return layer._conv_forward(x, *folded)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # a remark of torch's about speed
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("options", "cfg"), CASES.values(), ids=CASES.keys())
+def test_gradients_of_a_convolution_are_those_of_the_chain_rule(
+    options: dict, cfg: DeconvCfg, memory_format: torch.memory_format
+) -> None:
+    layer = Deconv2d(8, 6 if options.get("groups", 1) < 8 else 8, **options, dtype=torch.float64, cfg=cfg)
+    x = F.avg_pool2d(torch.randn(4, 8, 11, 12, dtype=torch.float64), 3, 1, 1) + 0.2
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    parameters = [x, *layer.parameters()]
+    output, expected = layer(x), by_chain_rule(layer, x)
+    torch.testing.assert_close(output, expected)
+    cotangent = torch.randn_like(output)
+    ours = torch.autograd.grad(output, parameters, cotangent)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, parameters, cotangent), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("cfg", [DeconvCfg(block=6), DeconvCfg(block=3), DeconvCfg(block=3, per_block=True)], ids=str)
+def test_gradients_of_a_linear_layer_are_right(cfg: DeconvCfg) -> None:
+    layer = DeconvLinear(6, 4, dtype=torch.float64, cfg=cfg)
+    x = torch.randn(5, 4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    weight = layer.weight.detach().clone().requires_grad_()
+    call = lambda w: torch.func.functional_call(layer, {"weight": w}, (x.detach(),))  # noqa: E731
+    assert torch.autograd.gradcheck(call, (weight,))
+
+
+def test_nothing_of_the_size_of_an_unfolded_input_is_kept_for_the_backward_pass() -> None:
+    layer = Deconv2d(16, 4, 3, padding=1, cfg=DeconvCfg(block=2, sampling_stride=1))
+    x = torch.randn(8, 16, 16, 16, requires_grad=True)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    assert max(kept) == x.numel()
+    assert sum(kept) < 1.5 * x.numel()
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    layer = Deconv2d(3, 4, 3)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_gradients_under_autocast_are_close_to_those_in_float32() -> None:
+    layer = Deconv2d(8, 6, 3, padding=1, cfg=DeconvCfg(block=4))
+    x = torch.randn(4, 8, 12, 12, requires_grad=True)
+    cotangent = torch.randn(4, 6, 12, 12)
+    expected = torch.autograd.grad(layer(x), [x, layer.weight], cotangent)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    ours = torch.autograd.grad(output, [x, layer.weight], cotangent.bfloat16())
+    for value, reference in zip(ours, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert (value - reference).norm() < 0.02 * reference.norm()
