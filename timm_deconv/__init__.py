@@ -1,6 +1,6 @@
 """Network deconvolution (Ye et al., ICLR 2020) as a timm plugin: importing this package registers its models with timm."""
 
-from .convert import DeconvPolicy, convert_deconv_model, fuse
+from .convert import DeconvPolicy, calibrate, convert_deconv_model, fuse, transfer
 from .layers import ChannelDeconv, Deconv2d, DeconvCfg, DeconvLinear
 from .models import list_models
 
@@ -12,7 +12,9 @@ __all__ = [
     "DeconvCfg",
     "DeconvLinear",
     "DeconvPolicy",
+    "calibrate",
     "convert_deconv_model",
     "fuse",
     "list_models",
+    "transfer",
 ]

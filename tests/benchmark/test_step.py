@@ -41,8 +41,8 @@ def test_rows_hold_medians_ratios_and_one_price(tmp_path: Path) -> None:
     }
     assert rows[5]["ratio_to_twin"] == pytest.approx(0.55)
     assert len(table(rows).splitlines()) == 7
-    append_rows(tmp_path / "new" / "rows.csv", rows)
-    append_rows(tmp_path / "new" / "rows.csv", rows[:1])
+    append_rows([tmp_path / "new" / "rows.csv"], rows)
+    append_rows([tmp_path / "new" / "rows.csv"], rows[:1])
     with open(tmp_path / "new" / "rows.csv", newline="") as file:
         read = list(csv.DictReader(file))
     assert len(read) == 7
@@ -53,8 +53,15 @@ def test_a_file_of_other_columns_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="other columns"):
-        append_rows(path, step_rows("step", Timings(SECONDS), FAKE))
+        append_rows([path], step_rows("step", Timings(SECONDS), FAKE))
     assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_unknown_names_are_refused_before_anything_is_built() -> None:
+    with pytest.raises(InputError, match="no form 'deconvv'; nearest: deconv"):
+        StepSettings(forms=("none", "deconvv"))
+    with pytest.raises(InputError, match="no memory format 'channel_last'; nearest: channels_last"):
+        StepSettings(memory_formats=("channel_last",))
 
 
 @pytest.mark.parametrize("time", [time_training, time_evaluation])

@@ -10,8 +10,9 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import timm_deconv.models  # noqa: F401 (registers the networks)
@@ -67,7 +68,24 @@ def with_published_layers(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer has an option that the published one lacks.
     """
-    return _exchange(model, _published_layer)
+    return _exchange(model, _published_layer).train(model.training)
+
+
+class PublishedWindows(nn.Module):
+    """A published linear layer on every window (kernel x kernel pixels, stride 1) of an image.
+
+    (N, C, H, W) -> (N, Cout, H - kernel + 1, W - kernel + 1). Hidden linear layers that timm holds as convolutions.
+    """
+
+    def __init__(self, linear: PublishedLinear, kernel_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.kernel_size = kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [pixels - kernel + 1 for pixels, kernel in zip(x.shape[2:], self.kernel_size, strict=True)]
+        windows = F.unfold(x, self.kernel_size).transpose(1, 2)
+        return self.linear(windows).transpose(1, 2).unflatten(2, size)
 
 
 def _exchange(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
@@ -91,15 +109,19 @@ def _activation_of_norm(module: nn.Module) -> nn.Module | None:
 
 
 def _published_layer(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, Deconv2d) and module.cfg.layout == "flat":
+        return _published_windows(module)
     if isinstance(module, Deconv2d):
-        return _with_state(_published_conv(module), module)
+        return _with_state(_published_conv(module), module.state_dict())
     if isinstance(module, DeconvLinear):
-        return _with_state(_published_linear(module), module)
+        linear = _published_linear(module.in_features, module.out_features, module)
+        return _with_state(linear, module.state_dict())
     if isinstance(module, ChannelDeconv):
         cfg = module.cfg
-        sampling = {"sampling_stride": cfg.sampling_stride}
-        options = {"eps": cfg.eps, "n_iter": cfg.n_iter, "momentum": cfg.momentum, **sampling}
-        return _with_state(PublishedChannel(cfg.block, **options), module)
+        channel = PublishedChannel(
+            cfg.block, eps=cfg.eps, n_iter=cfg.n_iter, momentum=cfg.momentum, sampling_stride=cfg.sampling_stride
+        )
+        return _with_state(channel, module.state_dict())
     return None
 
 
@@ -128,18 +150,26 @@ def _published_conv(layer: Deconv2d) -> PublishedConv2d:
     )
 
 
-def _published_linear(layer: DeconvLinear) -> PublishedLinear:
-    cfg = layer.cfg
-    options = {"eps": cfg.eps, "momentum": cfg.momentum}
-    return PublishedLinear(
-        layer.in_features, layer.out_features, layer.bias is not None, n_iter=cfg.n_iter, block=cfg.block, **options
-    )
+def _published_windows(layer: Deconv2d) -> PublishedWindows:
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.cfg.sampling_stride)
+    if geometry != ((1, 1), (0, 0), (1, 1), 1, 1):
+        raise ValueError(f"the published layer has no form of {layer}")
+    linear = _published_linear(layer.weight[0].numel(), layer.out_channels, layer)
+    state = layer.state_dict()
+    _with_state(linear, {**state, "weight": state["weight"].flatten(1)})
+    return PublishedWindows(linear, layer.kernel_size)
 
 
-def _with_state(new: nn.Module, old: nn.Module) -> nn.Module:
-    state = old.state_dict()
+def _published_linear(in_features: int, out_features: int, layer: Deconv2d | DeconvLinear) -> PublishedLinear:
+    cfg, has_bias = layer.cfg, layer.bias is not None
+    options = {"eps": cfg.eps, "n_iter": cfg.n_iter, "momentum": cfg.momentum}
+    return PublishedLinear(in_features, out_features, has_bias, block=cfg.block, **options)
+
+
+def _with_state(new: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """Weights, statistics and the freeze counter of the whitening layer whose state is given."""
     new = new.to(state["running_deconv"])  # first, as loading would round
     new.load_state_dict({name: state[name] for name in new.state_dict()})
     if isinstance(new, PublishedConv2d):
         new.counter = int(state["num_batches_tracked"]) % (10 * new.freeze_iter)
-    return new.train(old.training)
+    return new

@@ -61,12 +61,17 @@ def result_files(output: Path, record: bool) -> list[Path]:
     return [output, configs / "results" / "benchmark.csv"]
 
 
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a CSV file of COLUMNS, which is made if it is missing.
+def append_rows(files: Iterable[Path], rows: Sequence[Row]) -> None:
+    """Add rows to CSV files of COLUMNS, which are made if they are missing.
 
     Raises:
-        InputError: the file has other columns.
+        InputError: a file has other columns.
     """
+    for file in files:
+        _append(file, rows)
+
+
+def _append(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", newline="") as file:
         file.seek(0)

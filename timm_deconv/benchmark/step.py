@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from timm_deconv.benchmark.networks import FORMS, build
 from timm_deconv.benchmark.timing import Timings, interleave, synchroniser
+from timm_deconv.errors import NonFiniteError, unknown_name
 
 __all__ = ["MEMORY_FORMATS", "StepSettings", "check_published", "price", "time_evaluation", "time_training"]
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+FEW_ROWS = "if a layer sees fewer rows than features, raise the batch or leave out the form 'published'"
 
 Step = Callable[[], Tensor]
 
@@ -32,6 +35,9 @@ class StepSettings:
         amp: autocast dtype, 'bfloat16' or 'float16'; None for float32.
         compile: time `torch.compile` of each network.
         rounds, warmup: see `timing.interleave`.
+
+    Raises:
+        InputError: a form or memory format that is not known.
     """
 
     network: str = "resnet18_cifar"
@@ -46,6 +52,12 @@ class StepSettings:
     compile: bool = False
     rounds: int = 7
     warmup: int = 2
+
+    def __post_init__(self) -> None:
+        for kind, names, known in (("form", self.forms, FORMS), ("memory format", self.memory_formats, MEMORY_FORMATS)):
+            for name in names:
+                if name not in known:
+                    raise unknown_name(kind, name, known)
 
     def labels(self, form: str) -> list[str]:
         """The labels of a form's timings, one a memory format."""
@@ -66,7 +78,7 @@ def time_training(settings: StepSettings, progress: Callable[[str], object] = pr
     """Seconds of forward pass, cross entropy and backward pass, labelled 'FORM MEMORY_FORMAT'.
 
     Raises:
-        RuntimeError: a network does not compute what it should.
+        RuntimeError, NonFiniteError: a network does not compute what it should.
     """
     if "published" in settings.forms:
         check_published(settings)
@@ -81,7 +93,7 @@ def time_evaluation(settings: StepSettings, progress: Callable[[str], object] = 
     """Seconds of a forward pass in evaluation mode, labelled 'FORM MEMORY_FORMAT'; after one training step.
 
     Raises:
-        RuntimeError: a network does not compute what it should.
+        RuntimeError, NonFiniteError: a network does not compute what it should.
     """
     if "published" in settings.forms:
         check_published(settings)
@@ -92,9 +104,7 @@ def time_evaluation(settings: StepSettings, progress: Callable[[str], object] = 
         model.eval()
         steps[label] = _evaluation_step(model, images, settings)
         if not steps[label]().isfinite().all():
-            raise RuntimeError(
-                f"{label}: output is not finite; whitening with fewer rows than features? Raise the batch"
-            )
+            raise NonFiniteError(f"{label}: output is not finite; {FEW_ROWS}")
     return _interleave(steps, settings, progress)
 
 
@@ -122,8 +132,8 @@ def check_published(settings: StepSettings) -> None:
     difference = float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
     if not (abs(losses[0] - losses[1]) <= 1e-3 * abs(losses[1]) and difference <= 1e-3):
         raise RuntimeError(
-            f"{settings.network}: training loss {losses[0]:.6g}, published {losses[1]:.6g}; "
-            f"evaluation differs by {difference:.1e}"
+            f"{settings.network}: training loss {losses[0]:.6g}, published {losses[1]:.6g}, evaluation differs by "
+            f"{difference:.1e}; {FEW_ROWS}"
         )
 
 
@@ -175,7 +185,7 @@ def _evaluation_step(model: nn.Module, images: Tensor, settings: StepSettings) -
 
 def _check_training(label: str, model: nn.Module, loss: Tensor) -> None:
     if not loss.isfinite():
-        raise RuntimeError(f"{label}: loss {float(loss)}; whitening with fewer rows than features? Raise the batch")
+        raise NonFiniteError(f"{label}: loss {float(loss)}; {FEW_ROWS}")
     for name, parameter in model.named_parameters():
         if parameter.grad is None or not parameter.grad.isfinite().all():
             raise RuntimeError(f"{label}: no finite gradient for {name}")

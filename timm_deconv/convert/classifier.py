@@ -1,24 +1,42 @@
 """The classifier of a converted network: of the policy's kind, and again so after `reset_classifier`."""
 
 from collections import OrderedDict
-from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import timm
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from ..errors import InputError
-from ..layers import ChannelDeconv, DeconvLinear
+from ..layers import ChannelDeconv
+from .affine import ChannelAffine
 from .policy import DeconvPolicy
-from .roles import classifier_names
+from .roles import classifier_names, linear_layers_as_convs
+from .surgery import (
+    SelfFusing,
+    extend_class,
+    is_whitened,
+    remove_norms,
+    replace_module,
+    take_over_reparameterization,
+    whitened_form,
+    why_not_whitened,
+    write_out_of_place,
+)
 
-__all__ = ["ConvertedNetwork", "WhitenedPool", "mix_in", "whiten_pooling"]
+__all__ = ["GENERIC_NAME", "ConvertedNetwork", "WhitenedPool", "check_pooling", "mix_in", "whiten_pooling"]
+
+GENERIC_NAME = "deconv"
+"""timm's name for what a conversion makes of any of its networks; `base` names the network."""
 
 
 class WhitenedPool(nn.Sequential):
     """Channel whitening in front of a global pooling; answers what timm asks of the pooling."""
 
-    def __init__(self, whiten: ChannelDeconv, pool: SelectAdaptivePool2d) -> None:
+    whiten: nn.Module
+    pool: SelectAdaptivePool2d
+
+    def __init__(self, whiten: nn.Module, pool: SelectAdaptivePool2d) -> None:
         super().__init__(OrderedDict(whiten=whiten, pool=pool))
         self.pool_type = pool.pool_type
 
@@ -31,62 +49,97 @@ class WhitenedPool(nn.Sequential):
         return self.pool.feat_mult()
 
 
-class ConvertedNetwork(nn.Module):
-    """Mixed into the class of a converted network: it keeps the policy, and `reset_classifier` makes a classifier of its kind.
+class ConvertedNetwork(SelfFusing):
+    """Mixed into the class of a converted timm network: timm saves it, and `reset_classifier` keeps the policy's kind.
 
     Attributes:
         deconv_policy: the policy that the layers were made by.
-        requested_policy: the part of it that the user asked for, which is saved; the rest is the registered name's own.
+        requested_policy: the part of it that the user asked for, which is saved; the rest lies under it by name.
     """
 
     __jit_unused_properties__ = ("_model_args",)
 
+    if TYPE_CHECKING:  # at run time TorchScript would compile what is annotated here
+        deconv_policy: DeconvPolicy
+        requested_policy: DeconvPolicy
+        pretrained_cfg: dict[str, Any]
+        default_cfg: dict[str, Any]
+
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
+        fused = not is_whitened(self)
         whiten = next((m.whiten for m in self.modules() if isinstance(m, WhitenedPool)), None)
         super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
-        if whiten is not None:
-            whiten_pooling(self, whiten)
+        if self.deconv_policy.classifier == "channel":
+            new = new_channel_whitening(self, self.deconv_policy)
+            whiten_pooling(self, whiten or (new.fuse() if fused else new))
+        self._whiten_classifier(fused)
+        remove_norms(self)
+        write_out_of_place(self)
+        take_over_reparameterization(self)
+
+    def _whiten_classifier(self, fused: bool) -> None:
+        if self.deconv_policy.classifier != "linear":
+            return
+        convs = linear_layers_as_convs(self)
         for name in classifier_names(self):
-            classifier = self.get_submodule(name)
-            cfg = self.deconv_policy.cfg(name, "classifier") if self.deconv_policy.classifier == "linear" else None
-            if cfg is not None and type(classifier) is nn.Linear:
-                self.set_submodule(name, DeconvLinear.from_linear(classifier, cfg))
+            plain = self.get_submodule(name)
+            cfg = self.deconv_policy.cfg(name, "classifier", linear_as_conv=name in convs)
+            if cfg is not None and why_not_whitened(plain) is None:
+                layer = whitened_form(plain, cfg)
+                replace_module(self, plain, layer.fuse() if fused else layer)
 
     @property
     def _model_args(self) -> dict[str, Any]:
         """What timm records to build the network again, with the policy by its full name."""
-        return self.__dict__.get("_recorded_args", {})
+        args = {**self.__dict__.get("_recorded_args", {}), "deconv": self.requested_policy.to_dict()}
+        if not is_whitened(self):
+            args["fused"] = True
+        if any(isinstance(module, ChannelAffine) for module in self.modules()):
+            args["keep_affine"] = True
+        return args
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
-        self.__dict__["_recorded_args"] = {**args, "deconv": self.requested_policy.to_dict()}
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new, (type(self).__mro__[2],), self.__dict__
+        derived = ("deconv", "fused", "keep_affine")
+        self.__dict__["_recorded_args"] = {key: value for key, value in args.items() if key not in derived}
 
 
-def mix_in(model: nn.Module, policy: DeconvPolicy) -> None:
-    """Make a timm network a `ConvertedNetwork`, in place; others are left as they are."""
-    if hasattr(model, "reset_classifier") and not isinstance(model, ConvertedNetwork):
-        model.__class__ = _converted_class(type(model))
-    model.deconv_policy = model.requested_policy = policy  # type: ignore[assignment]
+def mix_in(model: nn.Module, requested: DeconvPolicy, policy: DeconvPolicy) -> None:
+    """Make a timm network a `ConvertedNetwork` that is saved by the generic name; others are left as they are."""
+    if not hasattr(model, "reset_classifier"):
+        return
+    args = getattr(model, "_model_args", {})
+    extend_class(model, ConvertedNetwork)
+    assert isinstance(model, ConvertedNetwork)
+    model.deconv_policy, model.requested_policy = policy, requested
+    cfg = getattr(model, "pretrained_cfg", None)
+    if isinstance(cfg, dict) and timm.is_model(cfg.get("architecture") or ""):
+        model._model_args = {"base": cfg["architecture"], **args}
+        model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": GENERIC_NAME}
 
 
-def whiten_pooling(model: nn.Module, whiten: ChannelDeconv) -> None:
-    """Put a channel whitening in front of the network's global pooling; none where nothing is pooled."""
-    pools = [(name, m) for name, m in model.named_modules() if isinstance(m, SelectAdaptivePool2d)]
-    if len(pools) != 1:
-        raise InputError(f"{len(pools)} global poolings in {type(model).__name__}: classifier='channel' needs one; use 'linear'")
-    name, pool = pools[0]
-    if not pool.is_identity():
+def check_pooling(model: nn.Module) -> None:
+    """Raise InputError for a network whose channels cannot be whitened in front of one global pooling."""
+    if not isinstance(getattr(model, "num_features", None), int) or len(_pools(model)) != 1:
+        raise InputError(
+            f"{len(_pools(model))} global poolings in {type(model).__name__}: classifier='channel' needs one;"
+            " use 'linear'"
+        )
+
+
+def whiten_pooling(model: nn.Module, whiten: nn.Module) -> None:
+    """Put channel whitening in front of the network's global pooling; none where nothing is pooled."""
+    ((name, pool),) = _pools(model)
+    if not pool.is_identity() and not any(isinstance(m, WhitenedPool) for m in model.modules()):
         model.set_submodule(name, WhitenedPool(whiten, pool))
 
 
-@cache
-def _converted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (ConvertedNetwork, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+def new_channel_whitening(model: nn.Module, policy: DeconvPolicy) -> ChannelDeconv:
+    """Channel whitening of a network's features, on its device."""
+    like = next(model.parameters())
+    features: Any = model.num_features
+    return ChannelDeconv(features, like.device, like.dtype, cfg=policy.channel_cfg())
 
 
-def _new(cls: type[nn.Module]) -> nn.Module:
-    converted = _converted_class(cls)
-    return converted.__new__(converted)
+def _pools(model: nn.Module) -> list[tuple[str, SelectAdaptivePool2d]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, SelectAdaptivePool2d)]

@@ -8,12 +8,13 @@ from typing import Any, Literal, get_args
 from ..errors import InputError, unknown_name
 from ..layers import DeconvCfg, preset
 
-__all__ = ["DEFAULT_PRESET", "ClassifierKind", "DeconvPolicy", "Role", "resolve_policy"]
+__all__ = ["DEFAULT_PRESET", "GUARDED", "ClassifierKind", "DeconvPolicy", "Role", "resolve_policy"]
 
 Role = Literal["stem", "pointwise", "spatial", "depthwise", "grouped", "squeeze_excite", "linear", "classifier"]
 ClassifierKind = Literal["linear", "channel", "plain"]
 Options = Mapping[str, Any]
 DEFAULT_PRESET = "paper"
+LINEAR_AS_CONV: Options = {"layout": "flat", "sampling_stride": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,14 @@ class DeconvPolicy:
     Attributes:
         preset: name of the configuration to start from.
         options: fields of `DeconvCfg` for all layers.
-        roles: role -> fields for the layers of that role, or None to leave them plain. Roles: stem (first convolution), classifier
-            (last layer), squeeze_excite, depthwise, grouped, pointwise (1x1), spatial (other convolutions), linear (hidden ones).
-        patterns: shell pattern of layer names ('layer4.*') -> fields, or None to leave the layers plain. A pattern that matches
-            no layer is an error.
-        classifier: 'linear' whitens the classifier's input features; 'channel' keeps it plain and whitens channels in front of
-            the global pooling; 'plain' leaves it alone.
+        roles: role -> fields for the layers of that role, or None to leave them plain. Roles: stem (first convolution),
+            classifier (last layer), squeeze_excite, depthwise, grouped, pointwise (1x1), spatial (other convolutions),
+            linear (hidden ones). Hidden linear layers of networks with other norms than batch norm, such as transformer
+            blocks, are whitened only if this role is named.
+        patterns: shell pattern of layer names ('layer4.*') -> fields, or None to leave the layers plain. A pattern that
+            matches no layer is an error.
+        classifier: 'linear' whitens the classifier's input features; 'channel' keeps it plain and whitens channels in
+            front of the global pooling; 'plain' leaves it alone.
 
     Raises:
         InputError: an unknown name, with the nearest known ones, or a value that makes no sense.
@@ -41,25 +44,39 @@ class DeconvPolicy:
     classifier: ClassifierKind = "linear"
 
     def __post_init__(self) -> None:
-        base = preset(self.preset).override(self.options)
+        for name in ("options", "roles", "patterns"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InputError(f"{name}={getattr(self, name)!r}: must be a dictionary")
+        base = self._base()
         for role in self.roles:
             if role not in get_args(Role):
-                raise unknown_name("role", role, get_args(Role))
-        for options in (*self.roles.values(), *self.patterns.values()):
+                raise unknown_name("role", str(role), get_args(Role))
+        for pattern in self.patterns:
+            if not isinstance(pattern, str):
+                raise InputError(f"pattern {pattern!r}: must be a string, matched against layer names")
+        for name, options in (*self.roles.items(), *self.patterns.items()):
+            if not isinstance(options, Mapping | None):
+                raise InputError(f"{name!r}: {options!r}: must be a dictionary, or None to leave the layers plain")
             base.override(options or {})
         if self.classifier not in get_args(ClassifierKind):
             raise unknown_name("classifier", str(self.classifier), get_args(ClassifierKind))
 
-    def cfg(self, name: str, role: Role) -> DeconvCfg | None:
-        """The configuration of the layer called `name`; None if it stays plain."""
-        chosen: DeconvCfg | None = preset(self.preset).override(self.options)
+    def cfg(self, name: str, role: Role, *, linear_as_conv: bool = False) -> DeconvCfg | None:
+        """The configuration of the layer called `name`; None if it stays plain.
+
+        Args:
+            linear_as_conv: the layer is a linear layer that the network holds as a convolution: it is whitened as a
+                linear layer is, in runs of features and from every sample, unless its role or a pattern says otherwise.
+        """
+        base = self._base().override(LINEAR_AS_CONV if linear_as_conv else {})
+        chosen: DeconvCfg | None = base
         matching = (options for pattern, options in self.patterns.items() if fnmatchcase(name, pattern))
         for options in (self.roles.get(role, {}), *matching):
-            chosen = None if options is None else (chosen or preset(self.preset).override(self.options)).override(options)
+            chosen = None if options is None else (chosen or base).override(options)
         return chosen
 
     def channel_cfg(self) -> DeconvCfg:
-        """The configuration of the channel whitening in front of the pooling: published eps 1e-2 unless the options say otherwise."""
+        """The configuration of channel whitening before the pooling; eps is 1e-2 (published) unless `options` say."""
         return preset(self.preset).override({"eps": 1e-2} | dict(self.options))
 
     def over(self, family: "DeconvPolicy") -> "DeconvPolicy":
@@ -80,16 +97,23 @@ class DeconvPolicy:
                 raise unknown_name("layer that matches", pattern, names)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, which `resolve_policy` takes: options stand beside `preset`; what is empty or default is left out."""
+        """JSON form, which `resolve_policy` takes: options stand beside `preset`; what is empty or default is not."""
         rest = {name: dict(getattr(self, name)) for name in ("roles", "patterns") if getattr(self, name)}
         classifier = {} if self.classifier == "linear" else {"classifier": self.classifier}
         return {"preset": self.preset, **self.options, **rest, **classifier}
+
+    def _base(self) -> DeconvCfg:
+        return preset(self.preset).override(self.options)
+
+
+GUARDED = DeconvPolicy(options={"min_rows": 1.0})
+"""What lies under the policy of a converted network: layers that see fewer rows than features are kept in bounds."""
 
 
 def resolve_policy(deconv: "str | Options | DeconvPolicy | None" = None) -> DeconvPolicy:
     """What `deconv=` means: a preset's name, a dictionary over a preset, or a policy; None is the default preset.
 
-    A dictionary holds fields of `DeconvCfg` for all layers, and if wanted `preset`, `roles`, `patterns`, `classifier`:
+    A dictionary holds fields of `DeconvCfg` beside those of `DeconvPolicy`, as in
     `{'preset': 'paper', 'block': 16, 'roles': {'stem': {'n_iter': 15}}}`.
     """
     if deconv is None:
@@ -101,6 +125,10 @@ def resolve_policy(deconv: "str | Options | DeconvPolicy | None" = None) -> Deco
     if not isinstance(deconv, Mapping):
         raise InputError(f"deconv={deconv!r}: give a preset's name, a dictionary of options or a DeconvPolicy")
     own = {f.name for f in fields(DeconvPolicy)} - {"options"}
+    known = own | {f.name for f in fields(DeconvCfg)}
+    for name in deconv:
+        if name not in known:
+            raise unknown_name("whitening option", str(name), known)
     named = {name: value for name, value in deconv.items() if name in own}
     return DeconvPolicy(options={name: value for name, value in deconv.items() if name not in own}, **named)
 

@@ -1,5 +1,6 @@
 """What a conversion did, layer by layer."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 __all__ = ["ConversionReport", "ConvertedLayer"]
@@ -23,8 +24,10 @@ class ConversionReport:
 
     Attributes:
         converted: whitened layers in network order.
-        skipped: (name, reason) of the convolutions and linear layers left plain.
+        skipped: (name, reason) of the layers with a weight matrix that were left plain.
         norms: names of the batch norms taken out.
+        norms_left: (name, class) of the other normalisation layers, which stay.
+        affine: names of the batch norms that stay as a scale and shift of each channel (`transfer`).
         parameters_before, parameters_after: counts.
     """
 
@@ -33,6 +36,8 @@ class ConversionReport:
     converted: list[ConvertedLayer] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
+    norms_left: list[tuple[str, str]] = field(default_factory=list)
+    affine: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [("layer", "role", "becomes", "blocks x features", "options")]
@@ -41,8 +46,16 @@ class ConversionReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(
-            f"{len(self.converted)} layers whitened, {len(self.skipped)} left plain, {len(self.norms)} batch norms removed, "
-            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._summary()])
+
+    def _summary(self) -> list[str]:
+        lines = [
+            f"{len(self.converted)} layers whitened, {len(self.skipped)} left plain, {len(self.norms)} batch norms"
+            f" removed, {self.parameters_before:,} -> {self.parameters_after:,} parameters"
+        ]
+        if self.affine:
+            lines.append(f"{len(self.affine)} of the batch norms left as scale and shift")
+        if self.norms_left:
+            kinds = Counter(kind for _, kind in self.norms_left)
+            lines.append("other norms, left as they are: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+        return lines

@@ -1,5 +1,6 @@
 """Data sets by name: the embedded digits, folders and tars, and everything `timm.data.create_dataset` knows."""
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 from timm_deconv.data.digits import Digits
 from timm_deconv.errors import InputError, unknown_name
 
-TORCHVISION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "places365", "inaturalist")
+TORCHVISION = "cifar10 cifar100 mnist kmnist fashion_mnist qmnist imagenet places365 inaturalist".split()
 TRAIN_NAMES = ("train", "training")
 # timm knows no 'test' among these; many data sets have only that
 VALIDATION_NAMES = ("validation", "val", "valid", "test", "eval")
@@ -35,6 +36,13 @@ class StrictImageDataset(timm.data.ImageDataset):
             raise OSError(f"unreadable image {path} (index {index}): {error}; replace or remove it") from None
         return self.transform(image) if self.transform else image, target
 
+    def __del__(self) -> None:
+        # timm's reader leaves its tars open for good
+        state = getattr(getattr(self, "reader", None), "tar_state", {})
+        for tar in state.values() if isinstance(state, dict) else (state,):
+            if tar.tf is not None:
+                tar.tf.close()
+
 
 def create_dataset(
     name: str, root: str | None = None, split: str = "train", *, download: bool = False, channels: int = 3
@@ -43,8 +51,8 @@ def create_dataset(
 
     Args:
         name: `digits`; `torch/cifar10` or another of torchvision; `hfds/...`; or '' for folders and tars.
-        root: the data folder; `digits` needs none. Where it holds a folder or tar of the split's name (train/, val/, test.tar,
-            ...), that is read whatever the name; else torchvision finds its own layout in it.
+        root: the data folder; `digits` needs none. Where it holds a folder or tar of the split's name (train/, val/,
+            test.tar, ...), that is read whatever the name; else torchvision finds its own layout in it.
         split: train, or validation (also found as val, valid, test, eval), or another folder's name.
         download: let torchvision download into root what is missing.
         channels: 1 or 3; images are converted.
@@ -63,14 +71,14 @@ def create_dataset(
     if not download and not Path(root).exists():
         raise InputError(f"no data folder {root}; check --data-dir")
     if found := find_split(Path(root), split):
-        return StrictImageDataset(str(found), input_img_mode=mode)
+        return _image_files(found, mode)
     if name:
         return _torchvision(name, root, split, download)
     raise InputError(f"no {split} folder or tar in {root}; it needs train and val (or test), as folders or .tar files")
 
 
 def find_split(root: Path, split: str) -> Path | None:
-    """The folder or tar of a split in a data folder; root itself where it is a tar or a folder of class folders is not."""
+    """The folder or tar of a split in a data folder, or None; a root that is a tar is its own split."""
     if root.suffix == ".tar":
         return root
     names = [split]
@@ -98,6 +106,13 @@ def _check_name(name: str) -> None:
     known = ["digits", *(f"torch/{known}" for known in TORCHVISION)]
     if name not in known:
         raise unknown_name("data set", name, known)
+
+
+def _image_files(path: Path, mode: str) -> Dataset:
+    try:
+        return StrictImageDataset(str(path), input_img_mode=mode)
+    except (RuntimeError, ValueError, tarfile.TarError) as error:  # timm's readers, where there is nothing to read
+        raise InputError(f"no images in {path} ({' '.join(str(error).split())}); it needs CLASS/IMAGE files") from None
 
 
 def _torchvision(name: str, root: str, split: str, download: bool) -> Dataset:

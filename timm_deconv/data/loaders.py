@@ -1,6 +1,7 @@
 """timm's transforms and loaders, plus the padded random crop of the CIFAR recipes.
 
-Images leave the loader as bytes; the task scales them on the device, as timm's prefetcher does, and a quarter of the memory travels.
+Images leave the loader as bytes; the task scales them on the device, as timm's prefetcher does: a quarter of the memory
+travels.
 """
 
 from collections.abc import Callable
@@ -80,7 +81,9 @@ def create_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """timm's loader of (uint8 images (B, C, H, W), class indices (B,)); in training shuffled, without the last part of a batch.
+    """timm's loader of (uint8 images (B, C, H, W), class indices (B,)).
+
+    In training the order is random and what does not fill a batch is left out.
 
     Raises:
         InputError: fewer training images than a batch.

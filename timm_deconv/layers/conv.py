@@ -1,6 +1,6 @@
 """Deconv2d: a convolution that whitens its input windows (Ye et al., Network Deconvolution, ICLR 2020)."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     """
 
     plain = nn.Conv2d
+
+    if TYPE_CHECKING:  # at run time TorchScript would compile what is annotated here
+        linear_map: ConvMap
 
     def __init__(
         self,

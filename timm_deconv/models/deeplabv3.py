@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from timm_deconv.convert import DeconvPolicy
 from timm_deconv.models._blocks import ConvNormAct
+from timm_deconv.models._registration import IMAGENET_POLICY, frozen_stem, register_deconv
 from timm_deconv.models._twins import SEGMENTATION_CFG, register_twins
 
 __all__ = ["ASPP", "ImagePool", "SegmentationNet"]
@@ -128,9 +130,9 @@ class SegmentationNet(nn.Module):
             self.aux_classifier = _classifier(self.num_features // 8, num_classes).to(like)
 
     @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last 1x1 convolution; `nn.Identity` at `num_classes=0`."""
-        return self.classifier
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The last 1x1 convolution, with `aux_head` that of each head; `nn.Identity` at `num_classes=0`."""
+        return self.classifier if self.aux_classifier is None else (self.classifier, self.aux_classifier)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -197,6 +199,8 @@ def _keep_fitting_aux_head(state_dict: dict[str, Tensor], model: nn.Module) -> d
     return {k: v for k, v in state_dict.items() if not k.startswith("aux_") or k in fits}
 
 
+FEATURES = {"feature_cls": "getter", "out_indices": (0, 1, 2, 3, 4)}
+
 register_twins(
     __name__,
     SegmentationNet,
@@ -206,9 +210,21 @@ register_twins(
         "fcn_resnet50": {"layers": (3, 4, 6, 3), "decoder": "fcn", "drop_rate": 0.1},
     },
     base_cfg=SEGMENTATION_CFG,
-    feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3, 4)},
+    feature_cfg=FEATURES,
     filter_fn=_keep_fitting_aux_head,
     first_conv="backbone.conv1",
     classifier="classifier",
     paper_ids="arXiv:1706.05587",
+)
+
+WHOLE_CLASSIFIER = DeconvPolicy(roles={"classifier": {"block": 512}})
+"""Published: the last convolutions whiten all of their 256 or 512 input channels together."""
+
+register_deconv(
+    __name__,
+    dict.fromkeys(
+        ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50"),
+        WHOLE_CLASSIFIER.over(frozen_stem(IMAGENET_POLICY, 15)),
+    ),
+    feature_cfg=FEATURES,
 )

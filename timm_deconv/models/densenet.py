@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from timm_deconv.models._blocks import NormAct, scaled
 from timm_deconv.models._cifar import StagedNet
-from timm_deconv.models._twins import register_twins
+from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from timm_deconv.models._twins import STAGED_FEATURES, register_twins
 
 __all__ = ["CifarDenseNet", "DenseLayer", "Transition"]
 
@@ -92,4 +93,11 @@ register_twins(
     {"densenet121_cifar": {"layers": (6, 12, 24, 16)}},
     first_conv="stem",
     paper_ids="arXiv:1608.06993",
+)
+
+register_deconv(__name__, {"densenet121_cifar": CIFAR_POLICY}, feature_cfg=STAGED_FEATURES)
+register_deconv(
+    __name__,
+    dict.fromkeys(("densenet121", "densenet161", "densenet169", "densenet201"), frozen_stem(IMAGENET_POLICY, 15)),
+    feature_cfg={"flatten_sequential": True},
 )

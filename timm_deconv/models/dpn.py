@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from timm_deconv.models._blocks import ConvNormAct, scaled
 from timm_deconv.models._cifar import StagedNet
-from timm_deconv.models._twins import register_twins
+from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from timm_deconv.models._twins import STAGED_FEATURES, register_twins
 
 __all__ = ["CifarDPN", "DualPathBlock"]
 
@@ -104,4 +105,11 @@ register_twins(
     },
     first_conv="stem.conv",
     paper_ids="arXiv:1707.01629",
+)
+
+register_deconv(__name__, {"dpn92_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=STAGED_FEATURES)
+register_deconv(
+    __name__,
+    dict.fromkeys(("dpn68", "dpn92", "dpn98"), frozen_stem(IMAGENET_POLICY, 10)),
+    feature_cfg={"flatten_sequential": True},
 )

@@ -5,17 +5,20 @@ Deconvolution, ICLR 2020: stride 1 in the stem and in the second group of blocks
 first block too, and a convolved shortcut where a block of stride 1 changes the channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.layers import SEModule
+from timm.models import _efficientnet_blocks as timm_blocks
 from torch import Tensor, nn
 
+from timm_deconv.convert import DeconvPolicy
 from timm_deconv.models._blocks import ConvNormAct, scaled
 from timm_deconv.models._cifar import StagedNet
-from timm_deconv.models._twins import register_twins
+from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from timm_deconv.models._twins import STAGED_FEATURES, register_twins
 
-__all__ = ["CifarMobileNetV2", "InvertedResidual"]
+__all__ = ["INVERTED_FEATURES", "CifarMobileNetV2", "InvertedResidual", "inverted_residual_settings"]
 
 
 class InvertedResidual(nn.Module):
@@ -107,4 +110,51 @@ register_twins(
     },
     first_conv="stem.conv",
     paper_ids="arXiv:1801.04381",
+)
+
+PROJECTIONS: dict[type[nn.Module], str] = {
+    InvertedResidual: "project.conv",
+    timm_blocks.InvertedResidual: "conv_pwl",
+    timm_blocks.EdgeResidual: "conv_pwl",
+    timm_blocks.DepthwiseSeparableConv: "conv_pw",
+}
+"""Where the projection stands in each kind of block, the 32x32 one and timm's."""
+
+INVERTED_FEATURES = {"feature_cls": "getter", "out_indices": (0, 1, 2, 3, 4)}
+"""How timm's EfficientNet, which MobileNetV2 is too, gives the feature maps of a converted network."""
+
+
+def inverted_residual_settings(base: DeconvPolicy) -> Callable[[nn.Module], DeconvPolicy]:
+    """The published exceptions of inverted residuals on top of `base`.
+
+    Depthwise convolutions take one step. So do projections, in blocks of as many channels as enter the residual block.
+    """
+
+    def settings(model: nn.Module) -> DeconvPolicy:
+        projections = {
+            f"{name}.{PROJECTIONS[type(block)]}": {"block": _first_conv(block).in_channels, "n_iter": 1}
+            for name, block in model.named_modules()
+            if type(block) in PROJECTIONS
+        }
+        return DeconvPolicy(roles={"depthwise": {"n_iter": 1}}, patterns=projections).over(base)
+
+    return settings
+
+
+def _first_conv(block: nn.Module) -> nn.Conv2d:
+    return next(module for module in block.modules() if isinstance(module, nn.Conv2d))
+
+
+register_deconv(
+    __name__,
+    {"mobilenetv2_cifar": inverted_residual_settings(frozen_stem(CIFAR_POLICY, 10))},
+    feature_cfg=STAGED_FEATURES,
+)
+register_deconv(
+    __name__,
+    dict.fromkeys(
+        ("mobilenetv2_050", "mobilenetv2_100", "mobilenetv2_140"),
+        inverted_residual_settings(frozen_stem(IMAGENET_POLICY, 10)),
+    ),
+    feature_cfg=INVERTED_FEATURES,
 )

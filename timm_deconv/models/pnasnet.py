@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from timm_deconv.models._blocks import ConvNormAct, scaled
 from timm_deconv.models._cifar import StagedNet
+from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
 from timm_deconv.models._twins import STAGED_FEATURES, register_twins
 
 __all__ = ["CellA", "CifarPNASNet"]
@@ -65,12 +66,21 @@ class CifarPNASNet(StagedNet):
         super().__init__(ConvNormAct(in_chans, chs, stride=stem_stride), stages, levels, in_chans=in_chans, **head)
 
 
+FEATURES = {**STAGED_FEATURES, "out_indices": (0, 1, 2, 3)}
+
 register_twins(
     __name__,
     CifarPNASNet,
     {"pnasnet_a_cifar": {"cells": 6, "planes": 44}},
-    feature_cfg={**STAGED_FEATURES, "out_indices": (0, 1, 2, 3)},
+    feature_cfg=FEATURES,
     first_conv="stem.conv",
     pool_size=(8, 8),
     paper_ids="arXiv:1712.00559",
+)
+
+register_deconv(__name__, {"pnasnet_a_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=FEATURES)
+register_deconv(
+    __name__,
+    {"pnasnet5large": frozen_stem(IMAGENET_POLICY, 10)},
+    feature_cfg={"feature_cls": "hook", "no_rewrite": True},
 )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from timm_deconv.models._blocks import ConvNormAct, NormAct, scaled
 from timm_deconv.models._cifar import StagedNet
-from timm_deconv.models._twins import register_twins
+from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from timm_deconv.models._twins import STAGED_FEATURES, register_twins
 
 __all__ = ["CifarPreActResNet", "PreActBlock"]
 
@@ -90,4 +91,10 @@ register_twins(
     {"preact_resnet18_cifar": {"layers": (2, 2, 2, 2)}},
     first_conv="stem",
     paper_ids="arXiv:1603.05027",
+)
+
+register_deconv(__name__, {"preact_resnet18_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=STAGED_FEATURES)
+# timm's pre-activation ResNet.
+register_deconv(
+    __name__, {"resnetv2_50": frozen_stem(IMAGENET_POLICY, 10)}, feature_cfg={"flatten_sequential": True}
 )

@@ -9,8 +9,10 @@ from typing import Any
 
 from timm.models.resnet import Bottleneck, make_blocks
 
+from timm_deconv.convert import DeconvPolicy
 from timm_deconv.models._blocks import ConvNormAct, scaled
 from timm_deconv.models._cifar import StagedNet
+from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
 from timm_deconv.models._twins import STAGED_FEATURES, register_twins
 
 __all__ = ["CifarResNeXt"]
@@ -55,12 +57,24 @@ class CifarResNeXt(StagedNet):
         super().__init__(stem, [stage for _, stage in stages], levels, in_chans=in_chans, **head)
 
 
+FEATURES = {**STAGED_FEATURES, "out_indices": (0, 1, 2, 3)}
+
 register_twins(
     __name__,
     CifarResNeXt,
     {"resnext29_32x4d_cifar": {"layers": (3, 3, 3)}},
-    feature_cfg={**STAGED_FEATURES, "out_indices": (0, 1, 2, 3)},
+    feature_cfg=FEATURES,
     first_conv="stem.conv",
     pool_size=(8, 8),
     paper_ids="arXiv:1611.05431",
+)
+
+GROUPED = DeconvPolicy(roles={"grouped": {"n_iter": 3}})
+"""Published: fewer steps in the grouped 3x3 convolutions."""
+
+register_deconv(
+    __name__, {"resnext29_32x4d_cifar": GROUPED.over(frozen_stem(CIFAR_POLICY, 10))}, feature_cfg=FEATURES
+)
+register_deconv(
+    __name__, dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d"), GROUPED.over(frozen_stem(IMAGENET_POLICY, 15)))
 )

@@ -3,7 +3,8 @@
 Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, as in Table 1 of Ye et al., Network Deconvolution, ICLR 2020.
 """
 
-from timm_deconv.models._twins import register_twins
+from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from timm_deconv.models._twins import STAGED_FEATURES, register_twins
 from timm_deconv.models.preact_resnet import CifarPreActResNet
 
 register_twins(
@@ -12,4 +13,12 @@ register_twins(
     {"senet18_cifar": {"layers": (2, 2, 2, 2), "norm_stem": True, "se_reduction": 16}},
     first_conv="stem.conv",
     paper_ids="arXiv:1709.01507",
+)
+
+register_deconv(__name__, {"senet18_cifar": frozen_stem(CIFAR_POLICY, 15)}, feature_cfg=STAGED_FEATURES)
+register_deconv(
+    __name__,
+    dict.fromkeys(
+        ("seresnet50", "legacy_seresnet18", "legacy_seresnet50", "legacy_senet154"), frozen_stem(IMAGENET_POLICY, 15)
+    ),
 )

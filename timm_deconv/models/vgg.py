@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from timm_deconv.convert import DeconvPolicy
 from timm_deconv.models._blocks import ConvNormAct, scaled
 from timm_deconv.models._cifar import StagedNet
-from timm_deconv.convert import DeconvPolicy
 from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
 from timm_deconv.models._twins import STAGED_FEATURES, register_twins
 
@@ -75,7 +75,8 @@ register_deconv(
 register_deconv(
     __name__,
     dict.fromkeys(
-        ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"), DeconvPolicy(patterns=HIDDEN).over(frozen_stem(IMAGENET_POLICY, 15))
+        ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
+        DeconvPolicy(patterns=HIDDEN).over(frozen_stem(IMAGENET_POLICY, 15)),
     ),
     feature_cfg={"flatten_sequential": True},
 )

@@ -1,8 +1,8 @@
 """The output folder of a run: weights that timm loads, the state to resume from, the recipe, the curve.
 
-    model.safetensors, config.json   `timm.create_model('local-dir:OUT', pretrained=True)`
-    state/epoch-0003/                accelerate's state after three epochs; the previous one stays until the new one is whole
-    recipe.yaml  curve.csv  results.csv  tensorboard/
+model.safetensors, config.json   `timm.create_model('local-dir:OUT', pretrained=True)`
+state/epoch-0003/                accelerate's state after three epochs; the one before stays until this is whole
+recipe.yaml  curve.csv  results.csv  tensorboard/
 """
 
 import csv
@@ -88,8 +88,9 @@ class RunFolder:
             self._save_state(accelerator, ema, progress)
         except (OSError, RuntimeError, SafetensorError) as error:
             left = self.states()
-            kept = f"the state of {left[-1].name} is whole; make room and add --resume" if left else "make room and start again"
-            raise OSError(f"epoch {progress.epoch} could not be saved in {self.path} ({_first_line(error)}); {kept}") from error
+            kept = f"{left[-1].name} is whole: make room and add --resume" if left else "make room and start again"
+            cause = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OSError(f"epoch {progress.epoch} could not be saved in {self.path} ({cause}); {kept}") from error
 
     def load(self, accelerator: Accelerator, ema: nn.Module | None) -> Progress:
         """Restores the latest whole state into what was prepared; a fresh Progress where there is none."""
@@ -140,15 +141,18 @@ class RunFolder:
                 raise InputError(f"{self.path} holds a {name} that no run of ours wrote; choose another --output-dir")
 
 
+def read_curve(folder: str | Path) -> list[dict[str, str]]:
+    """The rows of a run's curve.csv, one an epoch."""
+    with open(Path(folder) / "curve.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     # a copy each: safetensors refuses channels_last strides and tensors that share memory
-    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+    state = model.state_dict().items()
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
 
 
 def _differences(saved: Recipe, wanted: Recipe) -> str:
     pairs = {key: (value, getattr(wanted, key)) for key, value in saved if key not in FREE}
     return ", ".join(f"{key}: {old} there, {new} here" for key, (old, new) in pairs.items() if old != new)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

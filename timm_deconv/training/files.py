@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, and renames it when it is on the disk; on failure `path` stays as it was."""
+    """Lets `write` fill a file beside `path`, renamed when it is on the disk; on failure `path` stays as it was."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)

@@ -2,12 +2,18 @@
 
 import math
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration, is_tensorboard_available
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    is_tensorboard_available,
+)
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -49,8 +55,7 @@ def train(
     record_to = results.record_path(recipe) if record else None
     accelerator = create_accelerator(recipe, folder.path, cpu)
     random_seed(recipe.seed)
-    with accelerator.main_process_first():  # the main process downloads
-        trainer = Trainer(recipe, Classification(recipe, accelerator.device), folder, accelerator)
+    trainer = Trainer(recipe, Classification(recipe, accelerator.device), folder, accelerator)
     try:
         row = trainer.run(resume)
     finally:
@@ -61,8 +66,13 @@ def train(
     return row
 
 
-def create_accelerator(recipe: Recipe, output_dir: Path, cpu: bool = False) -> Accelerator:
+def create_accelerator(recipe: Recipe, log_dir: Path | None = None, cpu: bool = False) -> Accelerator:
     """accelerate, set up for whole-batch loaders that every process takes its share of.
+
+    Args:
+        recipe: precision, accumulation and seed.
+        log_dir: where tensorboard's log goes; None writes none.
+        cpu: stay on the processor where there is a GPU.
 
     Raises:
         InputError: the batch does not divide into the processes.
@@ -72,8 +82,8 @@ def create_accelerator(recipe: Recipe, output_dir: Path, cpu: bool = False) -> A
         cpu=cpu or not torch.cuda.is_available(),
         mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no",
         gradient_accumulation_steps=recipe.grad_accum_steps,
-        log_with="tensorboard" if is_tensorboard_available() else None,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+        log_with="tensorboard" if log_dir and is_tensorboard_available() else None,
+        project_config=ProjectConfiguration(logging_dir=str(log_dir)) if log_dir else None,
         dataloader_config=DataLoaderConfiguration(
             split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed, non_blocking=True
         ),
@@ -100,12 +110,16 @@ class Trainer:
         self.display = Display(accelerator.is_main_process, recipe.epochs)
         self.progress = Progress()
         network = task.create_model()
-        train_loader, val_loader = task.create_loaders()
+        with accelerator.main_process_first():  # which downloads
+            train_loader, val_loader = task.create_loaders()
         optimizer = create_optimizer(network, recipe)
         self.scheduler = create_scheduler(optimizer, recipe, len(train_loader))
-        self.model, self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(
-            network, optimizer, train_loader, val_loader
-        )
+        with warnings.catch_warnings():
+            # torch 2.14 renames an argument that older ones know by this name alone
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.model, self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(
+                network, optimizer, train_loader, val_loader
+            )
         self.network: nn.Module = accelerator.unwrap_model(self.model)
         self.ema = self._create_ema()
         self.watch = Watch(self.network)
@@ -202,10 +216,12 @@ class Trainer:
             "seconds": round(self.progress.seconds, 2),
         }
         self.progress.curve.append(row)
-        self.accelerator.log({f"validation/{name}": value for name, value in validation.items()}, step=self.progress.step)
+        values = {f"validation/{name}": value for name, value in validation.items()}
+        self.accelerator.log(values, step=self.progress.step)
         self.display.line(
-            f"epoch {row['epoch']}/{self.recipe.epochs}: loss {training['loss']:.4f}, {headline} {training[headline]:.2f} % "
-            f"in training, {validation[headline]:.2f} % in evaluation, {self._speed():.0f} images/s, {row['seconds']:.0f} s"
+            f"epoch {row['epoch']}/{self.recipe.epochs}: loss {training['loss']:.4f}, {headline} in training "
+            f"{training[headline]:.2f} %, in evaluation {validation[headline]:.2f} %, {self._speed():.0f} images/s, "
+            f"{row['seconds']:.0f} s"
         )
 
     def _speed(self) -> float:
@@ -267,7 +283,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, batches: 
 
 
 def average_buffers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Makes floating-point buffers (running means, whiteners) the mean over all processes, which each saw other images."""
+    """Makes floating-point buffers (running means, whiteners) the mean over all processes, as each saw other images."""
     if accelerator.num_processes == 1:
         return
     for buffer in model.buffers():

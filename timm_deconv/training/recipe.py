@@ -3,6 +3,7 @@
 The keys are timm's (`opt`, `sched`, `model_ema`, ...) where timm has them, and mean the same.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -38,7 +39,8 @@ class Recipe(BaseModel):
         num_classes: outputs of the classifier.
         input_size: channels, height, width.
         mean, std: per channel, of values in 0..1.
-        augmentation: `pad_crop` (zero padding of `crop_padding` pixels, random crop), `rrc` (RandomResizedCrop), `none`.
+        augmentation: `pad_crop` (zero padding of `crop_padding` pixels, then a random crop), `rrc` (RandomResizedCrop),
+            or `none`.
         crop_padding: pixels on each side, for `pad_crop`.
         scale: range of the area that `rrc` keeps.
         hflip: probability of a mirror image in training.
@@ -171,7 +173,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         InputError: no such recipe, or see `Recipe.from_dict`.
     """
-    return Recipe.from_dict(_override(_read(name), overrides))
+    return Recipe.from_dict(parse_settings(overrides, _read(name)))
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -191,7 +193,9 @@ def _read(name: str) -> dict[str, Any]:
     return {"name": stem, **settings}
 
 
-def _override(settings: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def parse_settings(overrides: Iterable[str], onto: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`key=value` texts as a dictionary, over the settings of `onto`; see `load_recipe`."""
+    settings = copy.deepcopy(onto or {})
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign:

@@ -18,8 +18,8 @@ from timm_deconv.resources import checkout_configs
 from timm_deconv.training.recipe import Recipe
 
 COLUMNS = (
-    "model model_kwargs recipe recipe_hash seed dataset data epochs batch_size lr weight_decay top1 best_top1 train_loss seconds "
-    "images_per_second parameters hardware processes torch timm timm_deconv date"
+    "model model_kwargs recipe recipe_hash seed dataset data epochs batch_size lr weight_decay top1 best_top1 "
+    "train_loss seconds images_per_second parameters hardware processes torch timm timm_deconv date"
 ).split()
 
 

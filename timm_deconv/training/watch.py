@@ -1,7 +1,7 @@
 """Stops a run at the first NaN or infinity, and names the layer that saw it.
 
-On the processor the loss is read at once, before the weights change. On a GPU it is read one step late, so that the device never waits
-for the host; each step leaves a small record (loss and the layers' flags) that says what that step saw.
+On the processor the loss is read at once, before the weights change. On a GPU it is read one step late, so that the
+device never waits for the host; each step leaves a small record (loss and the layers' flags) of what that step saw.
 """
 
 from collections import deque
@@ -33,8 +33,8 @@ class Watch:
     """Checks each step's loss.
 
     Args:
-        model: the network, not wrapped. Layers with a boolean tensor `saw_nonfinite` are asked first; where none has, the batch is
-            repeated and the first layer named whose input or output is non-finite.
+        model: the network, not wrapped. Layers with a boolean tensor `saw_nonfinite` are asked first; where none has,
+            the batch is repeated and the first layer named whose input or output is non-finite.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,7 +54,8 @@ class Watch:
         Raises:
             NonFiniteError: the loss checked is NaN or infinite.
         """
-        bad = torch.stack([~torch.isfinite(loss.detach()), *(layer.saw_nonfinite.reshape(()) for _, layer in self.layers)])
+        flags = [layer.saw_nonfinite.reshape(()) for _, layer in self.layers]
+        bad = torch.stack([~torch.isfinite(loss.detach()), *flags])
         self.records.append(Record(*_to_host(bad), repeat, place))
         while len(self.records) > self.lag:
             self._check(self.records.popleft())
@@ -73,7 +74,8 @@ class Watch:
         loss_is_bad, *flags = record.read()
         if not loss_is_bad:
             return
-        flagged = [f"{name} ({type(layer).__name__})" for (name, layer), flag in zip(self.layers, flags, strict=True) if flag]
+        named = zip(self.layers, flags, strict=True)
+        flagged = [f"{name} ({type(layer).__name__}, its batch statistics)" for (name, layer), flag in named if flag]
         where = flagged[0] if flagged else first_nonfinite(self.model, record.repeat)
         raise NonFiniteError(f"non-finite loss at {record.place}, first seen by {where}; lower lr, or check the images")
 
@@ -93,8 +95,9 @@ def first_nonfinite(model: nn.Module, repeat: Callable[[], object]) -> str:
     handles = []
     for name, module in model.named_modules():
         if next(module.children(), None) is None:
-            handles.append(module.register_forward_pre_hook(_hook(found, f"{name} ({type(module).__name__}, its input)")))
-            handles.append(module.register_forward_hook(_hook(found, f"{name} ({type(module).__name__}, its output)")))
+            label = f"{name} ({type(module).__name__}, its"
+            handles.append(module.register_forward_pre_hook(_hook(found, f"{label} input)")))
+            handles.append(module.register_forward_hook(_hook(found, f"{label} output)")))
     try:
         with torch.no_grad():
             repeat()

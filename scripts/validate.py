@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""Evaluates weights: python scripts/validate.py runs/digits/..., or a Hub id, or a model's name.
+
+A folder of our own is evaluated on the data set it was trained for; otherwise --recipe says which (digits by default).
+Preprocessing is always that of the weights; key=value changes it.
+"""
+
+import argparse
+
+from timm_deconv.errors import one_line_errors
+from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
+from timm_deconv.training.loop import create_accelerator
+from timm_deconv.training.recipe import parse_settings
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="output folder of a run, Hub id (org/name), or a name of timm.list_models()")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    parser.add_argument("--recipe", help="whose data set to evaluate on; a name of hub_configs/recipes, or a YAML file")
+    parser.add_argument("--data-dir", help="folder of val (or test) folders or tars, or torchvision's own layout")
+    parser.add_argument("--cpu", action="store_true", help="stay on the processor where there is a GPU")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    args = parse()
+    with one_line_errors():
+        model = load_network(args.model)
+        recipe = evaluation_recipe(args.model, model, args.recipe)
+        chosen = {} if args.data_dir is None else {"data_dir": args.data_dir}
+        recipe = recipe.merged({**chosen, **parse_settings(args.settings)})
+        accelerator = create_accelerator(recipe, cpu=args.cpu)
+        figures = validate(model, recipe, accelerator)
+        accelerator.print(
+            f"top-1 {figures['top1']:.3f} %, top-5 {figures['top5']:.3f} %, {figures['images']} images, "
+            f"{figures['images_per_second']:.0f} images/s"
+        )
+        accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""transfer: the same function after conversion, or a refusal that changes nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import timm_deconv
+from timm_deconv import Deconv2d, DeconvLinear, transfer
+from timm_deconv.convert.affine import ChannelAffine
+from timm_deconv.errors import InputError
+
+POST_NORM: list[tuple[str, dict[str, Any], int]] = [
+    ("resnet18", {}, 64),
+    ("legacy_seresnet18", {}, 64),
+    ("mobilenetv2_050", {}, 64),
+    ("tf_efficientnet_b0", {}, 65),  # 'SAME' padding
+    ("vgg11_cifar", {"width": 0.25}, 32),
+    ("resnext29_32x4d_cifar", {"width": 0.25}, 32),
+    ("pnasnet_a_cifar", {"width": 0.5}, 32),
+    ("deeplabv3_resnet50", {"layers": (1, 1, 1, 1)}, 33),
+    ("mixnet_s", {}, 64),  # concatenated depthwise convolutions
+    ("levit_128s", {}, 224),  # norms of a linear layer's flattened rows
+]
+SLOW: list[tuple[str, dict[str, Any], int]] = [
+    ("vgg11_bn", {}, 64),
+    ("seresnet50", {}, 64),
+    ("resnext50_32x4d", {}, 64),
+    ("legacy_senet154", {}, 64),
+    ("efficientnetv2_rw_s", {}, 64),
+    ("pnasnet5large", {}, 96),
+    ("fcn_resnet50", {}, 33),
+    ("regnety_008", {}, 64),
+]
+PRE_NORM: list[tuple[str, dict[str, Any], int]] = [
+    ("densenet121", {"growth_rate": 8, "block_config": (2, 2, 2, 2)}, 64),
+    ("preact_resnet18_cifar", {"width": 0.25}, 32),
+    ("dpn92_cifar", {"width": 0.25}, 32),
+    ("resnetv2_50", {"layers": (1, 1, 1, 1)}, 64),
+]
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """In evaluation, with running statistics and affine weights as training might leave them."""
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            norm.running_mean.normal_(0, 0.3)
+            norm.running_var.uniform_(0.5, 2)
+            if norm.affine:
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.normal_(norm.bias, 0, 0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs_before_and_after(model: nn.Module, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    before = model(x)
+    transfer(model, **options)
+    return model(x), before
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference in units of the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def snapshot(model: nn.Module) -> tuple[list[type[nn.Module]], dict[str, Tensor]]:
+    return [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: tuple[list[type[nn.Module]], dict[str, Tensor]]) -> None:
+    kinds, values = snapshot(model)
+    assert kinds == before[0] and values.keys() == before[1].keys()
+    assert all(torch.equal(value, before[1][key]) for key, value in values.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"), [*POST_NORM, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_post_norm_network_computes_the_same_without_its_norms(name: str, options: dict[str, Any], size: int) -> None:
+    model = randomised(timm.create_model(name, **options))
+    after, before = outputs_before_and_after(model, torch.randn(2, 3, size, size))
+    assert difference(after, before) < 1e-4
+    assert not [m for m in model.modules() if isinstance(m, _BatchNorm | ChannelAffine)]
+    assert [m for m in model.modules() if isinstance(m, Deconv2d)]
+
+
+@pytest.mark.parametrize(("name", "options", "size"), PRE_NORM)
+def test_pre_norm_network_is_refused_unchanged_and_keeps_its_function_with_keep_affine(
+    name: str, options: dict[str, Any], size: int
+) -> None:
+    model = randomised(timm.create_model(name, **options))
+    before = snapshot(model)
+    with pytest.raises(InputError, match=r"cannot be folded into a convolution .* pre-norm .*keep_affine=True") as error:
+        transfer(model)
+    assert "\n" not in str(error.value)
+    assert_unchanged(model, before)
+    norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(x)
+        report = transfer(model, keep_affine=True)
+        assert difference(model(x), expected) < 1e-4
+    assert 0 < len(report.affine) < norms == len(report.norms)
+    assert len([m for m in model.modules() if isinstance(m, ChannelAffine)]) == len(report.affine)
+    assert f"{len(report.affine)} of the batch norms left as scale and shift" in str(report)
+
+
+def test_transferred_pre_norm_network_saves_and_loads(tmp_path: Path) -> None:
+    model = randomised(timm.create_model("densenet121", growth_rate=8, block_config=(2, 2, 2, 2)))
+    transfer(model, keep_affine=True)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    back = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(back(x), model(x))
+        assert difference(timm_deconv.fuse(model)(x), model(x)) < 1e-5
+
+
+class Branches(nn.Module):
+    """conv1, conv2 -> concatenation -> norm, then whatever `read` does with the outputs of conv1, conv2 and the norm."""
+
+    def __init__(self, read: Callable[..., Tensor] = lambda a, b, y: y) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 6, 3, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(10), nn.Conv2d(10, 2, 1)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.conv1(x), self.conv2(x)
+        return self.head(self.read(a, b, self.norm(torch.cat([a, nn.functional.dropout(b, 0.5, False)], 1))))
+
+
+def test_norm_of_a_concatenation_is_folded_into_its_parts() -> None:
+    model = randomised(Branches()).double()
+    after, before = outputs_before_and_after(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert difference(after, before) < 1e-12
+    assert isinstance(model.norm, nn.Identity)
+
+
+def test_convolution_that_something_else_reads_keeps_its_output() -> None:
+    model = randomised(Branches(lambda a, b, y: y + a.mean())).double()
+    with pytest.raises(InputError, match=r"norm shares the output of conv1 with another layer"):
+        transfer(model)
+    after, before = outputs_before_and_after(
+        model, torch.randn(2, 3, 8, 8, dtype=torch.float64), keep_affine=True
+    )
+    assert difference(after, before) < 1e-12
+
+
+class SharedConv(nn.Module):
+    """One convolution whose two outputs have norms of their own, or, `shared`, the same."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(3)
+        self.norm2 = self.norm1 if shared else nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv(self.norm1(self.conv(x)).relu()))
+
+
+def test_convolution_used_twice_is_folded_once_or_refused_where_its_norms_differ() -> None:
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    after, before = outputs_before_and_after(randomised(SharedConv(shared=True)).double(), x)
+    assert difference(after, before) < 1e-12
+    model = randomised(SharedConv(shared=False))
+    kept = snapshot(model)
+    with pytest.raises(InputError, match="norm1 shares the output of conv with norm2"):
+        transfer(model)
+    assert_unchanged(model, kept)
+
+
+def test_weight_shared_by_name_is_not_folded_twice() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[3].weight = model[0].weight
+    with pytest.raises(InputError, match="shares its weight"):
+        transfer(randomised(model))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    after, before = outputs_before_and_after(model.double(), x, keep_affine=True)
+    assert difference(after, before) < 1e-12
+
+
+def test_layer_left_plain_by_the_policy_takes_its_norm_in() -> None:
+    model = randomised(timm.create_model("resnet18_cifar", width=0.25))
+    policy = {"patterns": {"layer1.*": None}, "classifier": "channel"}
+    after, before = outputs_before_and_after(model, torch.randn(2, 3, 32, 32), policy=policy)
+    assert difference(after, before) < 1e-4
+    assert type(model.layer1[0].conv1) is nn.Conv2d and model.layer1[0].conv1.bias is not None
+
+
+def test_norm_without_affine_weights_and_norm_of_a_linear_layer() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5)
+    )
+    after, before = outputs_before_and_after(
+        randomised(model).double(), torch.randn(3, 3, 4, 4, dtype=torch.float64), input_size=(3, 4, 4)
+    )
+    assert difference(after, before) < 1e-12
+    assert isinstance(model[3], DeconvLinear)
+
+
+def test_norm_in_the_auxiliary_head_is_found_and_looking_for_it_changes_nothing() -> None:
+    model = randomised(timm.create_model("fcn_resnet50", layers=(1, 1, 1, 1), aux_head=True)).train()
+    model.aux_decoder.eval()
+    x = torch.randn(2, 1024, 5, 5)
+    with torch.no_grad():
+        expected = model.aux_decoder(x)
+        transfer(model)
+        assert difference(model.aux_decoder(x), expected) < 1e-4
+    assert model.training and model.backbone.layer1.training and not model.aux_decoder[0].conv.training
+
+
+def test_transfer_on_the_meta_device_gives_the_converted_structure() -> None:
+    with torch.device("meta"):
+        model, converted = (timm.create_model("resnet18_cifar") for _ in range(2))
+    transfer(model)
+    timm_deconv.convert_deconv_model(converted)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in converted.state_dict().items()}
+
+
+def test_network_changes_nothing_when_the_policy_is_refused() -> None:
+    model = randomised(timm.create_model("resnet18_cifar", width=0.25))
+    before = snapshot(model)
+    with pytest.raises(InputError, match="layer that matches"):
+        transfer(model, {"patterns": {"layer9.*": None}})
+    assert_unchanged(model, before)
+
+
+class Fussy(nn.Module):
+    """A network that takes no image that `transfer` would think of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != 7:
+            raise RuntimeError("7 pixels, please")
+        return self.norm(self.conv(x))
+
+
+def test_network_that_does_not_run_is_named_and_runs_with_its_own_input_size() -> None:
+    with pytest.raises(InputError, match=r"Fussy does not run .* 7 pixels, please; give the input_size"):
+        transfer(Fussy())
+    model = randomised(Fussy()).double()
+    after, before = outputs_before_and_after(model, torch.randn(1, 3, 7, 7).double(), input_size=(3, 7, 7))
+    assert difference(after, before) < 1e-12
+
+
+def test_nothing_to_fold_and_norms_without_statistics_are_refused() -> None:
+    with pytest.raises(InputError, match=r"no batch norm in Sequential.*convert_deconv_model"):
+        transfer(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(InputError, match="batch norm 1 of Sequential keeps no running statistics"):
+        transfer(model, keep_affine=True)
+    with pytest.raises(InputError, match="no batch norm"):
+        transfer(timm.create_model("resnet18_cifar_deconv", width=0.25))

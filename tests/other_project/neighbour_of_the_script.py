@@ -1,0 +1,3 @@
+"""Stands beside the script and is imported by it."""
+
+NAME = "neighbour"

@@ -1,0 +1,108 @@
+"""The output folder: what timm loads from it, what a crash or a full disk leaves in it."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from timm_deconv.errors import InputError
+from timm_deconv.training import load_recipe
+from timm_deconv.training.checkpoint import RunFolder
+from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
+from timm_deconv.training.loop import create_accelerator, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of one epoch: its recipe, folder and row."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = load_recipe("digits", ["model=test_resnet", "model_kwargs={}", "epochs=1", "batch_size=128"])
+    return recipe, folder, train(recipe, folder)
+
+
+def test_timm_loads_what_was_saved_and_it_reads_as_well(run):
+    recipe, folder, row = run
+    model = load_network(str(folder))
+    assert model.pretrained_cfg["mean"] == recipe.mean and model.num_classes == 10
+    figures = validate(model, evaluation_recipe(str(folder), model, None), create_accelerator(recipe))
+    assert round(figures["top1"], 3) == row["top1"] and figures["images"] == 364
+
+
+def test_the_recipe_beside_the_weights_is_the_one_that_ran(run):
+    recipe, folder, _ = run
+    assert load_recipe(str(folder / "recipe.yaml")) == recipe
+
+
+def test_a_folder_with_a_run_is_not_overwritten(run):
+    recipe, folder, _ = run
+    with pytest.raises(InputError, match=r"holds this run already; add --resume"):
+        train(recipe, folder)
+    with pytest.raises(InputError, match=r"other settings \(lr: 0.02 there, 0.5 here\); choose another --output-dir"):
+        train(recipe.merged({"lr": 0.5}), folder, resume=True)
+
+
+def test_a_folder_with_foreign_weights_is_not_overwritten(run, tmp_path):
+    recipe, _, _ = run
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"holds a model.safetensors that no run of ours wrote"):
+        train(recipe, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_a_finished_run_resumed_trains_no_further_and_has_one_row(run):
+    recipe, folder, row = run
+    before = (folder / "model.safetensors").read_bytes()
+    assert train(recipe, folder, resume=True)["top1"] == row["top1"]
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert len((folder / "results.csv").read_text().splitlines()) == 2
+
+
+FILL_THE_DISK = """
+import resource, sys
+from timm_deconv.training import load_recipe, loop
+recipe = load_recipe(sys.argv[1] + "/recipe.yaml")
+save, calls = loop.RunFolder.save, []
+def save_on_a_full_disk(self, *args):
+    calls.append(1)
+    if len(calls) == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save(self, *args)
+loop.RunFolder.save = save_on_a_full_disk
+try:
+    loop.train(recipe, sys.argv[1], cpu=True)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(recipe, tmp_path):
+    recipe = recipe.merged({"epochs": 2})
+    RunFolder(tmp_path, recipe).open()
+    command = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "epoch 2 could not be saved" in said and "epoch-0001 is whole: make room and add --resume" in said
+    assert said.count("\n") == 1
+    left = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert all(torch.isfinite(value).all() for value in left.state_dict().values())
+    row = train(recipe, tmp_path, resume=True)
+    assert row["epochs"] == 2 and len((tmp_path / "curve.csv").read_text().splitlines()) == 3
+
+
+def test_a_state_that_was_never_finished_is_ignored(run, tmp_path):
+    recipe, _, _ = run
+    folder = RunFolder(tmp_path, recipe)
+    (tmp_path / "state" / ".partial").mkdir(parents=True)
+    (tmp_path / "state" / ".partial" / "optimizer.bin").write_bytes(b"half")
+    assert folder.states() == []
+    assert train(recipe, tmp_path, resume=True)["epochs"] == 1
+
+
+def test_a_network_that_cannot_be_loaded_is_answered_with_advice(tmp_path):
+    with pytest.raises(InputError, match=r"holds no config.json"):
+        load_network(str(tmp_path))
+    with pytest.raises(InputError, match=r"no model or folder 'test_resnt'; nearest: test_resnet"):
+        load_network("test_resnt")
+    with pytest.raises(InputError, match=r"resnet18_cifar has no pretrained weights"):
+        load_network("resnet18_cifar")

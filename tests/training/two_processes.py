@@ -1,0 +1,45 @@
+"""Run by torchrun on two processes: trains, and reports as JSON what the test asks about."""
+
+import json
+import sys
+
+import torch
+from accelerate import Accelerator
+
+from timm_deconv.training import load_recipe, loop
+from timm_deconv.training.evaluation import evaluate
+
+
+def largest_difference(accelerator: Accelerator, model: torch.nn.Module) -> float:
+    values = torch.cat([value.double().flatten() for value in model.state_dict().values()])
+    both = accelerator.gather(values[None])
+    return (both[0] - both[1]).abs().max().item()
+
+
+def main(folder: str, normed: str, plain: str) -> None:
+    report = {}
+    differences = []
+    save = loop.RunFolder.save
+
+    def save_and_compare(self, accelerator, model, ema, progress):
+        differences.append(largest_difference(accelerator, model))
+        save(self, accelerator, model, ema, progress)
+
+    loop.RunFolder.save = save_and_compare
+    loop.train(load_recipe(normed), f"{folder}/normed", cpu=True)
+    loop.train(load_recipe(plain), f"{folder}/plain", cpu=True)
+    report["differences"] = differences
+
+    recipe = load_recipe(plain)
+    accelerator = loop.create_accelerator(recipe, cpu=True)
+    task = loop.Classification(recipe.merged({"batch_size": 50}), accelerator.device)
+    loader = accelerator.prepare(task.evaluation_loader())
+    report["images"] = evaluate(task, task.create_model(), loader, accelerator)["images"]
+    report["processes"] = accelerator.num_processes
+    if accelerator.is_main_process:
+        print(json.dumps(report))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,132 @@
+"""transfer: a batch-norm network becomes a deconvolution network of the same function, its weights carried over.
+
+In evaluation batch norm is a fixed scale and shift a channel. Folded into the weight and bias of the convolution before
+it, it is gone, and a whitening layer that starts at the identity is that convolution.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import InputError
+from ..layers import ChannelDeconv
+from .affine import ChannelAffine
+from .converter import convert_deconv_model
+from .pairing import Pairing, batch_norms, pair_norms
+from .policy import GUARDED, DeconvPolicy
+from .report import ConversionReport
+
+__all__ = ["transfer"]
+
+ScaleShift = tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def transfer(
+    model: nn.Module,
+    policy: str | Mapping[str, Any] | DeconvPolicy | None = None,
+    *,
+    keep_affine: bool = False,
+    input_size: tuple[int, ...] | None = None,
+    family: DeconvPolicy = GUARDED,
+) -> ConversionReport:
+    """Convert a batch-norm network as `convert_deconv_model` does, in place, so that it evaluates as before.
+
+    Every batch norm is folded into the convolution or linear layer before it (or into those whose concatenated outputs
+    it normalises); whitening starts at the identity. `calibrate` then makes training start whitened too.
+
+    Args:
+        model: a network with trained batch norms.
+        policy: which layer is whitened how; None for the default preset.
+        keep_affine: let norms that follow no convolution, as in pre-norm networks (DenseNet, PreAct and V2 ResNets,
+            DPN), stay as a scale and shift of each channel (`ChannelAffine`), instead of refusing.
+        input_size: (C, H, W) that the network takes, where timm's configuration does not say it. The network is run
+            once, on a tensor without data, to see what each norm follows.
+        family: what holds where `policy` is silent, as in `convert_deconv_model`.
+
+    Returns:
+        The report; its `affine` names the norms that stayed as scale and shift.
+
+    Raises:
+        InputError: no batch norm, one that cannot be folded (unless `keep_affine`) or has no running statistics, a
+            network that does not run, or what `convert_deconv_model` refuses. The model is unchanged.
+    """
+    norms = batch_norms(model)
+    if not norms:
+        raise InputError(f"no batch norm in {type(model).__name__}: there is nothing to fold; use convert_deconv_model")
+    pairing = pair_norms(model, input_size)
+    _check(model, norms, pairing, keep_affine)
+    folded = _folded(model, norms, pairing)
+    kept = {name: _scale_and_shift(norms[name]) for name in pairing.refused}
+    places = {name: [n for n, m in model.named_modules(remove_duplicate=False) if m is norms[name]] for name in kept}
+    report = convert_deconv_model(model, policy, family=family)
+    for name, (weight, bias) in folded.items():
+        _set_parameters(model.get_submodule(name), weight, bias)
+    for name, values in kept.items():
+        _put_affine(model, places[name], values)
+    for module in model.modules():
+        if isinstance(module, ChannelDeconv):  # the identity for its remaining channels too
+            module.running_var.fill_(1 - module.eps)
+    report.affine = list(kept)
+    report.parameters_after = sum(parameter.numel() for parameter in model.parameters())
+    return report
+
+
+def _check(model: nn.Module, norms: dict[str, _BatchNorm], pairing: Pairing, keep_affine: bool) -> None:
+    kind = type(model).__name__
+    for name in pairing.refused:
+        if norms[name].running_var is None:
+            raise InputError(f"batch norm {name} of {kind} keeps no running statistics: it is no fixed map")
+    if pairing.refused and not keep_affine:
+        name, reason = next(iter(pairing.refused.items()))
+        raise InputError(
+            f"{len(pairing.refused)} of {len(norms)} batch norms of {kind} cannot be folded into a convolution before"
+            f" them ({name} {reason}), as in pre-norm networks; transfer(model, keep_affine=True) keeps their scale and"
+            " shift as a layer, or train from the beginning with convert_deconv_model"
+        )
+
+
+def _scale_and_shift(norm: _BatchNorm) -> ScaleShift:
+    """What the norm does to a channel in evaluation, in float64."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _folded(model: nn.Module, norms: dict[str, _BatchNorm], pairing: Pairing) -> dict[str, ScaleShift]:
+    """Weight and bias, in float64, of every layer that takes a norm in."""
+    folded = {}
+    for norm, layers in pairing.folds.items():
+        scale, shift = _scale_and_shift(norms[norm])
+        for name, channels in layers:
+            layer = model.get_submodule(name)
+            weight = layer.weight.double() * scale[channels].reshape(-1, *[1] * (layer.weight.ndim - 1))  # type: ignore[operator]
+            bias = shift[channels]
+            folded[name] = weight, bias if layer.bias is None else bias + layer.bias.double() * scale[channels]  # type: ignore[operator]
+    return folded
+
+
+def _set_parameters(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    assert isinstance(layer.weight, Tensor)
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    if layer.bias is None:
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
+    else:
+        layer.bias.copy_(bias)  # type: ignore[operator]
+
+
+def _put_affine(model: nn.Module, places: list[str], values: ScaleShift) -> None:
+    """Where a norm stood: its scale and shift, then what conversion left there, which may be its activation."""
+    like = next(model.parameters())
+    affine = ChannelAffine(*(value.to(like.dtype) for value in values))
+    left = model.get_submodule(places[0])
+    new = affine if isinstance(left, nn.Identity) else nn.Sequential(OrderedDict(affine=affine, act=left))
+    for place in places:
+        model.set_submodule(place, new)

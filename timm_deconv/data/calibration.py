@@ -1,0 +1,33 @@
+"""Images to calibrate on: of a folder, a tar or the embedded digits, as the network wants them in evaluation."""
+
+from typing import Any
+
+import timm.data
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from timm_deconv.data.datasets import create_dataset
+
+__all__ = ["calibration_loader"]
+
+
+def calibration_loader(model: nn.Module, data: str, *, images: int = 1024, batch_size: int = 32) -> DataLoader:
+    """Batches of (images, targets), normalised and cropped as `timm.data.resolve_data_config(model=model)` says.
+
+    Args:
+        model: a timm network.
+        data: folder or tar with a training part, or `digits`.
+        images: how many, drawn at random (always the same ones).
+        batch_size: images a batch.
+
+    Raises:
+        InputError: no such data.
+    """
+    cfg = timm.data.resolve_data_config(model=model)
+    channels = cfg["input_size"][0]
+    digits = data == "digits"
+    dataset: Any = create_dataset("digits" if digits else "", None if digits else data, "train", channels=channels)
+    dataset.transform = timm.data.create_transform(**cfg, is_training=False)
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:images]
+    return DataLoader(Subset(dataset, chosen.tolist()), batch_size)

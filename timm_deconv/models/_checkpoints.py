@@ -1,0 +1,175 @@
+"""What pretrained weights may be: a deconvolution network's own, or those of the batch-norm network it is made from.
+
+timm calls the filter between reading a file and loading it. Batch-norm weights are loaded into the batch-norm network,
+which is transferred as `timm_deconv.transfer` does it; the result is a deconvolution checkpoint like any other.
+"""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.models import get_arch_name, get_arch_pretrained_cfgs, model_entrypoint
+from torch import Tensor, nn
+
+from ..convert import DeconvPolicy, transfer
+from ..convert.surgery import fuse_in_place, is_whitened
+from ..errors import InputError
+from ..layers import Deconv2d
+
+__all__ = ["TAG_PREFIX", "checkpoint_filter"]
+
+TAG_PREFIX = "bn_"
+"""Starts the tags of weights that were trained with batch norm: `.bn_a1_in1k` is timm's `.a1_in1k`."""
+
+STATISTICS = ("running_mean", "running_deconv", "num_batches_tracked")
+AUXILIARY = "aux_"
+"""Starts the names of heads that only training uses; weights and network may differ in having them."""
+
+StateDict = Mapping[str, Tensor]
+
+
+def checkpoint_filter(
+    source: str, arguments: Mapping[str, Any], *, keep_affine: bool = False
+) -> Callable[[StateDict, nn.Module], dict[str, Tensor]]:
+    """The filter of a deconvolution network that was made from the batch-norm network `source`.
+
+    Args:
+        source: name of the batch-norm network in timm's registry.
+        arguments: what it is built with; read when weights are loaded.
+        keep_affine: as in `transfer`.
+
+    Returns:
+        (state dict, model) -> the state dict that fits the model but for what timm adapts: the stem's weight to other
+        input channels, and the classifier, which is dropped for another number of classes. A stem of other input
+        channels gets the folded weight and starts from identity whitening; so a network made for one channel gives on
+        grey pictures what the checkpoint gives on their copies in three channels. The filter raises InputError where
+        the weights are another network's, of batch norms that cannot be folded, or fused and the model is not.
+    """
+
+    def filter_fn(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
+        if _of_batch_norms(state_dict, model):
+            state_dict = _carried_over(state_dict, model, source, arguments, keep_affine)
+        else:
+            _check_fusion(state_dict, model)
+        _add_missing_biases(state_dict, model)
+        state_dict = _fitted(state_dict, model)
+        _check_fit(state_dict, model)
+        return state_dict
+
+    return filter_fn
+
+
+# Batch-norm weights
+
+
+def _of_batch_norms(state_dict: StateDict, model: nn.Module) -> bool:
+    """Whether there are running variances that the model does not have and that are not channel whitening's."""
+    known = model.state_dict()
+    variances = (key for key in state_dict if key.endswith(".running_var") and key not in known)
+    return any(f"{key.removesuffix('var')}mean1" not in state_dict for key in variances)
+
+
+def _carried_over(
+    state_dict: StateDict, model: Any, source: str, arguments: Mapping[str, Any], keep_affine: bool
+) -> StateDict:
+    """The state dict of the batch-norm network with these weights after `transfer`, fused if the model is."""
+    cfg = model.pretrained_cfg
+    tag = (cfg.get("tag") or "").removeprefix(TAG_PREFIX)
+    overlay = {"state_dict": dict(state_dict), "num_classes": cfg["num_classes"], "input_size": cfg["input_size"]}
+    options = {**arguments, "num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]}
+    if "aux_head" in options:
+        options["aux_head"] = any(key.startswith(AUXILIARY) for key in state_dict)
+    for name in ("device", "global_pool"):  # the pooling has no weights, and some networks need one for a classifier
+        options.pop(name, None)
+    try:
+        with torch.device("cpu"):
+            network = model_entrypoint(source)(
+                pretrained=True,
+                pretrained_cfg=tag if f"{get_arch_name(source)}.{tag}" in get_arch_pretrained_cfgs(source) else None,
+                pretrained_cfg_overlay=overlay,
+                **options,
+            )
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise InputError(f"these batch-norm weights do not fit {source}: {reason}") from error
+    transfer(network, model.deconv_policy, keep_affine=keep_affine, family=DeconvPolicy())
+    if not is_whitened(model):
+        fuse_in_place(network)
+    return network.state_dict()
+
+
+def _add_missing_biases(state_dict: StateDict, model: nn.Module) -> None:
+    """A layer that the policy leaves plain has a bias once a batch norm was folded into it."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and f"{name}.bias" in state_dict and module._parameters.get("bias", weight) is None:
+            module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
+
+
+# Deconvolution weights
+
+
+def _check_fusion(state_dict: StateDict, model: nn.Module) -> None:
+    if not is_whitened(model) and any(key.endswith(".running_deconv") for key in state_dict):
+        raise InputError("these weights are not fused: create the network without fused=True, then call fuse")
+    missing = model.state_dict().keys() - state_dict.keys()
+    if is_whitened(model) and missing and all(key.rpartition(".")[2] in STATISTICS for key in missing):
+        raise InputError("these are weights of a fused network: create it with fused=True")
+
+
+def _fitted(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
+    """Without the statistics of layers that the model does not have, and without auxiliary heads that do not fit it."""
+    for name, layer in model.named_modules():
+        mean = state_dict.get(f"{name}.running_mean")
+        if isinstance(layer, Deconv2d) and mean is not None and mean.shape != layer.running_mean.shape:
+            state_dict = {**state_dict, **_refolded(name, layer, state_dict)}
+    known = model.state_dict()
+    return {
+        key: value
+        for key, value in state_dict.items()
+        if (key in known or not key.endswith(STATISTICS))
+        and (not key.startswith(AUXILIARY) or (key in known and known[key].shape == value.shape))
+    }
+
+
+def _refolded(name: str, layer: Deconv2d, state_dict: StateDict) -> dict[str, Tensor]:
+    """The folded weight of a layer of other input channels, and the statistics that the model's layer starts with."""
+    weight = state_dict[f"{name}.weight"]
+    source = Deconv2d(
+        weight.shape[1] * layer.groups, layer.out_channels, layer.kernel_size, groups=layer.groups, cfg=layer.cfg
+    )
+    prefix = f"{name}."
+    source.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
+    folded, bias = (value.detach() for value in source.folded())
+    fresh = {f"{prefix}{key}": value for key, value in layer.state_dict().items() if key not in ("weight", "bias")}
+    return {f"{prefix}weight": folded, f"{prefix}bias": bias, **fresh}
+
+
+def _check_fit(state_dict: StateDict, model: Any) -> None:
+    """One line on what does not fit, before timm's own of many; what timm adapts is left to it."""
+    cfg, known = model.pretrained_cfg, model.state_dict()
+    adapted = tuple(f"{name}.weight" for name in _names(cfg, "first_conv"))
+    replaced: tuple[str, ...] = ()
+    if getattr(model, "num_classes", None) != cfg.get("num_classes"):
+        replaced = (AUXILIARY, *(f"{name}." for name in _names(cfg, "classifier")))
+    wrong = {
+        "missing": known.keys() - state_dict.keys(),
+        "unexpected": state_dict.keys() - known.keys(),
+        "of another shape": {
+            key for key in known.keys() & state_dict.keys() - set(adapted) if known[key].shape != state_dict[key].shape
+        },
+    }
+    parts = []
+    for what, keys in wrong.items():
+        if named := sorted(key for key in keys if not key.startswith(replaced)):
+            shown = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
+            parts.append(f"{len(named)} {what} ({shown})")
+    if parts:
+        name = cfg.get("architecture") or type(model).__name__
+        raise InputError(f"these weights do not fit {name}: {'; '.join(parts)}; load them into the network they are of")
+
+
+def _names(cfg: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = cfg.get(key) or ()
+    return (value,) if isinstance(value, str) else tuple(value)

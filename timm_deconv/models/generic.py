@@ -1,0 +1,84 @@
+"""The name `deconv`: any timm network as a deconvolution network, `timm.create_model('deconv', base='regnety_008')`.
+
+What `convert_deconv_model` makes of a timm network is saved by this name, so that timm loads it again.
+"""
+
+from typing import Any
+
+import timm
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_name,
+    model_entrypoint,
+    register_model,
+)
+from torch import nn
+
+from timm_deconv.convert import convert_deconv_model, transfer
+from timm_deconv.convert.classifier import GENERIC_NAME
+from timm_deconv.errors import InputError, unknown_name
+from timm_deconv.models._checkpoints import checkpoint_filter
+from timm_deconv.models._registration import as_built, default_cfg, list_models
+
+__all__ = ["deconv"]
+
+default_cfgs = generate_default_cfgs({GENERIC_NAME: {}})
+
+
+@register_model
+def deconv(
+    pretrained: bool = False,
+    *,
+    base: str | None = None,
+    deconv: Any = None,
+    fused: bool = False,
+    keep_affine: bool = False,
+    pretrained_cfg: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The timm network `base` with its layers whitened and its batch norms removed.
+
+    Args:
+        pretrained: load weights; there are some where a saved network is loaded, by `local-dir:` or `hf-hub:`.
+        base: name of the network, with or without a tag.
+        deconv: a preset's name, a dictionary over a preset, or a `DeconvPolicy`, as in `convert_deconv_model`.
+        fused: make the plain network that `timm_deconv.fuse` makes of it.
+        keep_affine: keep a scale and shift of each channel where `transfer` would.
+        pretrained_cfg: as in `timm.create_model`; otherwise what `base` says of its input.
+        kwargs: arguments of `base`.
+    """
+    base = _check_base(base)
+
+    arguments: dict[str, Any] = {}
+
+    def build(**given: Any) -> nn.Module:
+        arguments.update(given)
+        model = model_entrypoint(base)(pretrained=False, **given)
+        if keep_affine:
+            transfer(model, deconv, keep_affine=True)
+        else:
+            convert_deconv_model(model, deconv)
+        return as_built(model, fused)
+
+    cfg = pretrained_cfg or {**default_cfg(base), "architecture": GENERIC_NAME}
+    return build_model_with_cfg(
+        build,
+        GENERIC_NAME,
+        pretrained,
+        pretrained_cfg=cfg,
+        pretrained_filter_fn=checkpoint_filter(base, arguments, keep_affine=keep_affine),
+        feature_cfg={"feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _check_base(base: str | None) -> str:
+    if not isinstance(base, str) or not base:
+        raise InputError("deconv: base= is missing; name one of timm.list_models(), as in base='regnety_008'")
+    name = get_arch_name(base)
+    if name in (GENERIC_NAME, *list_models()):
+        raise InputError(f"base={base!r} is a deconvolution network already: create it by this name")
+    if not timm.is_model(name):
+        raise unknown_name("network to be the base,", base, timm.list_models())
+    return base
