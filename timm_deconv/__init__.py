@@ -1,4 +1,4 @@
-"""Network deconvolution (Ye et al., ICLR 2020) as a timm plugin: importing this package registers its models with timm."""
+"""Network deconvolution (Ye et al., ICLR 2020) as a timm plugin: importing it registers the models with timm."""
 
 from .convert import DeconvPolicy, calibrate, convert_deconv_model, fuse, transfer
 from .layers import ChannelDeconv, Deconv2d, DeconvCfg, DeconvLinear

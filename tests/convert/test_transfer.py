@@ -24,9 +24,9 @@ POST_NORM: list[tuple[str, dict[str, Any], int]] = [
     ("vgg11_cifar", {"width": 0.25}, 32),
     ("resnext29_32x4d_cifar", {"width": 0.25}, 32),
     ("pnasnet_a_cifar", {"width": 0.5}, 32),
+    ("dpn92_cifar", {"width": 0.25}, 32),  # post-norm, unlike timm's DPN
     ("deeplabv3_resnet50", {"layers": (1, 1, 1, 1)}, 33),
     ("mixnet_s", {}, 64),  # concatenated depthwise convolutions
-    ("levit_128s", {}, 224),  # norms of a linear layer's flattened rows
 ]
 SLOW: list[tuple[str, dict[str, Any], int]] = [
     ("vgg11_bn", {}, 64),
@@ -41,7 +41,7 @@ SLOW: list[tuple[str, dict[str, Any], int]] = [
 PRE_NORM: list[tuple[str, dict[str, Any], int]] = [
     ("densenet121", {"growth_rate": 8, "block_config": (2, 2, 2, 2)}, 64),
     ("preact_resnet18_cifar", {"width": 0.25}, 32),
-    ("dpn92_cifar", {"width": 0.25}, 32),
+    ("dpn68", {}, 64),
     ("resnetv2_50", {"layers": (1, 1, 1, 1)}, 64),
 ]
 
@@ -97,7 +97,7 @@ def test_pre_norm_network_is_refused_unchanged_and_keeps_its_function_with_keep_
 ) -> None:
     model = randomised(timm.create_model(name, **options))
     before = snapshot(model)
-    with pytest.raises(InputError, match=r"cannot be folded into a convolution .* pre-norm .*keep_affine=True") as error:
+    with pytest.raises(InputError, match=r"cannot be folded .* pre-norm .*keep_affine=True") as error:
         transfer(model)
     assert "\n" not in str(error.value)
     assert_unchanged(model, before)
@@ -124,7 +124,7 @@ def test_transferred_pre_norm_network_saves_and_loads(tmp_path: Path) -> None:
 
 
 class Branches(nn.Module):
-    """conv1, conv2 -> concatenation -> norm, then whatever `read` does with the outputs of conv1, conv2 and the norm."""
+    """conv1, conv2 -> concatenation -> norm; `read` takes the outputs of all three."""
 
     def __init__(self, read: Callable[..., Tensor] = lambda a, b, y: y) -> None:
         super().__init__()
@@ -148,9 +148,7 @@ def test_convolution_that_something_else_reads_keeps_its_output() -> None:
     model = randomised(Branches(lambda a, b, y: y + a.mean())).double()
     with pytest.raises(InputError, match=r"norm shares the output of conv1 with another layer"):
         transfer(model)
-    after, before = outputs_before_and_after(
-        model, torch.randn(2, 3, 8, 8, dtype=torch.float64), keep_affine=True
-    )
+    after, before = outputs_before_and_after(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), keep_affine=True)
     assert difference(after, before) < 1e-12
 
 
@@ -196,6 +194,25 @@ def test_layer_left_plain_by_the_policy_takes_its_norm_in() -> None:
     assert type(model.layer1[0].conv1) is nn.Conv2d and model.layer1[0].conv1.bias is not None
 
 
+class Tokens(nn.Module):
+    """A linear layer whose rows are flattened for the norm, as in LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return self.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+def test_norm_of_flattened_tokens_is_folded() -> None:
+    model = randomised(Tokens()).double()
+    after, before = outputs_before_and_after(model, torch.randn(2, 3, 4, dtype=torch.float64), input_size=(3, 4))
+    assert difference(after, before) < 1e-12
+    assert isinstance(model.norm, nn.Identity) and isinstance(model.linear, DeconvLinear)
+
+
 def test_norm_without_affine_weights_and_norm_of_a_linear_layer() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5)
@@ -223,7 +240,8 @@ def test_transfer_on_the_meta_device_gives_the_converted_structure() -> None:
         model, converted = (timm.create_model("resnet18_cifar") for _ in range(2))
     transfer(model)
     timm_deconv.convert_deconv_model(converted)
-    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in converted.state_dict().items()}
+    shapes = [{key: value.shape for key, value in m.state_dict().items()} for m in (model, converted)]
+    assert shapes[0] == shapes[1]
 
 
 def test_network_changes_nothing_when_the_policy_is_refused() -> None:

@@ -139,7 +139,9 @@ def check_head(subject: Subject) -> None:
             assert features.shape[2:] == tuple(model.default_cfg["pool_size"])
         pooled = model.forward_head(features, pre_logits=True)
         assert pooled.shape == (2, model.head_hidden_size)
-        same(model.get_classifier()(pooled), logits)
+        classifier = model.get_classifier()
+        as_map = isinstance(classifier, nn.Conv2d)
+        same(classifier(pooled[..., None, None] if as_map else pooled).flatten(1), logits)
         same(model.forward_head(features), logits)
         model.reset_classifier(7)
         assert model(x).shape == (2, 7)
@@ -262,7 +264,9 @@ def check_pretrained(subject: Subject) -> None:
         same(subject.create(**load)(x), trained(x))
         other = subject.create(in_chans=1, num_classes=5, **load)
         grey = x[:, :1]
-        same(other.forward_features(grey), trained.forward_features(grey.expand(-1, 3, -1, -1)))
+        first = {"indices": [0], "intermediates_only": True}
+        (expected,) = trained.forward_intermediates(grey.expand(-1, 3, -1, -1), **first)
+        same(other.forward_intermediates(grey, **first)[0], expected)
         assert other(grey).shape[:2] == (2, 5)
         same(subject.create(num_classes=0, **load).forward_features(x), trained.forward_features(x))
         maps, _ = hooked(trained, x)

@@ -53,7 +53,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(recipe, tm
     recipe = recipe.merged({"epochs": 2})
     monkeypatch.setattr("timm_deconv.training.loop.average_buffers", _spoil_the_next_epoch)
     with pytest.raises(
-        NonFiniteError, match=r"non-finite loss at epoch 2, update 12, first seen by conv1.conv1 \(Conv2d"
+        NonFiniteError, match=r"non-finite loss at epoch 2, update 12, first seen by conv1\.0 \(Conv2d, its output"
     ):
         train(recipe, tmp_path)
     assert len(read_curve(tmp_path)) == 1

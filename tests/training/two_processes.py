@@ -6,7 +6,7 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from timm_deconv.training import load_recipe, loop
+from timm_deconv.training import Recipe, load_recipe, loop
 from timm_deconv.training.evaluation import evaluate
 
 
@@ -14,6 +14,15 @@ def largest_difference(accelerator: Accelerator, model: torch.nn.Module) -> floa
     values = torch.cat([value.double().flatten() for value in model.state_dict().values()])
     both = accelerator.gather(values[None])
     return (both[0] - both[1]).abs().max().item()
+
+
+def run(recipe: Recipe, folder: str) -> None:
+    # `train` without its end, which takes the process group down
+    accelerator = loop.create_accelerator(recipe, cpu=True)
+    loop.random_seed(recipe.seed)
+    loop.Trainer(
+        recipe, loop.Classification(recipe, accelerator.device), loop.RunFolder(folder, recipe), accelerator
+    ).run(False)
 
 
 def main(folder: str, normed: str, plain: str) -> None:
@@ -26,8 +35,8 @@ def main(folder: str, normed: str, plain: str) -> None:
         save(self, accelerator, model, ema, progress)
 
     loop.RunFolder.save = save_and_compare
-    loop.train(load_recipe(normed), f"{folder}/normed", cpu=True)
-    loop.train(load_recipe(plain), f"{folder}/plain", cpu=True)
+    run(load_recipe(normed), f"{folder}/normed")
+    run(load_recipe(plain), f"{folder}/plain")
     report["differences"] = differences
 
     recipe = load_recipe(plain)

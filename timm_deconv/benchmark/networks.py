@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import timm_deconv.models  # noqa: F401 (registers the networks)
-from timm_deconv.benchmark.baselines import PublishedChannel, PublishedConv2d, PublishedLinear
 from timm_deconv.errors import unknown_name
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvLinear
+
+from .baselines import PublishedChannel, PublishedConv2d, PublishedLinear
 
 __all__ = ["FORMS", "build", "with_published_layers", "without_norms"]
 

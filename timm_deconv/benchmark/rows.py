@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from timm_deconv.benchmark.step import StepSettings, price
-from timm_deconv.benchmark.timing import Timings
 from timm_deconv.errors import InputError
 from timm_deconv.resources import checkout_configs
 from timm_deconv.training.results import describe_machine
+
+from .step import StepSettings, price
+from .timing import Timings
 
 __all__ = ["COLUMNS", "append_rows", "result_files", "step_rows", "table"]
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_deconv.benchmark.networks import FORMS, build
-from timm_deconv.benchmark.timing import Timings, interleave, synchroniser
 from timm_deconv.errors import NonFiniteError, unknown_name
+
+from .networks import FORMS, build
+from .timing import Timings, interleave, synchroniser
 
 __all__ = ["MEMORY_FORMATS", "StepSettings", "check_published", "price", "time_evaluation", "time_training"]
 

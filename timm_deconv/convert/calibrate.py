@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..layers import WhiteningMixin
-from ..layers.whitening import fold, whitener
-from ..linalg import covariance, full_precision
+from timm_deconv.errors import InputError
+from timm_deconv.layers import WhiteningMixin
+from timm_deconv.layers.whitening import fold, whitener
+from timm_deconv.linalg import covariance, full_precision
 
 __all__ = ["calibrate"]
 
@@ -106,9 +106,7 @@ def _check_layers(model: nn.Module, layers: dict[str, WhiteningMixin]) -> None:
 
 
 @contextmanager
-def _evaluating(
-    model: nn.Module, layers: dict[str, WhiteningMixin], moments: dict[str, _Moments]
-) -> Iterator[None]:
+def _evaluating(model: nn.Module, layers: dict[str, WhiteningMixin], moments: dict[str, _Moments]) -> Iterator[None]:
     """The network in evaluation mode, its layers' inputs being watched; afterwards all is as before."""
     modes = [(module, module.training) for module in model.modules()]
     watches = [layer.register_forward_pre_hook(_watch(layer, moments[name])) for name, layer in layers.items()]

@@ -7,8 +7,9 @@ import timm
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
-from ..errors import InputError
-from ..layers import ChannelDeconv
+from timm_deconv.errors import InputError
+from timm_deconv.layers import ChannelDeconv
+
 from .affine import ChannelAffine
 from .policy import DeconvPolicy
 from .roles import classifier_names, linear_layers_as_convs
@@ -33,8 +34,9 @@ GENERIC_NAME = "deconv"
 class WhitenedPool(nn.Sequential):
     """Channel whitening in front of a global pooling; answers what timm asks of the pooling."""
 
-    whiten: nn.Module
-    pool: SelectAdaptivePool2d
+    if TYPE_CHECKING:  # at run time TorchScript would compile what is annotated here
+        whiten: nn.Module
+        pool: SelectAdaptivePool2d
 
     def __init__(self, whiten: nn.Module, pool: SelectAdaptivePool2d) -> None:
         super().__init__(OrderedDict(whiten=whiten, pool=pool))
@@ -131,7 +133,7 @@ def whiten_pooling(model: nn.Module, whiten: nn.Module) -> None:
     """Put channel whitening in front of the network's global pooling; none where nothing is pooled."""
     ((name, pool),) = _pools(model)
     if not pool.is_identity() and not any(isinstance(m, WhitenedPool) for m in model.modules()):
-        model.set_submodule(name, WhitenedPool(whiten, pool))
+        model.set_submodule(name, WhitenedPool(whiten, pool).train(pool.training))
 
 
 def new_channel_whitening(model: nn.Module, policy: DeconvPolicy) -> ChannelDeconv:

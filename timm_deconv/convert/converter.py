@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import InputError
-from ..layers import DeconvCfg
+from timm_deconv.errors import InputError
+from timm_deconv.layers import DeconvCfg
+
 from .classifier import ConvertedNetwork, check_pooling, mix_in, new_channel_whitening, whiten_pooling
 from .policy import GUARDED, DeconvPolicy, Role, resolve_policy
 from .report import ConversionReport, ConvertedLayer

@@ -4,7 +4,8 @@ import copy
 
 from torch import nn
 
-from ..layers import ChannelDeconv, WhiteningMixin
+from timm_deconv.layers import ChannelDeconv, WhiteningMixin
+
 from .surgery import fuse_in_place
 
 __all__ = ["fuse"]

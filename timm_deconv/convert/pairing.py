@@ -19,12 +19,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import InputError
+from timm_deconv.errors import InputError
+
 from .surgery import NORM_ACT_TYPES, NORM_TYPES
 
 __all__ = ["Pairing", "batch_norms", "pair_norms"]
 
-_PRODUCERS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, timm.layers.Conv2dSame)}
+_PRODUCERS: set[Any] = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, timm.layers.Conv2dSame)}
 _PRODUCERS.add(timm.layers.Linear.forward)
 
 
@@ -186,7 +187,7 @@ class _Trace(TorchDispatchMode):
             self._concatenate(out, *args)
         elif func in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             self._reshape(out, args[0])
-        else:
+        elif func.namespace != "prim":  # what asks for the device, not for values
             self._read(tree_leaves((args, kwargs)), None)
         return out
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from ..errors import InputError, unknown_name
-from ..layers import DeconvCfg, preset
+from timm_deconv.errors import InputError, unknown_name
+from timm_deconv.layers import DeconvCfg, preset
 
 __all__ = ["DEFAULT_PRESET", "GUARDED", "ClassifierKind", "DeconvPolicy", "Role", "resolve_policy"]
 

@@ -8,7 +8,8 @@ from timm.layers.norm_act import SyncBatchNormAct
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import ChannelDeconv, Deconv2d, Deconv2dSame, DeconvCfg, DeconvLinear, WhiteningMixin
+from timm_deconv.layers import ChannelDeconv, Deconv2d, Deconv2dSame, DeconvCfg, DeconvLinear, WhiteningMixin
+
 from .roles import LINEAR_TYPES
 
 __all__ = [

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import InputError
-from ..layers import ChannelDeconv
+from timm_deconv.errors import InputError
+from timm_deconv.layers import ChannelDeconv
+
 from .affine import ChannelAffine
 from .converter import convert_deconv_model
 from .pairing import Pairing, batch_norms, pair_norms

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from timm_deconv.data.datasets import create_dataset
+from .datasets import create_dataset
 
 __all__ = ["calibration_loader"]
 

@@ -8,8 +8,9 @@ import timm.data
 from PIL import Image
 from torch.utils.data import Dataset
 
-from timm_deconv.data.digits import Digits
 from timm_deconv.errors import InputError, unknown_name
+
+from .digits import Digits
 
 TORCHVISION = "cifar10 cifar100 mnist kmnist fashion_mnist qmnist imagenet places365 inaturalist".split()
 TRAIN_NAMES = ("train", "training")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..linalg import full_precision
+from timm_deconv.linalg import full_precision
+
 from .config import DeconvCfg
 from .operation import Map, whitened_map
 from .partition import Partition

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linalg import covariance, full_precision
+from timm_deconv.linalg import covariance, full_precision
+
 from .base import in_recomputation
 from .config import DeconvCfg
 from .whitening import whitener

@@ -1,7 +1,7 @@
 """The published class and argument names, for projects that carry a copy of the published `deconv.py`: change one
 import.
 
-    from timm_deconv.layers.compat import FastDeconv, Delinear, ChannelDeconv
+    from .compat import FastDeconv, Delinear, ChannelDeconv
 
 State dicts are the published ones; the freeze counter, which those lack, starts at 0.
 """

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from ..errors import InputError, unknown_name
+from timm_deconv.errors import InputError, unknown_name
 
 __all__ = ["PRESETS", "DeconvCfg", "Layout", "preset"]
 

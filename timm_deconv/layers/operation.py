@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..linalg import covariance, full_precision, isqrt_backward, isqrt_with_iterates, shrink
+from timm_deconv.linalg import covariance, full_precision, isqrt_backward, isqrt_with_iterates, shrink
+
 from .config import DeconvCfg
 from .partition import (
     Partition,
@@ -121,7 +122,7 @@ class _WhitenedMap(torch.autograd.Function):
         running_whitener: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         partition, cfg = linear_map.partition, linear_map.cfg
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = _map_dtype(x)
         with full_precision(x):
             rows = split_rows(linear_map.columns(x), partition)
             mean, cov = covariance(rows)
@@ -165,6 +166,13 @@ class _WhitenedMap(torch.autograd.Function):
                 grad_x = grad_x.to(x.dtype)
                 _add_statistics_gradient_(grad_x, x, linear_map, mean, grad_mean, grad_whitener, iterates)
         return grad_x, grad_weight, grad_bias.to(weight.dtype) if ctx.has_bias else None, None, None, None, None
+
+
+def _map_dtype(x: Tensor) -> torch.dtype:
+    """What the map itself computes in."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _add_statistics_gradient_(

@@ -7,7 +7,8 @@ the approximate inverse root D of their covariance, conv(D (x - mu)) = conv'(x) 
 import torch
 from torch import Tensor
 
-from ..linalg import isqrt_newton_schulz
+from timm_deconv.linalg import isqrt_newton_schulz
+
 from .config import DeconvCfg
 from .operation import regularise
 from .partition import Partition, split_weight, sum_shift, unsplit_weight

@@ -1,6 +1,6 @@
 """The networks of the paper; importing this package registers them with timm."""
 
-from timm_deconv.models import (
+from . import (
     deeplabv3,
     densenet,
     dpn,
@@ -14,7 +14,7 @@ from timm_deconv.models import (
     senet,
     vgg,
 )
-from timm_deconv.models._registration import list_models
+from ._registration import list_models
 
 __all__ = [
     "deeplabv3",

@@ -12,10 +12,10 @@ import torch
 from timm.models import get_arch_name, get_arch_pretrained_cfgs, model_entrypoint
 from torch import Tensor, nn
 
-from ..convert import DeconvPolicy, transfer
-from ..convert.surgery import fuse_in_place, is_whitened
-from ..errors import InputError
-from ..layers import Deconv2d
+from timm_deconv.convert import DeconvPolicy, transfer
+from timm_deconv.convert.surgery import fuse_in_place, is_whitened
+from timm_deconv.errors import InputError
+from timm_deconv.layers import Deconv2d
 
 __all__ = ["TAG_PREFIX", "checkpoint_filter"]
 

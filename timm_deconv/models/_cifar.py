@@ -13,7 +13,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_deconv.models._blocks import NormAct
+from ._blocks import NormAct
 
 Level = tuple[int, int]
 """Channels and reduction (input size over map size) of a feature map."""

@@ -19,10 +19,11 @@ from timm.models import (
 )
 from torch import nn
 
-from ..convert import DeconvPolicy, convert_deconv_model
-from ..convert.policy import GUARDED
-from ..convert.surgery import fuse_in_place
-from ..layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame, DeconvLinear
+from timm_deconv.convert import DeconvPolicy, convert_deconv_model
+from timm_deconv.convert.policy import GUARDED
+from timm_deconv.convert.surgery import fuse_in_place
+from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame, DeconvLinear
+
 from ._checkpoints import TAG_PREFIX, checkpoint_filter
 
 __all__ = ["CIFAR_POLICY", "IMAGENET_POLICY", "frozen_stem", "list_models", "register_deconv"]
@@ -40,15 +41,13 @@ IMAGENET_POLICY = GUARDED
 
 Family = DeconvPolicy | Callable[[nn.Module], DeconvPolicy]
 
-PRE_NORM_MODULES = ("densenet", "dpn", "preact_resnet", "resnetv2")
-"""Where batch norms stand before the convolutions, behind sums and concatenations: they cannot be folded exactly."""
+PRE_NORM_MODULES = ("densenet", "dpn", "resnetv2")
+"""Of timm: batch norms stand before the convolutions, behind sums and concatenations, and cannot be folded exactly."""
 
-WEIGHTS = {
-    False: "Tags `.bn_*` are the weights of the batch-norm network, each norm folded into the convolution before it.",
-    True: "There are no weights of the batch-norm network: its norms stand before the convolutions, where none can be"
-    " folded exactly. `timm_deconv.transfer(network, keep_affine=True)` carries them over, leaving scale and shift.",
-}
-"""What an entry point says of the source's weights: by whether its norms come first."""
+POST_NORM_WEIGHTS = "Tags `.bn_*` are weights of the batch-norm network, each norm folded into the layer before it."
+PRE_NORM_WEIGHTS = """The batch-norm network's weights have no tag here: its norms stand before the convolutions, and
+    those behind sums and concatenations cannot be folded exactly. `timm_deconv.transfer(network, keep_affine=True)`
+    carries the weights over and leaves such a norm's scale and shift in place."""
 
 _REGISTERED: list[str] = []
 _OF_THE_NAME = ("architecture", "tag")
@@ -88,9 +87,7 @@ def register_deconv(
 def _entry_point(
     module: str, name: str, source: str, family: Family, feature_cfg: Mapping[str, Any]
 ) -> Callable[..., nn.Module]:
-    def entry_point(
-        pretrained: bool = False, *, deconv: Any = None, fused: bool = False, **kwargs: Any
-    ) -> nn.Module:
+    def entry_point(pretrained: bool = False, *, deconv: Any = None, fused: bool = False, **kwargs: Any) -> nn.Module:
         arguments: dict[str, Any] = {}
 
         def build(**given: Any) -> nn.Module:
@@ -116,7 +113,7 @@ def _entry_point(
     `deconv` is a preset's name, a dictionary over a preset, or a `DeconvPolicy`; `fused=True` makes the plain network
     that `timm_deconv.fuse` makes of it, for its weights; other arguments as in `timm.create_model`.
 
-    {WEIGHTS[_is_pre_norm(source)]}
+    {_about_weights(source)}
     """
     return entry_point
 
@@ -149,4 +146,11 @@ def _cfgs(name: str, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_pre_norm(source: str) -> bool:
-    return model_entrypoint(source).__module__.rpartition(".")[2] in PRE_NORM_MODULES
+    package, _, module = model_entrypoint(source).__module__.rpartition(".")
+    return package == "timm.models" and module in PRE_NORM_MODULES
+
+
+def _about_weights(source: str) -> str:
+    if _is_pre_norm(source):
+        return PRE_NORM_WEIGHTS
+    return POST_NORM_WEIGHTS if any(cfg.has_weights for cfg in get_arch_pretrained_cfgs(source).values()) else ""

@@ -11,8 +11,9 @@ from torch import nn
 from timm_deconv.convert import transfer
 from timm_deconv.convert.classifier import ConvertedNetwork
 from timm_deconv.errors import InputError, unknown_name
-from timm_deconv.models._checkpoints import TAG_PREFIX
-from timm_deconv.models._registration import list_models
+
+from ._checkpoints import TAG_PREFIX
+from ._registration import list_models
 
 __all__ = ["carry_over"]
 

@@ -13,9 +13,10 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy
-from timm_deconv.models._blocks import ConvNormAct
-from timm_deconv.models._registration import IMAGENET_POLICY, frozen_stem, register_deconv
-from timm_deconv.models._twins import SEGMENTATION_CFG, register_twins
+
+from ._blocks import ConvNormAct
+from ._registration import IMAGENET_POLICY, frozen_stem, register_deconv
+from ._twins import SEGMENTATION_CFG, register_twins
 
 __all__ = ["ASPP", "ImagePool", "SegmentationNet"]
 

@@ -5,9 +5,9 @@ Table 1 of Ye et al., Network Deconvolution, ICLR 2020: 3x3 depthwise convolutio
 last block.
 """
 
-from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from timm_deconv.models._twins import STAGED_FEATURES, register_twins
-from timm_deconv.models.mobilenetv2 import INVERTED_FEATURES, CifarMobileNetV2, inverted_residual_settings
+from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from ._twins import STAGED_FEATURES, register_twins
+from .mobilenetv2 import INVERTED_FEATURES, CifarMobileNetV2, inverted_residual_settings
 
 FEATURES = {**STAGED_FEATURES, "out_indices": (0, 1, 2, 3, 4, 5)}
 

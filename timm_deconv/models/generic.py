@@ -18,8 +18,9 @@ from torch import nn
 from timm_deconv.convert import convert_deconv_model, transfer
 from timm_deconv.convert.classifier import GENERIC_NAME
 from timm_deconv.errors import InputError, unknown_name
-from timm_deconv.models._checkpoints import checkpoint_filter
-from timm_deconv.models._registration import as_built, default_cfg, list_models
+
+from ._checkpoints import checkpoint_filter
+from ._registration import as_built, default_cfg, list_models
 
 __all__ = ["deconv"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_deconv.models._blocks import ConvNormAct, scaled
-from timm_deconv.models._cifar import StagedNet
-from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from timm_deconv.models._twins import STAGED_FEATURES, register_twins
+from ._blocks import ConvNormAct, scaled
+from ._cifar import StagedNet
+from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from ._twins import STAGED_FEATURES, register_twins
 
 __all__ = ["CellA", "CifarPNASNet"]
 

@@ -11,10 +11,10 @@ from typing import Any
 from timm.layers import SEModule
 from torch import Tensor, nn
 
-from timm_deconv.models._blocks import ConvNormAct, NormAct, scaled
-from timm_deconv.models._cifar import StagedNet
-from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from timm_deconv.models._twins import STAGED_FEATURES, register_twins
+from ._blocks import ConvNormAct, NormAct, scaled
+from ._cifar import StagedNet
+from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from ._twins import STAGED_FEATURES, register_twins
 
 __all__ = ["CifarPreActResNet", "PreActBlock"]
 
@@ -95,6 +95,4 @@ register_twins(
 
 register_deconv(__name__, {"preact_resnet18_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=STAGED_FEATURES)
 # timm's pre-activation ResNet.
-register_deconv(
-    __name__, {"resnetv2_50": frozen_stem(IMAGENET_POLICY, 10)}, feature_cfg={"flatten_sequential": True}
-)
+register_deconv(__name__, {"resnetv2_50": frozen_stem(IMAGENET_POLICY, 10)}, feature_cfg={"flatten_sequential": True})

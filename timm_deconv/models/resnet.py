@@ -10,9 +10,9 @@ from typing import Any
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from timm_deconv.models._blocks import scaled
-from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from timm_deconv.models._twins import register_twins
+from ._blocks import scaled
+from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from ._twins import register_twins
 
 __all__ = ["CifarResNet"]
 

@@ -10,10 +10,11 @@ from typing import Any
 from timm.models.resnet import Bottleneck, make_blocks
 
 from timm_deconv.convert import DeconvPolicy
-from timm_deconv.models._blocks import ConvNormAct, scaled
-from timm_deconv.models._cifar import StagedNet
-from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from timm_deconv.models._twins import STAGED_FEATURES, register_twins
+
+from ._blocks import ConvNormAct, scaled
+from ._cifar import StagedNet
+from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from ._twins import STAGED_FEATURES, register_twins
 
 __all__ = ["CifarResNeXt"]
 
@@ -72,9 +73,7 @@ register_twins(
 GROUPED = DeconvPolicy(roles={"grouped": {"n_iter": 3}})
 """Published: fewer steps in the grouped 3x3 convolutions."""
 
-register_deconv(
-    __name__, {"resnext29_32x4d_cifar": GROUPED.over(frozen_stem(CIFAR_POLICY, 10))}, feature_cfg=FEATURES
-)
+register_deconv(__name__, {"resnext29_32x4d_cifar": GROUPED.over(frozen_stem(CIFAR_POLICY, 10))}, feature_cfg=FEATURES)
 register_deconv(
     __name__, dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d"), GROUPED.over(frozen_stem(IMAGENET_POLICY, 15)))
 )

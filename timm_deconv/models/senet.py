@@ -3,9 +3,9 @@
 Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, as in Table 1 of Ye et al., Network Deconvolution, ICLR 2020.
 """
 
-from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from timm_deconv.models._twins import STAGED_FEATURES, register_twins
-from timm_deconv.models.preact_resnet import CifarPreActResNet
+from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from ._twins import STAGED_FEATURES, register_twins
+from .preact_resnet import CifarPreActResNet
 
 register_twins(
     __name__,

@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from timm_deconv.convert import DeconvPolicy
-from timm_deconv.models._blocks import ConvNormAct, scaled
-from timm_deconv.models._cifar import StagedNet
-from timm_deconv.models._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from timm_deconv.models._twins import STAGED_FEATURES, register_twins
+
+from ._blocks import ConvNormAct, scaled
+from ._cifar import StagedNet
+from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
+from ._twins import STAGED_FEATURES, register_twins
 
 __all__ = ["CifarVGG"]
 

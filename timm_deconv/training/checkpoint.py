@@ -20,8 +20,9 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.training.files import flush, remove, write_text, write_whole
-from timm_deconv.training.recipe import Recipe, parse_yaml
+
+from .files import flush, remove, write_text, write_whole
+from .recipe import Recipe, parse_yaml
 
 # may differ between a run and its continuation
 FREE = {"name", "data_dir", "dataset_download", "workers", "log_interval"}

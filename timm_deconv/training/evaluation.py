@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_deconv.errors import InputError, unknown_name
-from timm_deconv.training.recipe import Recipe, load_recipe
-from timm_deconv.training.tasks import Classification, Task
+
+from .recipe import Recipe, load_recipe
+from .tasks import Classification, Task
 
 
 def evaluate(task: Task, model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> dict[str, float]:

@@ -21,13 +21,14 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.training import results
-from timm_deconv.training.checkpoint import Progress, RunFolder
-from timm_deconv.training.display import Display
-from timm_deconv.training.evaluation import evaluate
-from timm_deconv.training.recipe import Recipe
-from timm_deconv.training.tasks import Classification, Task
-from timm_deconv.training.watch import Watch
+
+from . import results
+from .checkpoint import Progress, RunFolder
+from .display import Display
+from .evaluation import evaluate
+from .recipe import Recipe
+from .tasks import Classification, Task
+from .watch import Watch
 
 
 def train(

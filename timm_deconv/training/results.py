@@ -15,7 +15,8 @@ import torch
 
 from timm_deconv.errors import InputError
 from timm_deconv.resources import checkout_configs
-from timm_deconv.training.recipe import Recipe
+
+from .recipe import Recipe
 
 COLUMNS = (
     "model model_kwargs recipe recipe_hash seed dataset data epochs batch_size lr weight_decay top1 best_top1 "

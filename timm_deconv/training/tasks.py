@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_deconv import data
 from timm_deconv.errors import InputError, unknown_name
-from timm_deconv.training.recipe import Recipe
+
+from .recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]
 

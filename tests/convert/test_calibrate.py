@@ -1,0 +1,267 @@
+"""calibrate: whitened from the first step, and the same function; or a refusal that changes nothing."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_deconv import Deconv2d, DeconvCfg, DeconvLinear, calibrate, convert_deconv_model, fuse, transfer
+from timm_deconv.data import Digits
+from timm_deconv.data.calibration import calibration_loader
+from timm_deconv.errors import InputError
+from timm_deconv.layers import ChannelDeconv, WhiteningMixin
+from timm_deconv.linalg import isqrt_newton_schulz
+
+Data = tuple[Tensor, Tensor]
+
+
+def digits(train: bool) -> Data:
+    """The embedded digits at 16x16."""
+    data = Digits(train)
+    images = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in data.images])
+    return F.avg_pool2d((images.float() / 255 - 0.3) / 0.32, 2), torch.as_tensor(data.targets)
+
+
+@pytest.fixture(scope="module")
+def training_images() -> Data:
+    return digits(train=True)
+
+
+@pytest.fixture(scope="module")
+def test_images() -> Tensor:
+    return digits(train=False)[0]
+
+
+@pytest.fixture(scope="module")
+def trained(training_images: Data) -> nn.Module:
+    """A batch-norm ResNet-18 of an eighth of the width, trained for a few seconds."""
+    torch.manual_seed(0)
+    images, targets = training_images
+    model = timm.create_model("resnet18_cifar", width=0.125).train()
+    steps = 3 * (len(images) // 64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    order = torch.cat([torch.randperm(len(images)) for _ in range(3)])
+    for step in range(steps):
+        batch = order[64 * step : 64 * step + 64]
+        loss = F.cross_entropy(model(images[batch]), targets[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def carried_over(trained: nn.Module, policy: Any = None) -> nn.Module:
+    model = copy.deepcopy(trained)
+    transfer(model, policy)
+    return model.eval()
+
+
+def batches(data: Data, size: int = 128) -> list[Data]:
+    images, targets = data
+    return [(images[i : i + size], targets[i : i + size]) for i in range(0, len(images), size)]
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: Tensor, batch: int = 100) -> Tensor:
+    return torch.cat([model(part) for part in images.split(batch)])
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    return float((a.argmax(1) == b.argmax(1)).double().mean())
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+POLICIES = [
+    None,
+    {"min_rows": 0.0, "roles": {"stem": {"n_iter": 15, "freeze": True}}},
+    {"layout": "window", "block": 16, "per_block": True, "grid": True},
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_calibration_keeps_the_function_and_training_starts_on_the_right_class(
+    trained: nn.Module, training_images: Data, test_images: Tensor, policy: Any
+) -> None:
+    model = carried_over(trained, policy)
+    expected = outputs(trained, test_images)
+    uncalibrated = agreement(outputs(copy.deepcopy(model).train(), test_images), expected)
+    calibrate(model, batches(training_images))
+    assert difference(outputs(model, test_images), expected) < 1e-3
+    first_training_forward = outputs(copy.deepcopy(model).train(), test_images)
+    assert agreement(first_training_forward, expected) >= 0.95 > uncalibrated
+
+
+def test_calibration_is_exact_in_float64_and_again_when_repeated(trained: nn.Module, training_images: Data) -> None:
+    model = carried_over(trained).double()
+    images = training_images[0][:300].double()
+    expected = outputs(model, images)
+    for _ in range(2):
+        calibrate(model, [images[:100], images[100:]])
+        assert difference(outputs(model, images), expected) < 1e-10
+    assert difference(outputs(model, images), expected) > 0
+
+
+LAYERS = {
+    "interleaved": (lambda cfg: Deconv2d(8, 6, 3, padding=1, cfg=cfg), DeconvCfg(block=4)),
+    "flat": (lambda cfg: Deconv2d(8, 6, 3, stride=2, cfg=cfg), DeconvCfg(block=12, layout="flat", sampling_stride=2)),
+    "window": (lambda cfg: Deconv2d(8, 6, 3, cfg=cfg), DeconvCfg(block=4, layout="window", per_block=True)),
+    "grouped": (lambda cfg: Deconv2d(8, 4, 3, groups=2, cfg=cfg), DeconvCfg(n_iter=3)),
+    "depthwise": (lambda cfg: Deconv2d(8, 16, 3, groups=8, cfg=cfg), DeconvCfg(n_iter=1)),
+    "pointwise": (lambda cfg: Deconv2d(8, 6, 1, cfg=cfg), DeconvCfg(n_iter=15)),
+    "linear": (lambda cfg: nn.Sequential(nn.Flatten(), DeconvLinear(800, 6, cfg=cfg)), DeconvCfg(block=16)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_whitener_is_the_inverse_root_of_the_average_covariance_of_all_rows(kind: str) -> None:
+    make, cfg = LAYERS[kind]
+    net = nn.Sequential(make(cfg)).double()
+    layer = next(m for m in net.modules() if isinstance(m, WhiteningMixin))
+    images = [torch.randn(n, 8, 10, 10, dtype=torch.float64) * n + n for n in (9, 3)]
+    mixing = torch.randn(8, 8, dtype=torch.float64)
+    images = [torch.einsum("ij,njhw->nihw", mixing, x) for x in images]
+    expected = outputs(net.eval(), images[0])
+    counts = calibrate(net, images)
+    rows = torch.cat([layer.rows(x.flatten(1) if kind == "linear" else x) for x in images], 1)
+    assert list(counts.values()) == [rows.shape[1]]
+    cov = torch.stack([torch.cov(r.T, correction=0) for r in rows])
+    root = isqrt_newton_schulz(cov + cfg.eps * torch.eye(cov.shape[-1]).double(), cfg.n_iter)
+    torch.testing.assert_close(layer.running_deconv.reshape(root.shape), root, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(layer.running_mean.reshape(rows.shape[0], -1), rows.mean(1), rtol=1e-9, atol=1e-12)
+    assert difference(outputs(net, images[0]), expected) < 1e-10
+
+
+def test_images_alone_are_taken_as_images_with_targets_and_no_more_than_asked_for(training_images: Data) -> None:
+    images = training_images[0][:200]
+    nets = [nn.Sequential(Deconv2d(3, 4, 3)) for _ in range(3)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    seen: list[int] = []
+
+    def endless() -> Iterator[Tensor]:
+        while True:
+            seen.append(1)
+            yield images[:100] if len(seen) == 1 else images[100:]
+
+    calibrate(nets[0], endless(), batches=2)
+    calibrate(nets[1], [(images[:100], torch.zeros(100)), [images[100:], None]])
+    calibrate(nets[2], [images])
+    assert len(seen) == 2
+    assert_unchanged(nets[1], state(nets[0]))
+    for key, value in nets[2].state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, nets[0].state_dict()[key], rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_layer_starts_frozen_and_corrected_averages_do_not_forget_the_calibration() -> None:
+    layers = {
+        "frozen": Deconv2d(3, 4, 3, cfg=DeconvCfg(freeze=True, freeze_iter=5)),
+        "corrected": Deconv2d(3, 4, 3, cfg=DeconvCfg(start_corrected=True)),
+    }
+    for kind, layer in layers.items():
+        net = nn.Sequential(layer)
+        calibrate(net, [torch.randn(4, 3, 12, 12) for _ in range(9)])
+        before = state(layer)
+        net.train()(100 * torch.randn(4, 3, 12, 12))
+        change = difference(layer.running_mean, before["running_mean"])
+        assert change == 0 if kind == "frozen" else change > 0
+        if kind == "corrected":  # by the weight that a tenth batch has: 0.1 / (1 - 0.9 ** 10)
+            live = Deconv2d(3, 4, 3, cfg=DeconvCfg(momentum=1.0))
+            torch.manual_seed(1)
+            x = torch.randn(4, 3, 12, 12)
+            live.train()(x)
+            kept = state(layer)["running_mean"]
+            net(x)
+            share = 0.1 / (1 - 0.9**11)
+            torch.testing.assert_close(layer.running_mean, kept + share * (live.running_mean - kept))
+
+
+def test_modes_hooks_and_gradients_are_as_before_also_after_an_error() -> None:
+    net = nn.Sequential(Deconv2d(3, 4, 3), nn.Dropout(0.5), nn.Sequential(Deconv2d(4, 2, 1))).train()
+    net[2].eval()
+    modes = [m.training for m in net.modules()]
+    before = state(net)
+
+    def breaks() -> Iterator[Tensor]:
+        yield torch.randn(8, 3, 9, 9)
+        raise OSError("unreadable image")
+
+    with pytest.raises(OSError, match="unreadable"):
+        calibrate(net, breaks())
+    assert_unchanged(net, before)
+    calibrate(net, [torch.randn(8, 3, 9, 9)])
+    assert [m.training for m in net.modules()] == modes
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    assert all(p.requires_grad and p.grad is None and p.grad_fn is None for p in net.parameters())
+
+
+def test_too_few_samples_name_the_layer_and_what_it_needs_and_change_nothing() -> None:
+    net = timm.create_model("resnet18_cifar_deconv", width=0.25)
+    before = state(net)
+    with pytest.raises(InputError, match=r"calibrate layer\S+: it saw \d+ rows and needs at least 288"):
+        calibrate(net, [torch.randn(4, 3, 32, 32)])
+    assert_unchanged(net, before)
+    assert net.training
+
+
+def test_layers_that_evaluation_does_not_use_and_channel_whitening_stay_as_they_are() -> None:
+    net = timm.create_model("fcn_resnet50_deconv", layers=(1, 1, 1, 1), aux_head=True, drop_rate=0.0)
+    before = state(net.aux_decoder)
+    counts = calibrate(net, [torch.randn(2, 3, 65, 65) for _ in range(4)])
+    assert_unchanged(net.aux_decoder, before)
+    assert not [name for name in counts if name.startswith("aux_")]
+    net = nn.Sequential(Deconv2d(3, 64, 3), ChannelDeconv(64))
+    before = state(net[1])
+    calibrate(net, [torch.randn(4, 3, 12, 12)])
+    assert_unchanged(net[1], before)
+
+
+def test_networks_and_loaders_that_cannot_be_calibrated_are_refused_in_one_line() -> None:
+    net = nn.Sequential(Deconv2d(3, 4, 3))
+    images = torch.randn(8, 3, 9, 9)
+    tied = nn.Sequential(Deconv2d(3, 3, 1), Deconv2d(3, 3, 1))
+    tied[1].weight = tied[0].weight
+    broken = images.clone()
+    broken[0, 0, 0, 0] = float("nan")
+    cases: list[tuple[nn.Module, Any, str]] = [
+        (fuse(net), [images], "no whitening layer in Conv2d|no whitening layer in Sequential.*before fusing"),
+        (net, [], "no batches to calibrate on"),
+        (net, [images.to(torch.uint8)], "a batch of torch.uint8"),
+        (net, [{"image": images}], "a batch of dict"),
+        (tied, [images], "1 shares its weight with 0"),
+        (net, [broken], "input of 0 is not finite"),
+    ]
+    for model, loader, message in cases:
+        before = state(model)
+        with pytest.raises(InputError, match=message) as error:
+            calibrate(model, loader)
+        assert "\n" not in str(error.value)
+        assert_unchanged(model, before)
+
+
+def test_converted_network_without_trained_weights_is_calibrated_too() -> None:
+    net = timm.create_model("mobilenetv2_050", num_classes=10)
+    convert_deconv_model(net)
+    loader = calibration_loader(net, "digits", images=64)
+    calibrate(net.train(), (F.interpolate(images, 64) for images, _ in loader))
+    assert net.training
+    assert net(torch.randn(2, 3, 64, 64)).isfinite().all()

@@ -1,0 +1,267 @@
+"""Weights of batch-norm networks by the deconvolution networks' names: tags, the checkpoint filter, a local Hub."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint, save_for_hf
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import timm_deconv
+from tests.hub_server import hub
+from timm_deconv.errors import InputError
+from timm_deconv.models.carry_over import carry_over
+
+PRE_NORM = ("densenet", "dpn", "preact_resnet", "resnetv2")
+
+
+def randomised(name: str, **options: Any) -> nn.Module:
+    """A batch-norm network in evaluation with statistics and affine weights as training might leave them."""
+    model = timm.create_model(name, **options)
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.running_mean.normal_(0, 0.3)
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, 0, 0.3)
+    return model.eval()
+
+
+def load(name: str, weights: dict[str, Tensor], **options: Any) -> nn.Module:
+    overlay = {"state_dict": dict(weights), **options.pop("overlay", {})}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options).eval()
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.fixture(scope="module")
+def batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised("resnet18")
+
+
+@pytest.fixture(scope="module")
+def weights(batch_norm: nn.Module) -> dict[str, Tensor]:
+    return batch_norm.state_dict()
+
+
+def sources() -> dict[str, str]:
+    """Deconvolution name -> batch-norm name, of the ImageNet networks."""
+    found = {}
+    for name in timm_deconv.list_models():
+        base = name.removesuffix("_deconv")
+        source = next((n for n in (f"{base}_bn", base) if timm.is_model(n)), base)
+        if not model_entrypoint(source).__module__.startswith("timm_deconv."):
+            found[name] = source
+    return found
+
+
+@pytest.mark.parametrize(("name", "source"), sources().items())
+def test_post_norm_names_have_the_sources_tags_and_pre_norm_names_say_why_not(name: str, source: str) -> None:
+    tagged = {cfg.tag: cfg for cfg in get_arch_pretrained_cfgs(name).values()}
+    if source.startswith(PRE_NORM):
+        assert set(tagged) == {None}
+        assert "norms stand before the convolutions" in " ".join(model_entrypoint(name).__doc__.split())
+        assert not timm.list_pretrained(f"{name}*")
+        return
+    theirs = {f"bn_{cfg.tag}": cfg for cfg in get_arch_pretrained_cfgs(source).values() if cfg.has_weights}
+    assert tagged.keys() == theirs.keys()
+    assert get_pretrained_cfg(name).tag == f"bn_{get_pretrained_cfg(source).tag}"
+    for tag, cfg in theirs.items():
+        ours = tagged[tag].to_dict()
+        assert ours.pop("architecture") == name and ours.pop("tag") == tag
+        passed_on = cfg.to_dict()
+        del passed_on["architecture"], passed_on["tag"]
+        assert ours == passed_on  # place, licence, origin, mean, std, classes, sizes
+        assert ours.get("hf_hub_id") or ours.get("url")
+
+
+@torch.no_grad()
+def test_batch_norm_weights_give_the_same_function_under_any_option(
+    batch_norm: nn.Module, weights: dict[str, Tensor]
+) -> None:
+    x = torch.randn(2, 3, 64, 64)
+    expected = batch_norm(x)
+    plain = {"patterns": {"layer1.*": None}, "classifier": "channel"}
+    for options in ({}, {"deconv": {"block": 32, "per_block": True}}, {"deconv": plain}, {"fused": True}):
+        assert difference(load("resnet18_deconv", weights, **options)(x), expected) < 1e-4
+    assert difference(load("deconv", weights, base="resnet18")(x), expected) < 1e-4
+
+
+@torch.no_grad()
+def test_other_channels_classes_and_features_are_as_the_batch_norm_network_has_them(weights: dict[str, Tensor]) -> None:
+    grey, x = torch.randn(2, 1, 64, 64), torch.randn(2, 3, 64, 64)
+    ours = load("resnet18_deconv", weights, in_chans=1, num_classes=5)
+    theirs = load("resnet18", weights, in_chans=1, num_classes=5)
+    assert difference(ours.forward_features(grey), theirs.forward_features(grey)) < 1e-4
+    assert ours(grey).shape == (2, 5)
+    options: dict[str, Any]
+    for options in ({"num_classes": 0}, {"num_classes": 0, "global_pool": ""}):
+        headless = [load(name, weights, **options)(x) for name in ("resnet18_deconv", "resnet18")]
+        assert difference(*headless) < 1e-4
+    maps = [load(name, weights, features_only=True)(x) for name in ("resnet18_deconv", "resnet18")]
+    assert all(difference(a, b) < 1e-4 for a, b in zip(*maps, strict=True))
+
+
+@torch.no_grad()
+def test_weights_of_a_dense_network_with_another_head() -> None:
+    layers = (1, 1, 1, 1)
+    trained = randomised("fcn_resnet50", layers=layers, aux_head=True)
+    x = torch.randn(1, 3, 33, 33)
+    for options in ({}, {"aux_head": True}):
+        model = load("fcn_resnet50_deconv", trained.state_dict(), layers=layers, **options)
+        assert difference(model(x), trained(x)) < 1e-4
+    own = load("fcn_resnet50_deconv", model.state_dict(), layers=layers)
+    assert torch.equal(own(x), model(x))
+    bare = {key: value for key, value in trained.state_dict().items() if not key.startswith("aux_")}
+    model = load("fcn_resnet50_deconv", bare, layers=layers, aux_head=True, num_classes=3)
+    assert difference(model.forward_features(x), trained.forward_features(x)) < 1e-4
+
+
+@torch.no_grad()
+def test_deconvolution_weights_are_left_alone(weights: dict[str, Tensor]) -> None:
+    trained = load("resnet18_deconv", weights)
+    timm_deconv.calibrate(trained, [torch.randn(8, 3, 160, 160)], batches=1)
+    back = load("resnet18_deconv", trained.state_dict())
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in back.state_dict().items())
+    channel = load("resnet18_deconv", weights, deconv={"classifier": "channel"}).state_dict()
+    back = load("resnet18_deconv", channel, deconv={"classifier": "channel"})
+    assert all(torch.equal(value, channel[key]) for key, value in back.state_dict().items())
+
+
+def without(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+    return {k: v for k, v in weights.items() if k != key}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 5}])
+def test_weights_that_do_not_fit_are_refused_in_one_line(weights: dict[str, Tensor], options: dict[str, Any]) -> None:
+    own = timm.create_model("resnet18_deconv").state_dict()
+    fused = timm_deconv.fuse(timm.create_model("resnet18_deconv")).state_dict()
+    wrong_shape = {**own, "layer1.0.conv1.weight": torch.zeros(3, 3, 3, 3)}
+    cases: list[tuple[str, dict[str, Tensor], str]] = [
+        ("resnet34_deconv", weights, r"batch-norm weights do not fit resnet34: .*layer1\.2\.conv1\.weight"),
+        ("resnet18_deconv", without(weights, "layer1.0.bn1.weight"), r"do not fit resnet18: .*layer1\.0\.bn1\.weight"),
+        ("resnet18_deconv", {**weights, "extra": torch.zeros(1)}, r"do not fit resnet18: .*extra"),
+        ("resnet34_deconv", own, r"do not fit resnet34_deconv: \d+ missing \(layer1\.2\.conv1\.bias, .*\)"),
+        ("resnet18_deconv", without(own, "conv1.bias"), r"do not fit resnet18_deconv: 1 missing \(conv1\.bias\)"),
+        ("resnet18_deconv", {**own, "extra": torch.zeros(1)}, r"1 unexpected \(extra\)"),
+        ("resnet18_deconv", wrong_shape, r"1 of another shape \(layer1\.0\.conv1\.weight\)"),
+        ("resnet18_deconv", fused, "weights of a fused network: create it with fused=True"),
+    ]
+    for name, state_dict, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            load(name, state_dict, **options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="not fused"):
+        load("resnet18_deconv", own, fused=True)
+
+
+def test_batch_norm_weights_of_a_pre_norm_network_are_refused_with_the_reason(tmp_path: Path) -> None:
+    small = {"growth_rate": 8, "block_config": (2, 2, 2, 2)}
+    trained = randomised("densenet121", **small)
+    file = str(tmp_path / "densenet.safetensors")
+    save_file(trained.state_dict(), file)
+    with pytest.raises(InputError, match=r"cannot be folded .* pre-norm .*transfer\(model, keep_affine=True\)"):
+        timm.create_model("densenet121_deconv", pretrained=True, pretrained_cfg_overlay={"file": file}, **small)
+    x = torch.randn(1, 3, 64, 64)
+    kept = load("deconv", trained.state_dict(), base="densenet121", keep_affine=True, **small)
+    with torch.no_grad():
+        assert difference(kept(x), trained(x)) < 1e-4
+
+
+def test_carry_over_takes_any_name_or_checkpoint(tmp_path: Path, batch_norm: nn.Module) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file(batch_norm.state_dict(), file)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        registered = carry_over("resnet18.tv_in1k", file, policy='{"block": 32}').eval()
+        assert registered.pretrained_cfg["architecture"] == "resnet18_deconv"
+        assert registered.pretrained_cfg["tag"] == "bn_tv_in1k"
+        assert registered.deconv_policy.options["block"] == 32
+        assert difference(registered(x), batch_norm(x)) < 1e-4
+        save_for_hf(batch_norm, str(tmp_path / "plain"), safe_serialization=True)
+        generic = carry_over(f"local-dir:{tmp_path / 'plain'}").eval()
+        assert generic.pretrained_cfg["architecture"] == "deconv"
+        assert difference(generic(x), batch_norm(x)) < 1e-4
+    for arguments, message in (
+        ({"network": "resnet81"}, "no network 'resnet81'; nearest: "),
+        ({"network": "resnet18", "checkpoint": tmp_path / "none.pth"}, "no checkpoint "),
+        ({"network": "resnet18", "checkpoint": file, "policy": "{block: 3}"}, "is not JSON"),
+        ({"network": "resnet26", "checkpoint": file}, "resnet26: Error"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            carry_over(**arguments)
+        assert "\n" not in str(error.value)
+
+
+FROM_THE_HUB = """
+import json, sys
+import timm, torch
+import timm_deconv
+from safetensors.torch import load_file
+
+reference = timm.create_model("resnet18").eval()
+reference.load_state_dict(load_file(sys.argv[1]))
+x = torch.randn(1, 3, 64, 64)
+grey = timm.create_model("resnet18", pretrained=True, in_chans=1, num_classes=0).eval()
+result = {}
+cases = {
+    "plain": ("resnet18_deconv", {}),
+    "tag": ("resnet18_deconv.bn_a1_in1k", {"deconv": {"block": 16}}),
+    "grey": ("resnet18_deconv", {"in_chans": 1, "num_classes": 0}),
+    "url": ("resnet18_deconv", {"pretrained_cfg_overlay": {"hf_hub_id": None, "url": sys.argv[2]}}),
+}
+for case, (name, options) in cases.items():
+    model = timm.create_model(name, pretrained=True, **options).eval()
+    with torch.no_grad():
+        out, expected = (model(x[:, :1]), grey(x[:, :1])) if case == "grey" else (model(x), reference(x))
+    result[case] = float((out - expected).abs().max() / expected.abs().max())
+try:
+    timm.create_model("resnet18_deconv.bn_tv_in1k", pretrained=True)
+except Exception as error:
+    result["missing"] = type(error).__name__
+print(json.dumps(result))
+"""
+
+
+def test_pretrained_downloads_timms_weights_from_the_hub(tmp_path: Path, batch_norm: nn.Module) -> None:
+    repository = tmp_path / "hub" / "timm" / "resnet18.a1_in1k"
+    save_for_hf(batch_norm, str(repository), safe_serialization=True)
+    torch.save(batch_norm.state_dict(), repository / "weights.pth")
+    requests: list[str] = []
+    with hub(tmp_path / "hub", requests) as endpoint:
+        found = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                FROM_THE_HUB,
+                str(repository / "model.safetensors"),
+                f"{endpoint}/timm/resnet18.a1_in1k/resolve/main/weights.pth",
+            ],
+            env={
+                **os.environ,
+                "HF_ENDPOINT": endpoint,
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HOME": str(tmp_path / "cache"),
+                "TORCH_HOME": str(tmp_path / "torch"),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout.splitlines()[-1])
+    assert result.pop("missing") == "RepositoryNotFoundError"
+    assert result.keys() == {"plain", "tag", "grey", "url"} and max(result.values()) < 1e-4
+    assert any(line.startswith("GET /timm/resnet18.a1_in1k/model.safetensors") for line in requests)

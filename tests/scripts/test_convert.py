@@ -1,0 +1,73 @@
+"""scripts/convert.py from a name and a checkpoint to a folder that timm loads."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the script with these arguments, in this process."""
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr("sys.argv", [str(SCRIPT), *map(str, arguments)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+    return run
+
+
+def trained(name: str, file: Path, **options: Any) -> nn.Module:
+    model = timm.create_model(name, **options).eval()
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.running_mean.normal_(0, 0.3)
+            norm.running_var.uniform_(0.5, 2)
+    save_file(model.state_dict(), file)
+    return model
+
+
+def test_checkpoint_becomes_a_folder_that_computes_the_same(tmp_path: Path, convert: Any) -> None:
+    file = tmp_path / "weights.safetensors"
+    model = trained("resnet18_cifar", file)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        for folder, options in {
+            "calibrated": ("--calibrate", "digits", "--images", 640),
+            "fused": ("--fuse", "--policy", '{"block": 16}'),
+        }.items():
+            convert("resnet18_cifar", tmp_path / folder, "--checkpoint", file, *options)
+            back = timm.create_model(f"local-dir:{tmp_path / folder}", pretrained=True).eval()
+            assert (back(x) - expected).abs().max() < 1e-3 * expected.abs().max()
+    whitener = load_file(tmp_path / "calibrated" / "model.safetensors")["layer1.0.conv1.running_deconv"]
+    assert (whitener - torch.eye(len(whitener))).abs().max() > 0.1
+    fused = load_file(tmp_path / "fused" / "model.safetensors")
+    assert not [key for key in fused if "running" in key]
+
+
+def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(tmp_path: Path, convert: Any) -> None:
+    file = tmp_path / "weights.safetensors"
+    trained("preact_resnet18_cifar", file)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for arguments, message in (
+        (("preact_resnet18_cifar", tmp_path / "new", "--checkpoint", file), "keep_affine=True"),
+        (("resnet18_cifar", tmp_path / "full"), "is not empty"),
+        (("resnet18_cifra", tmp_path / "new"), "nearest: resnet18_cifar"),
+        (("resnet18_cifar", tmp_path / "new"), "No pretrained weights exist"),
+    ):
+        with pytest.raises(SystemExit, match=message) as stop:
+            convert(*arguments)
+        assert "\n" not in str(stop.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "weights.safetensors"]
+    convert("preact_resnet18_cifar", tmp_path / "new", "--checkpoint", file, "--keep-affine")
+    assert timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
