@@ -186,8 +186,7 @@ def isqrt_eigh(cov: Tensor) -> Tensor:
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the tensor's device."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def _norm(matrices: Tensor, norm: Norm) -> Tensor:

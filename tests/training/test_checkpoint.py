@@ -39,7 +39,7 @@ def test_a_folder_with_a_run_is_not_overwritten(run):
     recipe, folder, _ = run
     with pytest.raises(InputError, match=r"holds this run already; add --resume"):
         train(recipe, folder)
-    with pytest.raises(InputError, match=r"other settings \(lr: 0.02 there, 0.5 here\); choose another --output-dir"):
+    with pytest.raises(InputError, match=r"other settings \(lr: 0.1 there, 0.5 here\); choose another --output-dir"):
         train(recipe.merged({"lr": 0.5}), folder, resume=True)
 
 

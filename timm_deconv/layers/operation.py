@@ -171,8 +171,7 @@ class _WhitenedMap(torch.autograd.Function):
 def _map_dtype(x: Tensor) -> torch.dtype:
     """What the map itself computes in."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+    return torch.get_autocast_dtype(device) if not x.is_meta and torch.is_autocast_enabled(device) else x.dtype
 
 
 def _add_statistics_gradient_(

@@ -143,8 +143,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if resume:
             self.progress = self.folder.load(self.accelerator, self._ema_network())
+        if self.progress.epoch:
             self.display.line(f"resumed after {self.progress.epoch} of {self.recipe.epochs} epochs")
-        if self.progress.step:
             self.scheduler.step_update(self.progress.step)
         self.accelerator.init_trackers("tensorboard")
 
