@@ -17,7 +17,6 @@ from timm_deconv.training import load_recipe
 from timm_deconv.training.checkpoint import read_curve
 from timm_deconv.training.loop import train
 
-
 NARROW = "model_kwargs.width=0.5"  # half the channels, so that both networks take minutes
 
 
