@@ -17,11 +17,9 @@ from timm_deconv.training import load_recipe
 from timm_deconv.training.checkpoint import read_curve
 from timm_deconv.training.loop import train
 
-NARROW = "model_kwargs.width=0.5"  # half the channels, so that both networks take minutes
-
 
 def train_twins(output_dir: Path, settings: list[str]) -> Path:
-    deconv = load_recipe("digits", [NARROW, *settings])
+    deconv = load_recipe("digits", settings)
     twin = deconv.merged({"model": deconv.model.removesuffix("_deconv")})
     folders = [output_dir / recipe.model for recipe in (deconv, twin)]
     for recipe, folder in zip((deconv, twin), folders, strict=True):

@@ -84,9 +84,11 @@ def assert_unchanged(model: nn.Module, before: tuple[list[type[nn.Module]], dict
     ("name", "options", "size"), [*POST_NORM, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_post_norm_network_computes_the_same_without_its_norms(name: str, options: dict[str, Any], size: int) -> None:
-    model = randomised(timm.create_model(name, **options))
-    after, before = outputs_before_and_after(model, torch.randn(2, 3, size, size))
-    assert difference(after, before) < 1e-4
+    deep = (name, options, size) in SLOW
+    dtype, tolerance = (torch.float64, 1e-7) if deep else (torch.float32, 1e-4)  # random depth amplifies rounding
+    model = randomised(timm.create_model(name, **options)).to(dtype)
+    after, before = outputs_before_and_after(model, torch.randn(2, 3, size, size, dtype=dtype))
+    assert difference(after, before) < tolerance
     assert not [m for m in model.modules() if isinstance(m, _BatchNorm | ChannelAffine)]
     assert [m for m in model.modules() if isinstance(m, Deconv2d)]
 

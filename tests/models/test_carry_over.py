@@ -131,7 +131,8 @@ def test_weights_of_a_dense_network_with_another_head() -> None:
 @torch.no_grad()
 def test_deconvolution_weights_are_left_alone(weights: dict[str, Tensor]) -> None:
     trained = load("resnet18_deconv", weights)
-    timm_deconv.calibrate(trained, [torch.randn(8, 3, 160, 160)], batches=1)
+    for tensor in trained.state_dict().values():  # as training leaves it
+        tensor.copy_(tensor + torch.rand_like(tensor) if tensor.is_floating_point() else tensor + 7)
     back = load("resnet18_deconv", trained.state_dict())
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in back.state_dict().items())
     channel = load("resnet18_deconv", weights, deconv={"classifier": "channel"}).state_dict()

@@ -19,13 +19,13 @@ from timm_deconv.models.mobilenetv2 import InvertedResidual
 
 CIFAR_KWARGS: dict[str, Any] = {"width": 0.25, "num_classes": 5}
 SHALLOW: dict[str, Any] = {"layers": (1, 1, 1, 1)}
-NETWORKS: list[tuple[str, dict[str, Any], int]] = [
+Network = tuple[str, dict[str, Any], int]
+NETWORKS: list[Network] = [
     ("pnasnet_a_cifar_deconv", CIFAR_KWARGS, 32),
     ("mobilenetv2_cifar_deconv", CIFAR_KWARGS, 32),
-    ("resnet18_deconv", SHALLOW, 64),
+    ("resnet18_deconv", {**SHALLOW, "channels": (16, 32, 64, 128)}, 64),
     ("densenet121_deconv", {"block_config": (1, 1, 1, 1)}, 64),
-    ("dpn68_deconv", {"k_sec": (1, 1, 1, 1)}, 64),
-    ("mobilenetv2_050_deconv", {}, 64),
+    ("dpn68_deconv", {"k_sec": (1, 1, 1, 1), "k_r": 32}, 64),
     ("fcn_resnet50_deconv", SHALLOW, 33),
 ]
 BY_NAME = {"argvalues": NETWORKS, "ids": [name for name, _, _ in NETWORKS]}
