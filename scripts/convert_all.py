@@ -9,20 +9,15 @@ process of its own.
 """
 
 import argparse
-import multiprocessing
-import resource
-import signal
 from fnmatch import fnmatchcase
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from timm_deconv.benchmark.conversion import (
-    ConversionRow,
     append_row,
     batch_norm_networks,
-    check_network,
+    check_in_process,
     networks_done,
 )
 from timm_deconv.errors import one_line_errors
@@ -38,26 +33,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(name: str, time_limit: int) -> ConversionRow:
-    """The row of one network, made in a process of its own, which may end badly."""
-    receive, send = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=send_row, args=(name, time_limit, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    except EOFError:
-        process.join()
-        reason = f"more than {time_limit} s" if process.exitcode == -signal.SIGXCPU else f"status {process.exitcode}"
-        return ConversionRow(name, outcome=f"ended before it was done: {reason}")
-
-
-def send_row(name: str, time_limit: int, send: Connection) -> None:
-    """Check a network within so many seconds of processor time."""
-    resource.setrlimit(resource.RLIMIT_CPU, (time_limit, time_limit + 1))
-    send.send(check_network(name))
-
-
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
@@ -66,7 +41,7 @@ def main() -> None:
         done = networks_done(args.output)
         for name in names:
             if name not in done and any(fnmatchcase(name, pattern) for pattern in args.networks):
-                row = check(name, args.time_limit)
+                row = check_in_process(name, args.time_limit)
                 append_row(args.output, row)
                 print(f"{name}: {row.outcome} ({row.seconds} s)", flush=True)
 

@@ -10,10 +10,14 @@ import copy
 import csv
 import io
 import itertools
+import multiprocessing
+import resource
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import timm
@@ -28,7 +32,7 @@ from timm_deconv.convert.surgery import SelfFusing
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
 
-__all__ = ["ConversionRow", "append_row", "batch_norm_networks", "check_network", "networks_done"]
+__all__ = ["ConversionRow", "append_row", "batch_norm_networks", "check_in_process", "check_network", "networks_done"]
 
 LARGE = 100_000_000
 BATCH = 4
@@ -133,6 +137,26 @@ def check_network(name: str) -> ConversionRow:
         row.outcome = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
     row.seconds = round(time.perf_counter() - begin, 1)
     return row
+
+
+def check_in_process(name: str, time_limit: int) -> ConversionRow:
+    """The row of one network, made in a process of its own, which may end badly."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_send_row, args=(name, time_limit, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        process.join()
+        reason = f"more than {time_limit} s" if process.exitcode == -signal.SIGXCPU else f"status {process.exitcode}"
+        return ConversionRow(name, outcome=f"ended before it was done: {reason}")
+
+
+def _send_row(name: str, time_limit: int, send: Connection) -> None:
+    """Check a network within so many seconds of processor time."""
+    resource.setrlimit(resource.RLIMIT_CPU, (time_limit, time_limit + 1))
+    send.send(check_network(name))
 
 
 def _convert(model: nn.Module, row: ConversionRow) -> ConversionReport:

@@ -1,5 +1,4 @@
-"""What the whitening layers with a weight have in common: statistics, freezing, and the folded weight kept in
-evaluation."""
+"""What whitening layers with a weight have in common: statistics, freezing, the folded weight kept in evaluation."""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any

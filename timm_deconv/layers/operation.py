@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from timm_deconv.linalg import covariance, full_precision, isqrt_backward, isqrt_with_iterates, shrink
+from timm_deconv.linalg import covariance, full_precision, isqrt_backward, isqrt_with_iterates
 
 from .config import DeconvCfg
 from .partition import (
@@ -21,13 +21,13 @@ from .partition import (
     split_rows,
     split_weight,
     spread_shift,
-    sum_shift,
     unsplit_rows,
     unsplit_weight,
 )
 from .sampling import Window, add_window_columns_, sampling_step, window_columns
+from .whitening import fold, regularise, regularise_backward
 
-__all__ = ["ConvMap", "LinearMap", "Map", "regularise", "whitened_map"]
+__all__ = ["ConvMap", "LinearMap", "Map", "whitened_map"]
 
 Gradients = tuple[Tensor | None, Tensor, Tensor]
 Running = tuple[Tensor, Tensor, Tensor]
@@ -131,10 +131,8 @@ class _WhitenedMap(torch.autograd.Function):
                 assert running_mean is not None and running_whitener is not None
                 mean = torch.where(frozen, running_mean, mean)
                 whitener = torch.where(frozen, running_whitener, whitener)
-            folded = split_weight(weight.to(whitener.dtype), partition) @ whitener
-            shift = sum_shift((folded @ mean.unsqueeze(-1)).squeeze(-1), partition)
-            folded_weight = unsplit_weight(folded, list(weight.shape), partition).to(dtype)
-            folded_bias = (-shift if bias is None else bias - shift).to(dtype)
+            folded = fold(weight, bias, mean, whitener, partition)
+            folded_weight, folded_bias = (value.to(dtype) for value in folded)
             output = linear_map(x.to(dtype), folded_weight, folded_bias)
         ctx.save_for_backward(x, weight, folded_weight, mean, whitener, frozen, *iterates)
         ctx.linear_map, ctx.has_bias = linear_map, bias is not None
@@ -191,17 +189,3 @@ def _add_statistics_gradient_(
     grad_cov = regularise_backward(grad_cov, samples, linear_map.cfg)
     grad_rows = torch.baddbmm(grad_mean / samples, rows - mean.unsqueeze(-2), grad_cov, alpha=2 / samples)
     linear_map.add_columns_(grad_x, unsplit_rows(grad_rows, list(columns.shape), linear_map.partition).to(grad_x.dtype))
-
-
-def regularise(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
-    """Covariances (..., F, F) of `samples` rows, shrunk where these are too few, and eps on the diagonal."""
-    wanted = cfg.min_rows * cov.shape[-1]
-    if samples < wanted:
-        cov = shrink(cov, 1 - samples / wanted)
-    return cov + cfg.eps * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-
-
-def regularise_backward(grad: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
-    """Gradient of `regularise` with respect to the covariances; shrinking is its own adjoint."""
-    wanted = cfg.min_rows * grad.shape[-1]
-    return shrink(grad, 1 - samples / wanted) if samples < wanted else grad

@@ -7,18 +7,31 @@ the approximate inverse root D of their covariance, conv(D (x - mu)) = conv'(x) 
 import torch
 from torch import Tensor
 
-from timm_deconv.linalg import isqrt_newton_schulz
+from timm_deconv.linalg import isqrt_newton_schulz, shrink
 
 from .config import DeconvCfg
-from .operation import regularise
 from .partition import Partition, split_weight, sum_shift, unsplit_weight
 
-__all__ = ["fold", "whitener"]
+__all__ = ["fold", "regularise", "regularise_backward", "whitener"]
 
 
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
     """Approximate inverse root of covariances (..., F, F) estimated from `samples` rows, regularised as configured."""
     return isqrt_newton_schulz(regularise(cov, samples, cfg), cfg.n_iter)
+
+
+def regularise(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
+    """Covariances (..., F, F) of `samples` rows, shrunk where these are too few, and eps on the diagonal."""
+    wanted = cfg.min_rows * cov.shape[-1]
+    if samples < wanted:
+        cov = shrink(cov, 1 - samples / wanted)
+    return cov + cfg.eps * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+
+
+def regularise_backward(grad: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
+    """Gradient of `regularise` with respect to the covariances; shrinking is its own adjoint."""
+    wanted = cfg.min_rows * grad.shape[-1]
+    return shrink(grad, 1 - samples / wanted) if samples < wanted else grad
 
 
 def fold(
