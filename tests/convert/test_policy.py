@@ -126,3 +126,12 @@ def test_a_network_is_converted_once() -> None:
         model = timm.create_model("resnet18_cifar_deconv")
     with pytest.raises(InputError, match="is a deconvolution network already"):
         convert_deconv_model(model)
+
+
+def test_a_converted_network_evaluates_soundly_after_one_training_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(12)), nn.Flatten(), nn.Linear(128, 3))
+    convert_deconv_model(model)
+    x = 100 * torch.randn(64, 8, 4, 4)
+    trained = model.train()(x)
+    torch.testing.assert_close(model.eval()(x), trained, rtol=0, atol=1e-2 * float(trained.detach().abs().max()))

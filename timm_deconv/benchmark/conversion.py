@@ -234,10 +234,8 @@ def _train_one_step(model: nn.Module, x: Tensor, row: ConversionRow) -> None:
     _require(finite, "a gradient is not finite")
     whitened = [module for module in model.modules() if isinstance(module, WhiteningMixin)]
     row.unused = sum(int(module.num_batches_tracked) == 0 for module in whitened)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
 
 
 def _without_gradient_in_timm(name: str, x: Tensor) -> set[str]:

@@ -44,7 +44,8 @@ def convert_deconv_model(
             it before it is compiled or wrapped for several devices.
         policy: a preset's name, a dictionary of options, or a `DeconvPolicy`; None for the default preset.
         family: what holds where `policy` is silent. By default layers that see fewer rows than features are kept in
-            bounds (`min_rows` 1; the published layers have 0).
+            bounds (`min_rows` 1; the published layers have 0), and running values weigh the batches so far alike at the
+            start (`start_corrected`).
 
     Returns:
         The report, printable as a table.
