@@ -3,14 +3,13 @@
 import copy
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_deconv.benchmark.baselines import PublishedChannel, PublishedConv2d, PublishedLinear
-from timm_deconv.benchmark.networks import PublishedWindows, build, with_published_layers, without_norms
+from timm_deconv.benchmark.networks import PublishedWindows, build, with_published_layers
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvCfg, DeconvLinear
 
 
@@ -68,8 +67,7 @@ def test_an_option_that_the_published_layer_lacks_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenetv2_100"])
 def test_without_norms_the_network_is_the_twin_with_batch_norm_folded(name: str) -> None:
-    twin = timm.create_model(name).eval()
-    none = without_norms(timm.create_model(name)).eval()
+    twin, none = build("twin", name).eval(), build("none", name).eval()
     assert not [module for module in none.modules() if isinstance(module, _BatchNorm)]
     none.load_state_dict({k: v for k, v in twin.state_dict().items() if k in none.state_dict()}, strict=False)
     # A fresh batch norm in evaluation mode is the identity, but for its epsilon.

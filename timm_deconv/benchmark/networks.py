@@ -1,19 +1,16 @@
 """The forms of one network that are compared.
 
-none: no norm at all, the same biases; twin: batch norm; deconv: whitened by a preset; published: whitened by the
+none: no norm at all, the same biases (what is left in deployment); twin: batch norm; deconv: whitened by a preset; published: whitened by the
 published operation sequence, with the settings of the preset 'paper'.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import timm_deconv.models  # noqa: F401 (registers the networks)
 from timm_deconv.errors import unknown_name
@@ -21,7 +18,7 @@ from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvLinear
 
 from .baselines import PublishedChannel, PublishedConv2d, PublishedLinear
 
-__all__ = ["FORMS", "build", "with_published_layers", "without_norms"]
+__all__ = ["FORMS", "build", "with_published_layers"]
 
 FORMS = ("none", "twin", "deconv", "published")
 
@@ -49,18 +46,10 @@ def build(form: str, network: str, preset: str = "paper", **arguments: Any) -> n
     if form == "twin":
         return timm.create_model(twin, **arguments).train()
     if form == "none":
-        return without_norms(timm.create_model(twin, **arguments)).train()
+        return timm.create_model(f"{base}_deconv", fused=True, **arguments).train()
     preset = "paper" if form == "published" else preset
     model = timm.create_model(f"{base}_deconv", deconv=preset, **arguments)
     return (with_published_layers(model) if form == "published" else model).train()
-
-
-def without_norms(model: nn.Module) -> nn.Module:
-    """Take every batch norm out of a network, in place, and give every convolution a bias; activations stay."""
-    for conv in model.modules():
-        if isinstance(conv, nn.Conv2d) and conv.bias is None:
-            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
-    return _exchange(model, _activation_of_norm)
 
 
 def with_published_layers(model: nn.Module) -> nn.Module:
@@ -98,15 +87,6 @@ def _exchange(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | N
             if (new := exchanged[child]) is not None:
                 setattr(parent, name, new)
     return model
-
-
-def _activation_of_norm(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, BatchNormAct2d):
-        act = copy.deepcopy(module.act)
-        if getattr(act, "inplace", False):
-            act.inplace = False  # what the norm read may be read by others, as in dense blocks
-        return act
-    return nn.Identity() if isinstance(module, _BatchNorm) else None
 
 
 def _published_layer(module: nn.Module) -> nn.Module | None:

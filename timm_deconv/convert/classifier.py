@@ -23,6 +23,7 @@ from .surgery import (
     whitened_form,
     why_not_whitened,
     write_out_of_place,
+    writes_in_place,
 )
 
 __all__ = ["GENERIC_NAME", "ConvertedNetwork", "WhitenedPool", "check_pooling", "mix_in", "whiten_pooling"]
@@ -68,7 +69,7 @@ class ConvertedNetwork(SelfFusing):
         default_cfg: dict[str, Any]
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
-        fused = not is_whitened(self)
+        fused, in_place = not is_whitened(self), writes_in_place(self)
         whiten = next((m.whiten for m in self.modules() if isinstance(m, WhitenedPool)), None)
         super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
         if self.deconv_policy.classifier == "channel":
@@ -76,7 +77,8 @@ class ConvertedNetwork(SelfFusing):
             whiten_pooling(self, whiten or (new.fuse() if fused else new))
         self._whiten_classifier(fused)
         remove_norms(self)
-        write_out_of_place(self)
+        if not in_place:
+            write_out_of_place(self)
         take_over_reparameterization(self)
 
     def _whiten_classifier(self, fused: bool) -> None:

@@ -31,21 +31,24 @@ def convert_deconv_model(
     policy: str | Mapping[str, Any] | DeconvPolicy | None = None,
     *,
     family: DeconvPolicy = GUARDED,
+    in_place: bool = False,
 ) -> ConversionReport:
     """Replace convolutions and the classifier by whitening layers and take the batch norms out, in place.
 
     Weights are kept, missing biases added as zeros, whitening starts at the identity. `BatchNorm2d` becomes `Identity`,
-    `BatchNormAct2d` its activation; activations stop writing in place, as what they would overwrite may be shared once
-    the norm before them is gone. A timm network is afterwards saved by the name `deconv` and loads as such. Methods of
+    `BatchNormAct2d` its activation. A timm network is afterwards saved by the name `deconv` and loads as such. Methods of
     its blocks that would fold batch norms (`fuse`, `reparameterize`, `switch_to_deploy`) fold whitening instead.
 
     Args:
         model: a network with `nn.Conv2d` or `nn.Linear` layers, timm's or any other, on any device (meta too). Convert
             it before it is compiled or wrapped for several devices.
         policy: a preset's name, a dictionary of options, or a `DeconvPolicy`; None for the default preset.
-        family: what holds where `policy` is silent. By default layers that see fewer rows than features are kept in
-            bounds (`min_rows` 1; the published layers have 0), and running values weigh the batches so far alike at the
-            start (`start_corrected`).
+        family: what holds under the preset 'paper' where `policy` is silent. By default layers that see fewer rows than
+            features are kept in bounds (`min_rows` 1; the published layers have 0), and running values weigh the
+            batches so far alike at the start (`start_corrected`).
+        in_place: let activations go on writing in place, which saves a pass and a tensor each. Right where every batch
+            norm stands directly behind a convolution. Elsewhere what they would overwrite may be read by another
+            branch, once the norm before them is gone.
 
     Returns:
         The report, printable as a table.
@@ -55,7 +58,7 @@ def convert_deconv_model(
             unchanged.
     """
     requested = resolve_policy(policy)
-    policy = requested.over(family)
+    policy = requested.over_published(family)
     _check_network(model, policy)
     plan, skipped = _plan(model, policy)
     report = ConversionReport(parameters_before=_count_parameters(model), skipped=skipped)
@@ -71,7 +74,8 @@ def convert_deconv_model(
     report.norms_left = other_norms(model)
     report.norms, unknown = remove_norms(model)
     report.norms_left += unknown
-    write_out_of_place(model)
+    if not in_place:
+        write_out_of_place(model)
     mix_in(model, requested, policy)
     take_over_reparameterization(model)
     report.parameters_after = _count_parameters(model)

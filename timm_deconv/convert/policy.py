@@ -14,6 +14,9 @@ Role = Literal["stem", "pointwise", "spatial", "depthwise", "grouped", "squeeze_
 ClassifierKind = Literal["linear", "channel", "plain"]
 Options = Mapping[str, Any]
 DEFAULT_PRESET = "paper"
+PRESET_ROLES: Mapping[str, Mapping[str, Options]] = {
+    "fast": {"stem": {"layout": "window", "n_iter": 15, "sampling_stride": 3}, "classifier": {"block": 512}}
+}
 LINEAR_AS_CONV: Options = {"layout": "flat", "sampling_stride": 1}
 
 
@@ -88,6 +91,13 @@ class DeconvPolicy:
             patterns=_merge(family.patterns, self.patterns),
             classifier=self.classifier,
         )
+
+    def over_published(self, family: "DeconvPolicy") -> "DeconvPolicy":
+        """This policy on top of what is published for a family; of a preset other than 'paper', on top of the preset's
+        own roles instead."""
+        if self.preset == "paper":
+            return self.over(family)
+        return self.over(DeconvPolicy(roles=PRESET_ROLES.get(self.preset, {})))
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raise InputError for a pattern that matches none of the layer names."""

@@ -23,6 +23,7 @@ __all__ = [
     "whitened_form",
     "why_not_whitened",
     "write_out_of_place",
+    "writes_in_place",
 ]
 
 CONVOLUTIONS: dict[type[nn.Module], type[Deconv2d]] = {nn.Conv2d: Deconv2d, Conv2dSame: Deconv2dSame}
@@ -101,6 +102,11 @@ def write_out_of_place(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
+
+
+def writes_in_place(model: nn.Module) -> bool:
+    """Whether any activation writes in place."""
+    return any(getattr(module, "inplace", False) is True for module in model.modules())
 
 
 # Structure

@@ -9,7 +9,7 @@ from timm_deconv.errors import InputError, unknown_name
 
 __all__ = ["PRESETS", "DeconvCfg", "Layout", "preset"]
 
-Layout = Literal["interleaved", "window", "flat"]
+Layout = Literal["interleaved", "window", "flat", "channels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,19 +19,24 @@ class DeconvCfg:
 
     Attributes:
         block: channels whitened together (features, in linear layers). A block that does not divide the channels
-            falls back to their greatest common divisor; a larger one to all channels. Grouped convolutions whiten
-            each group as one block.
+            falls back to their greatest common divisor (of 'channels' to the largest divisor of the channels that is
+            not larger); a larger one to all channels. Grouped convolutions whiten each group as one block.
         layout: which features of a convolution stand in a block together.
             'interleaved': every Q-th column of the unfolded windows, Q = channels / block (published);
             'window': the whole windows of `block` neighbouring channels;
-            'flat': runs of `block` features of the flattened window, as linear layers have them.
+            'flat': runs of `block` features of the flattened window, as linear layers have them;
+            'channels': `block` neighbouring channels at one pixel, whatever the kernel; or the whole window (of a
+            group) where it has no more than `block` features.
         per_block: one mean and covariance for each block instead of one shared by all blocks of the layer.
         eps: added to the diagonal of the covariance.
         n_iter: coupled Newton-Schulz steps; fewer whiten less (see `timm_deconv.linalg`).
         momentum: weight of the newest batch in the running mean and whitener, in (0, 1].
         start_corrected: weigh the first batches so that running values do not lean towards the initial mean 0 and
             whitener I.
-        sampling_stride: spacing of the sampled windows, multiplied by the convolution's own stride.
+        sampling_stride: spacing of the sampled windows, multiplied by the convolution's own stride. Blocks of channels
+            are sampled from pixels on a grid of that spacing, whatever the kernel and its stride.
+        max_positions: most windows (or pixels) that are sampled of a batch; with more, the spacing grows, down to
+            4 x 4 an image, then images are passed over. 0 is no limit.
         grid: sample 1x1 convolutions on a two-dimensional grid as larger kernels are, instead of every n-th pixel of
             the batch.
         min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more
@@ -55,6 +60,7 @@ class DeconvCfg:
     momentum: float = 0.1
     start_corrected: bool = False
     sampling_stride: int = 3
+    max_positions: int = 0
     grid: bool = False
     min_rows: float = 0.0
     freeze: bool = False
@@ -65,6 +71,9 @@ class DeconvCfg:
     def __post_init__(self) -> None:
         for name in ("block", "n_iter", "sampling_stride", "freeze_iter"):
             _check(name, getattr(self, name), _is_positive_int, "a positive whole number")
+        _check(
+            "max_positions", self.max_positions, lambda value: value == 0 or _is_positive_int(value), "a whole number"
+        )
         for name in ("per_block", "start_corrected", "grid", "freeze", "thaw", "centred"):
             _check(name, getattr(self, name), lambda value: isinstance(value, bool), "True or False")
         _check("layout", self.layout, get_args(Layout).__contains__, f"one of {', '.join(get_args(Layout))}")
@@ -109,4 +118,9 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-PRESETS: Mapping[str, DeconvCfg] = {"paper": DeconvCfg()}
+PRESETS: Mapping[str, DeconvCfg] = {
+    "paper": DeconvCfg(),
+    "fast": DeconvCfg(
+        layout="channels", n_iter=3, sampling_stride=2, max_positions=4096, min_rows=1.0, start_corrected=True
+    ),
+}

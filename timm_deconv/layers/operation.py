@@ -21,15 +21,17 @@ from .partition import (
     split_rows,
     split_weight,
     spread_shift,
+    sum_blocks,
     unsplit_rows,
     unsplit_weight,
 )
-from .sampling import Window, add_window_columns_, sampling_step, window_columns
-from .whitening import fold, regularise, regularise_backward
+from .sampling import PIXEL, Window, add_window_columns_, choose_sampling, window_columns
+from .whitening import fold_bias, regularise, regularise_backward
 
 __all__ = ["ConvMap", "LinearMap", "Map", "whitened_map"]
 
 Gradients = tuple[Tensor | None, Tensor, Tensor]
+Backward = tuple[Tensor | None, Tensor, Tensor, Tensor]
 Running = tuple[Tensor, Tensor, Tensor]
 
 
@@ -51,14 +53,20 @@ class ConvMap(NamedTuple):
         geometry = (window.stride, window.padding, window.dilation, False, [0, 0], self.groups)
         return torch.ops.aten.convolution_backward(grad, x, weight, [weight.shape[0]], *geometry, needed)
 
+    @property
+    def sampled(self) -> Window:
+        """The windows that are samples: the convolution's, or single pixels."""
+        pixels = self.cfg.layout == "channels" and self.partition.of_channels and not self.window.pointwise
+        return PIXEL if pixels else self.window
+
     def columns(self, x: Tensor) -> Tensor:
         """Sampled windows, (..., K)."""
-        return window_columns(x, self.window, sampling_step(x, self.window, self.partition, self.cfg), self.cfg.grid)
+        return window_columns(x, self.sampled, choose_sampling(x, self.sampled, self.partition, self.cfg))
 
     def add_columns_(self, grad_x: Tensor, grad_columns: Tensor) -> None:
         """Add the gradient of `columns(x)` to that of x."""
-        step = sampling_step(grad_x, self.window, self.partition, self.cfg)
-        add_window_columns_(grad_x, grad_columns, self.window, step, self.cfg.grid)
+        sampling = choose_sampling(grad_x, self.sampled, self.partition, self.cfg)
+        add_window_columns_(grad_x, grad_columns, self.sampled, sampling)
 
 
 class LinearMap(NamedTuple):
@@ -131,10 +139,16 @@ class _WhitenedMap(torch.autograd.Function):
                 assert running_mean is not None and running_whitener is not None
                 mean = torch.where(frozen, running_mean, mean)
                 whitener = torch.where(frozen, running_whitener, whitener)
-            folded = fold(weight, bias, mean, whitener, partition)
-            folded_weight, folded_bias = (value.to(dtype) for value in folded)
-            output = linear_map(x.to(dtype), folded_weight, folded_bias)
-        ctx.save_for_backward(x, weight, folded_weight, mean, whitener, frozen, *iterates)
+            weight_rows = split_weight(weight.to(whitener.dtype), partition)
+            sums = sum_blocks(weight_rows, weight.shape[0], partition)
+            new_bias = fold_bias(bias, sums, mean, whitener, partition).to(dtype)
+            if whitens_input(x, weight, partition):
+                kept = weight.to(dtype)
+                output = linear_map(_whiten_channels(x.to(dtype), whitener), kept, new_bias)
+            else:
+                kept = _like(unsplit_weight(weight_rows @ whitener, list(weight.shape), partition), weight).to(dtype)
+                output = linear_map(x.to(dtype), kept, new_bias)
+        ctx.save_for_backward(x, weight, kept, mean, whitener, sums, frozen, *iterates)
         ctx.linear_map, ctx.has_bias = linear_map, bias is not None
         ctx.mark_non_differentiable(mean, whitener)
         return output, mean, whitener
@@ -142,28 +156,89 @@ class _WhitenedMap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _mean: Tensor, _whitener: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, folded_weight, mean, whitener, frozen, *iterates = ctx.saved_tensors
+        x, weight, kept, mean, whitener, sums, frozen, *iterates = ctx.saved_tensors
         linear_map: Map = ctx.linear_map
-        partition = linear_map.partition
+        backward = _input_backward if whitens_input(x, weight, linear_map.partition) else _weight_backward
         with full_precision(x):
-            low = folded_weight.dtype
-            grad_x, grad_folded, grad_bias = linear_map.backward(
-                grad.to(low), x.to(low), folded_weight, ctx.needs_input_grad[0]
+            grad = grad.to(kept.dtype)
+            grad_x, grad_weight, grad_bias, grad_whitener = backward(
+                grad, x, weight, kept, whitener, linear_map, ctx.needs_input_grad[0]
             )
-            grad_outputs = spread_shift(grad_bias.to(whitener.dtype), partition)
-            # b' = b - w' mu, so what reaches w' is its own gradient less the bias's along mu
-            grad_rows = split_weight(grad_folded.to(whitener.dtype), partition)
-            grad_rows = torch.baddbmm(grad_rows, grad_outputs.unsqueeze(-1), mean.unsqueeze(-2), alpha=-1)
-            grad_weight = unsplit_weight(grad_rows @ whitener, list(weight.shape), partition).to(weight.dtype)
+            # what reaches D mu, a term of the bias
+            grad_outputs = spread_shift(grad_bias.to(whitener.dtype), linear_map.partition)
+            grad_shift = -(grad_outputs.unsqueeze(-2) @ sums)
+            _add_shift_gradient_(grad_weight, grad_outputs, (whitener @ mean.unsqueeze(-1)).mT)
             if grad_x is not None:
-                rows = split_weight(weight.to(whitener.dtype), partition)
-                grad_mean = -(grad_outputs.unsqueeze(-2) @ rows) @ whitener
-                grad_whitener = rows.mT @ grad_rows
+                grad_mean = grad_shift @ whitener
+                grad_whitener = grad_whitener + grad_shift.mT * mean.unsqueeze(-2)
                 if frozen is not None:
                     grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
                 grad_x = grad_x.to(x.dtype)
                 _add_statistics_gradient_(grad_x, x, linear_map, mean, grad_mean, grad_whitener, iterates)
-        return grad_x, grad_weight, grad_bias.to(weight.dtype) if ctx.has_bias else None, None, None, None, None
+            grad_weight = unsplit_weight(grad_weight, list(weight.shape), linear_map.partition)
+        grad_bias = grad_bias.to(weight.dtype) if ctx.has_bias else None
+        return grad_x, _like(grad_weight, weight).to(weight.dtype), grad_bias, None, None, None, None
+
+
+def whitens_input(x: Tensor, weight: Tensor, partition: Partition) -> bool:
+    """Whether D is applied to x and not to the weight, the same function: where that is fewer products.
+
+    F products an element each: 3 times the weight (fold, two gradients), or 4 times x (as it is not kept).
+    """
+    return partition.of_channels and partition.groups == partition.sets == 1 and 4 * x.numel() < 3 * weight.numel()
+
+
+def _whiten_channels(x: Tensor, whitener: Tensor) -> Tensor:
+    """x (N, C, H, W) or (R, K) with a symmetric D (1, F, F) applied to every run of F channels."""
+    matrix = whitener[0].to(x.dtype)
+    if x.ndim == 2 or x.is_contiguous(memory_format=torch.channels_last):
+        last = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
+        whitened = (last.reshape(-1, matrix.shape[0]) @ matrix).view(last.shape)
+        return whitened if x.ndim == 2 else whitened.permute(0, 3, 1, 2)
+    return (matrix @ x.reshape(-1, matrix.shape[0], x.shape[2] * x.shape[3])).view(x.shape)
+
+
+def _input_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, kept: Tensor, whitener: Tensor, linear_map: Map, with_x: bool
+) -> Backward:
+    """Gradients of x, of the weight's rows, of the bias and of D where D was applied to x."""
+    low = x.to(kept.dtype)
+    grad_whitened, grad_weight, grad_bias = linear_map.backward(grad, _whiten_channels(low, whitener), kept, with_x)
+    grad_weight = split_weight(grad_weight.to(whitener.dtype), linear_map.partition)
+    if grad_whitened is None:
+        return None, grad_weight, grad_bias, torch.zeros_like(whitener)
+    grad_whitener = _channel_rows(low, whitener).mT @ _channel_rows(grad_whitened, whitener)
+    return _whiten_channels(grad_whitened, whitener), grad_weight, grad_bias, grad_whitener.to(whitener.dtype)[None]
+
+
+def _weight_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, kept: Tensor, whitener: Tensor, linear_map: Map, with_x: bool
+) -> Backward:
+    """The same where D was applied to the weight."""
+    grad_x, grad_folded, grad_bias = linear_map.backward(grad, x.to(kept.dtype), kept, with_x)
+    grad_rows = split_weight(grad_folded.to(whitener.dtype), linear_map.partition)
+    rows = split_weight(weight.to(whitener.dtype), linear_map.partition)
+    return grad_x, grad_rows @ whitener, grad_bias, rows.mT @ grad_rows
+
+
+def _channel_rows(x: Tensor, whitener: Tensor) -> Tensor:
+    """x (N, C, H, W) or (R, K) as rows of F channels."""
+    last = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
+    return last.reshape(-1, whitener.shape[-1])
+
+
+def _add_shift_gradient_(grad_rows: Tensor, grad_outputs: Tensor, whitened_mean: Tensor) -> None:
+    """Add to the gradient of the weight's rows (S, N, F), in place, that of the bias -w D mu.
+
+    grad_outputs: (S, O / groups), whitened_mean: D mu, (S, 1, F).
+    """
+    of_outputs = grad_rows.unflatten(1, [grad_outputs.shape[1], -1])
+    of_outputs -= (grad_outputs.unsqueeze(-1) * whitened_mean).unsqueeze(2)
+
+
+def _like(values: Tensor, weight: Tensor) -> Tensor:
+    """The values in the weight's memory format, which decides in which one a convolution runs."""
+    return values.contiguous() if weight.is_contiguous() else values
 
 
 def _map_dtype(x: Tensor) -> torch.dtype:

@@ -1,8 +1,9 @@
-"""How the features of a layer's windows are divided into blocks that are whitened together.
+"""How the features that a layer sees are divided into blocks that are whitened together.
 
-A window has K = channels * kernel positions features, channel-major as `F.unfold` lays them out. They form P blocks of
-F features. The blocks share S sets of statistics: one for all (S = 1), or one each (S = P; always so in grouped
-convolutions, a group being a block). All functions are rearrangements; TorchScript can compile them.
+A window has K = channels * kernel positions features, channel-major as `F.unfold` lays them out; a pixel has its
+channels only. Either forms P blocks of F features. The blocks share S sets of statistics: one for all (S = 1), or one
+each (S = P; always so in grouped convolutions, a group being a block). All functions are rearrangements; TorchScript
+can compile them.
 """
 
 import math
@@ -20,6 +21,7 @@ __all__ = [
     "split_rows",
     "split_weight",
     "spread_shift",
+    "sum_blocks",
     "sum_shift",
     "unsplit_rows",
     "unsplit_weight",
@@ -27,13 +29,17 @@ __all__ = [
 
 
 class Partition(NamedTuple):
-    """P `blocks` of F `features`; `interleaved`: block j holds the features j modulo P; `shared`: S = 1."""
+    """P `blocks` of F `features`; `interleaved`: block j holds the features j modulo P; `shared`: S = 1.
+
+    `of_channels`: a block is a run of channels at one pixel, not a part of a window.
+    """
 
     blocks: int
     features: int
     interleaved: bool
     shared: bool
     groups: int
+    of_channels: bool
 
     @property
     def sets(self) -> int:
@@ -48,72 +54,43 @@ def effective_block(channels: int, block: int) -> int:
 
 def partition_conv(in_channels: int, positions: int, groups: int, cfg: DeconvCfg) -> Partition:
     """Blocks of a convolution with `positions` = kernel height * width (reference: paper section 4.3 and its code)."""
+    width = in_channels // groups
+    of_channels = cfg.layout == "channels" and width * positions > cfg.block
     if groups > 1:
-        return Partition(groups, in_channels // groups * positions, False, False, groups)
-    width = in_channels * positions
-    if cfg.layout == "flat":
-        features = effective_block(width, cfg.block)
+        return Partition(groups, width if of_channels else width * positions, False, False, groups, of_channels)
+    if of_channels:
+        features = _largest_divisor(width, cfg.block)
+    elif cfg.layout == "channels":
+        features = width * positions
+    elif cfg.layout == "flat":
+        features = effective_block(width * positions, cfg.block)
     else:
-        features = positions * effective_block(in_channels, cfg.block)
-    blocks = width // features
-    return Partition(blocks, features, cfg.layout == "interleaved", not cfg.per_block or blocks == 1, 1)
+        features = positions * effective_block(width, cfg.block)
+    blocks = width * (1 if of_channels else positions) // features
+    interleaved = cfg.layout == "interleaved" and blocks > 1
+    contiguous_pixels = positions == 1 and not interleaved
+    return Partition(
+        blocks, features, interleaved, not cfg.per_block or blocks == 1, 1, of_channels or contiguous_pixels
+    )
 
 
 def partition_linear(in_features: int, cfg: DeconvCfg) -> Partition:
     """Blocks of a linear layer: runs of contiguous features."""
     features = effective_block(in_features, cfg.block)
     blocks = in_features // features
-    return Partition(blocks, features, False, not cfg.per_block or blocks == 1, 1)
+    return Partition(blocks, features, False, not cfg.per_block or blocks == 1, 1, True)
 
 
 def split_rows(columns: Tensor, partition: Partition) -> Tensor:
-    """(..., K) window features, leading dimensions counting samples -> (S, R, F) rows of each set of statistics."""
+    """Features of windows or pixels (..., P F), leading dimensions counting samples -> (S, R, F) rows of each set."""
     blocks = _split_features(columns, partition)
     if partition.shared:
         return blocks.reshape(1, -1, partition.features)
     return blocks.reshape(-1, partition.blocks, partition.features).transpose(0, 1)
 
 
-def split_weight(weight: Tensor, partition: Partition) -> Tensor:
-    """(O, ...) weight -> (S, N, F) rows that the S whiteners multiply from the right, N = O P / (S groups)."""
-    if partition.groups > 1:
-        return weight.reshape(partition.blocks, -1, partition.features)
-    blocks = _split_features(weight.reshape(weight.shape[0], -1), partition)
-    if partition.shared:
-        return blocks.reshape(1, -1, partition.features)
-    return blocks.transpose(0, 1)
-
-
-def unsplit_weight(rows: Tensor, shape: list[int], partition: Partition) -> Tensor:
-    """The inverse of `split_weight`: (S, N, F) -> a weight of the given shape."""
-    if partition.groups > 1:
-        return rows.reshape(shape)
-    blocks = rows.reshape(shape[0], -1, partition.features) if partition.shared else rows.transpose(0, 1)
-    if partition.interleaved:
-        blocks = blocks.transpose(1, 2)
-    return blocks.reshape(shape)
-
-
-def sum_shift(shift: Tensor, partition: Partition) -> Tensor:
-    """(S, N) products of weight rows with the mean -> (O,), summed over the blocks that an output sees."""
-    if partition.groups > 1:
-        return shift.reshape(-1)
-    if partition.shared:
-        return shift.reshape(-1, partition.blocks).sum(1)
-    return shift.sum(0)
-
-
-def spread_shift(grad: Tensor, partition: Partition) -> Tensor:
-    """The adjoint of `sum_shift`: (O,) -> (S, N), an output's gradient for each block that it sees."""
-    if partition.groups > 1:
-        return grad.reshape(partition.blocks, -1)
-    if partition.shared:
-        return grad.repeat_interleave(partition.blocks).unsqueeze(0)
-    return grad.expand(partition.blocks, -1)
-
-
 def unsplit_rows(rows: Tensor, shape: list[int], partition: Partition) -> Tensor:
-    """The inverse of `split_rows`: (S, R, F) -> columns of the given shape (..., K)."""
+    """The inverse of `split_rows`: (S, R, F) -> columns of the given shape (..., P F)."""
     if partition.shared:
         blocks = rows.reshape(*shape[:-1], partition.blocks, partition.features)
     else:
@@ -123,7 +100,57 @@ def unsplit_rows(rows: Tensor, shape: list[int], partition: Partition) -> Tensor
     return blocks.reshape(shape)
 
 
+def split_weight(weight: Tensor, partition: Partition) -> Tensor:
+    """(O, ...) weight -> (S, N, F) rows that the S whiteners multiply from the right, an output's rows in a run.
+
+    Blocks of channels have a row for each kernel position; then it is a view if the weight is in channels_last.
+    """
+    if partition.of_channels and weight.ndim == 4:
+        weight = weight.permute(0, 2, 3, 1)
+    if partition.groups > 1:
+        return weight.reshape(partition.blocks, -1, partition.features)
+    if partition.shared and not partition.interleaved:
+        return weight.reshape(1, -1, partition.features)
+    blocks = _split_features(weight.reshape(-1, partition.blocks * partition.features), partition)
+    if partition.shared:
+        return blocks.reshape(1, -1, partition.features)
+    return blocks.transpose(0, 1)
+
+
+def unsplit_weight(rows: Tensor, shape: list[int], partition: Partition) -> Tensor:
+    """The inverse of `split_weight`: (S, N, F) -> a weight of the given shape."""
+    blocks = rows
+    if partition.groups == 1 and not partition.shared:
+        blocks = rows.transpose(0, 1)
+    if partition.interleaved:
+        blocks = blocks.reshape(-1, partition.blocks, partition.features).transpose(1, 2)
+    if partition.of_channels and len(shape) == 4:
+        return blocks.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+    return blocks.reshape(shape)
+
+
+def sum_blocks(rows: Tensor, outputs: int, partition: Partition) -> Tensor:
+    """Weight rows (S, N, F) of `outputs` = O outputs -> (S, O / groups, F), summed over what meets the same mean."""
+    return rows.unflatten(1, [outputs // partition.groups, -1]).sum(2)
+
+
+def sum_shift(shift: Tensor, partition: Partition) -> Tensor:
+    """(S, O / groups) products of `sum_blocks` with something of each set -> (O,)."""
+    return shift.reshape(-1) if partition.groups > 1 else shift.sum(0)
+
+
+def spread_shift(grad: Tensor, partition: Partition) -> Tensor:
+    """The adjoint of `sum_shift`: (O,) -> (S, O / groups)."""
+    if partition.groups > 1:
+        return grad.reshape(partition.blocks, -1)
+    return grad.expand(1 if partition.shared else partition.blocks, -1)
+
+
 def _split_features(columns: Tensor, partition: Partition) -> Tensor:
     if partition.interleaved:
         return columns.unflatten(-1, [partition.features, partition.blocks]).transpose(-1, -2)
     return columns.unflatten(-1, [partition.blocks, partition.features])
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(divisor for divisor in range(min(most, number), 0, -1) if number % divisor == 0)

@@ -1,7 +1,7 @@
-"""Which windows of a layer's input the statistics are taken from, and the way back for their gradient.
+"""Which windows of a batch the statistics are taken from, and the way back for their gradient.
 
 Sampling is linear in x and comes in two halves: `window_columns` gathers windows, `add_window_columns_` adds a gradient
-of theirs to that of x in place, so that no dense, mostly zero gradient of x is made where windows are pixels.
+of theirs to that of x in place, so that no dense, mostly zero gradient of x is made.
 """
 
 import math
@@ -14,80 +14,141 @@ from torch import Tensor
 from .config import DeconvCfg
 from .partition import Partition
 
-__all__ = ["Window", "add_window_columns_", "sampling_step", "window_columns"]
+__all__ = ["Sampling", "Window", "add_window_columns_", "choose_sampling", "window_columns"]
 
-Step = tuple[int, int]
+Pair = tuple[int, int]
+
+FEWEST = 16
+"""Positions of an image below which images are passed over and the spacing grows no more."""
 
 
 class Window(NamedTuple):
     """Geometry of a convolution's windows; padding is with zeros, the same on opposite sides."""
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    padding: tuple[int, int]
+    kernel_size: Pair
+    stride: Pair
+    dilation: Pair
+    padding: Pair
 
     @property
     def pointwise(self) -> bool:
         return self.kernel_size == (1, 1)
 
-    def windows(self, size: tuple[int, int], step: Step) -> int:
-        """Number of windows in an image of (height, width) at a spacing of `step`; 0 if none fits."""
+    def grid(self, size: Pair, step: Pair) -> Pair:
+        """Rows and columns of windows in an image of (height, width) at a spacing of `step`; 0 if none fits."""
         spans = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(self.dilation, self.kernel_size, strict=True)]
-        rows, cols = ((size[i] + 2 * self.padding[i] - spans[i]) // step[i] + 1 for i in (0, 1))
-        return rows * cols if min(rows, cols) > 0 else 0
+        rows, cols = (max((size[i] + 2 * self.padding[i] - spans[i]) // step[i] + 1, 0) for i in (0, 1))
+        return rows, cols
+
+    def windows(self, size: Pair, step: Pair) -> int:
+        """Number of windows in an image of (height, width) at a spacing of `step`."""
+        rows, cols = self.grid(size, step)
+        return rows * cols
 
 
-def window_columns(x: Tensor, window: Window, step: Step, grid: bool) -> Tensor:
-    """Windows of images (N, C, H, W) at a spacing of `step`, zero padding counted as data: (..., K) features each.
+PIXEL = Window((1, 1), (1, 1), (1, 1), (0, 0))
 
-    1x1 windows are the pixels of the batch as one flat list, every (step * step)-th of them, unless `grid`.
-    """
+
+class Sampling(NamedTuple):
+    """Every `images`-th image, in it windows at a spacing of `step` from `offset` on; with `flat`, the pixels of the
+    batch are one list of which every (step * step)-th is taken."""
+
+    images: int
+    step: Pair
+    offset: Pair
+    flat: bool
+
+
+def choose_sampling(x: Tensor, window: Window, partition: Partition, cfg: DeconvCfg) -> Sampling:
+    """The configured spacing times the convolution's own stride, reduced until there are `cfg.min_rows` * F rows, at
+    most to that stride; or increased until there are at most `cfg.max_positions`."""
+    flat = window.pointwise and not cfg.grid and cfg.layout != "channels"
+    size = (x.shape[2], x.shape[3])
+    per_position = partition.blocks // partition.sets
+    for spacing in range(cfg.sampling_stride, 0, -1):
+        step = (spacing * window.stride[0], spacing * window.stride[1])
+        if flat:
+            positions = math.ceil(x.shape[0] * x.shape[2] * x.shape[3] / (step[0] * step[1]))
+        else:
+            positions = x.shape[0] * window.windows(size, step)
+        if positions * per_position >= cfg.min_rows * partition.features:
+            break
+    if flat or not cfg.max_positions or positions <= cfg.max_positions:
+        return Sampling(1, step, (0, 0), flat)
+    return _sparser(x.shape[0], size, window, step, cfg.max_positions)
+
+
+def _sparser(images: int, size: Pair, window: Window, step: Pair, most: int) -> Sampling:
+    wider = (step[0] + 1, step[1] + 1)
+    while images * window.windows(size, step) > most and window.windows(size, wider) >= FEWEST:
+        step, wider = wider, (wider[0] + 1, wider[1] + 1)
+    rows, cols = window.grid(size, step)
+    offset = (0, 0)
+    if window.pointwise:
+        offset = ((size[0] - 1 - (rows - 1) * step[0]) // 2, (size[1] - 1 - (cols - 1) * step[1]) // 2)
+    return Sampling(math.ceil(images * rows * cols / most), step, offset, False)
+
+
+def window_columns(x: Tensor, window: Window, sampling: Sampling) -> Tensor:
+    """Windows of images (N, C, H, W), zero padding counted as data: (..., K) features each, channel-major."""
+    x = x[:: sampling.images]
     if not window.pointwise:
-        return F.unfold(x, window.kernel_size, window.dilation, window.padding, step).mT
-    if grid:
-        return x[:, :, :: step[0], :: step[1]].permute(0, 2, 3, 1)
+        return F.unfold(x, window.kernel_size, window.dilation, window.padding, sampling.step).mT
+    if not sampling.flat:
+        return _pixel_grid(x, sampling)
     pixels = x.permute(0, 2, 3, 1)
     if pixels.is_contiguous():
-        return pixels.flatten(0, 2)[:: step[0] * step[1]]
-    image, position = _flat_pixels(x, step)
+        return pixels.flatten(0, 2)[:: sampling.step[0] * sampling.step[1]]
+    image, position = _flat_pixels(x, sampling.step)
     return x.flatten(2)[image, :, position]
 
 
-def add_window_columns_(grad_x: Tensor, grad_columns: Tensor, window: Window, step: Step, grid: bool) -> None:
+def add_window_columns_(grad_x: Tensor, grad_columns: Tensor, window: Window, sampling: Sampling) -> None:
     """Add to grad_x (N, C, H, W), in place, what a gradient of `window_columns` (its shape) means for x."""
-    if not window.pointwise:
-        size = (grad_x.shape[2], grad_x.shape[3])
-        grad_x += F.fold(grad_columns.mT, size, window.kernel_size, window.dilation, window.padding, step)
-        return
+    grad_x = grad_x[:: sampling.images]
     pixels = grad_x.permute(0, 2, 3, 1)
-    if grid:
-        pixels[:, :: step[0], :: step[1]] += grad_columns
+    if not window.pointwise:
+        _add_windows_(grad_x, grad_columns, window, sampling.step)
+    elif not sampling.flat:
+        _pixel_grid(grad_x, sampling).add_(grad_columns)
     elif pixels.is_contiguous():
-        pixels.flatten(0, 2)[:: step[0] * step[1]] += grad_columns
+        pixels.flatten(0, 2)[:: sampling.step[0] * sampling.step[1]] += grad_columns
     else:
-        image, position = _flat_pixels(grad_x, step)
+        image, position = _flat_pixels(grad_x, sampling.step)
         grad_x.view(*grad_x.shape[:2], -1)[image, :, position] += grad_columns
 
 
-def sampling_step(x: Tensor, window: Window, partition: Partition, cfg: DeconvCfg) -> Step:
-    """Spacing of the sampled windows: the largest sampling stride, at most the configured one, times the convolution's.
-
-    It is reduced until there are `cfg.min_rows` * F rows, at most to 1.
-    """
-    per_window = partition.blocks // partition.sets
-    for stride in range(cfg.sampling_stride, 1, -1):
-        step = (stride * window.stride[0], stride * window.stride[1])
-        if window.pointwise and not cfg.grid:
-            windows = math.ceil(x.shape[0] * x.shape[2] * x.shape[3] / (step[0] * step[1]))
-        else:
-            windows = x.shape[0] * window.windows((x.shape[2], x.shape[3]), step)
-        if windows * per_window >= cfg.min_rows * partition.features:
-            return step
-    return window.stride
+def _pixel_grid(x: Tensor, sampling: Sampling) -> Tensor:
+    """(N, rows, columns, C), a view."""
+    (top, left), (rows, cols) = sampling.offset, sampling.step
+    return x[:, :, top::rows, left::cols].permute(0, 2, 3, 1)
 
 
-def _flat_pixels(x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+def _add_windows_(grad_x: Tensor, grad_columns: Tensor, window: Window, step: Pair) -> None:
+    size = (grad_x.shape[2], grad_x.shape[3])
+    if min(step[i] - window.kernel_size[i] for i in (0, 1)) < 0:  # windows overlap: fewer passes in one dense sum
+        grad_x += F.fold(grad_columns.mT, size, window.kernel_size, window.dilation, window.padding, step)
+        return
+    rows, cols = window.grid(size, step)
+    columns = grad_columns.unflatten(-1, [-1, *window.kernel_size]).unflatten(1, (rows, cols))
+    for i in range(window.kernel_size[0]):
+        in_rows, pixel_rows = _inside(i * window.dilation[0] - window.padding[0], step[0], rows, size[0])
+        for j in range(window.kernel_size[1]):
+            in_cols, pixel_cols = _inside(j * window.dilation[1] - window.padding[1], step[1], cols, size[1])
+            grad_x[:, :, pixel_rows, pixel_cols] += columns[:, in_rows, in_cols, :, i, j].permute(0, 3, 1, 2)
+
+
+def _inside(start: int, step: int, windows: int, size: int) -> tuple[slice, slice]:
+    """Of pixels start, start + step ... of so many windows: which windows have theirs inside 0 ... size - 1, and where
+    these are."""
+    first = max(math.ceil(-start / step), 0)
+    last = min((size - 1 - start) // step, windows - 1)
+    if last < first:
+        return slice(0, 0), slice(0, 0)
+    return slice(first, last + 1), slice(start + first * step, start + last * step + 1, step)
+
+
+def _flat_pixels(x: Tensor, step: Pair) -> tuple[Tensor, Tensor]:
     """Image and position of every sampled pixel of the flat list."""
     pixels = torch.arange(0, x.shape[0] * x.shape[2] * x.shape[3], step[0] * step[1], device=x.device)
     return pixels // (x.shape[2] * x.shape[3]), pixels % (x.shape[2] * x.shape[3])

@@ -10,9 +10,9 @@ from torch import Tensor
 from timm_deconv.linalg import isqrt_newton_schulz, shrink
 
 from .config import DeconvCfg
-from .partition import Partition, split_weight, sum_shift, unsplit_weight
+from .partition import Partition, split_weight, sum_blocks, sum_shift, unsplit_weight
 
-__all__ = ["fold", "regularise", "regularise_backward", "whitener"]
+__all__ = ["fold", "fold_bias", "regularise", "regularise_backward", "whitener"]
 
 
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
@@ -49,7 +49,17 @@ def fold(
     """
     features = partition.features
     dtype = torch.promote_types(weight.dtype, whitener.dtype)
-    rows = split_weight(weight.to(dtype), partition) @ whitener.to(dtype).reshape(-1, features, features)
-    shift = sum_shift((rows @ mean.to(dtype).reshape(-1, features, 1)).squeeze(-1), partition)
-    folded = unsplit_weight(rows, list(weight.shape), partition).to(weight.dtype)
-    return folded, (-shift if bias is None else bias - shift).to(weight.dtype)
+    rows = split_weight(weight.to(dtype), partition)
+    matrix = whitener.to(dtype).reshape(-1, features, features)
+    sums = sum_blocks(rows, weight.shape[0], partition)
+    folded_bias = fold_bias(bias, sums, mean.to(dtype).reshape(-1, features), matrix, partition)
+    folded = unsplit_weight(rows @ matrix, list(weight.shape), partition)
+    if weight.is_contiguous():
+        folded = folded.contiguous()
+    return folded.to(weight.dtype), folded_bias.to(weight.dtype)
+
+
+def fold_bias(bias: Tensor | None, sums: Tensor, mean: Tensor, whitener: Tensor, partition: Partition) -> Tensor:
+    """Bias b - w D mu (O,) from the weight's `sum_blocks` (S, O / groups, F), mean (S, F) and whitener (S, F, F)."""
+    shift = sum_shift((sums @ (whitener @ mean.unsqueeze(-1))).squeeze(-1), partition)
+    return -shift if bias is None else bias - shift

@@ -6,7 +6,7 @@ goes on with weights and feature extraction as for any of its own models.
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.layers import register_notrace_module
 from timm.models import (
@@ -64,7 +64,11 @@ def list_models() -> list[str]:
 
 
 def register_deconv(
-    module: str, sources: Mapping[str, Family], *, feature_cfg: Mapping[str, Any] | None = None
+    module: str,
+    sources: Mapping[str, Family],
+    *,
+    feature_cfg: Mapping[str, Any] | None = None,
+    in_place: bool = False,
 ) -> None:
     """Register `<source>_deconv` (without a `_bn` of the source's name) for each batch-norm network and its family
     policy.
@@ -74,19 +78,33 @@ def register_deconv(
         sources: name of a registered batch-norm network -> its published settings, or a function of the batch-norm
             network that gives them where they depend on its channels.
         feature_cfg: how `features_only=True` works, as in timm's builder.
+        in_place: every norm stands directly behind a convolution; see `convert_deconv_model`.
     """
     namespace = sys.modules[module]
-    rows = {f"{source.removesuffix('_bn')}_deconv": (source, policy) for source, policy in sources.items()}
-    cfgs = generate_default_cfgs({key: cfg for name, (source, _) in rows.items() for key, cfg in _cfgs(name, source)})
+    rows = [
+        _Row(f"{source.removesuffix('_bn')}_deconv", source, family, feature_cfg or {}, in_place)
+        for source, family in sources.items()
+    ]
+    cfgs = generate_default_cfgs({key: cfg for row in rows for key, cfg in _cfgs(row.name, row.source)})
     namespace.default_cfgs = {**getattr(namespace, "default_cfgs", {}), **cfgs}  # type: ignore[attr-defined]
-    for name, (source, policy) in rows.items():
-        setattr(namespace, name, register_model(_entry_point(module, name, source, policy, feature_cfg or {})))
-        _REGISTERED.append(name)
+    for row in rows:
+        setattr(namespace, row.name, register_model(_entry_point(module, row)))
+        _REGISTERED.append(row.name)
 
 
-def _entry_point(
-    module: str, name: str, source: str, family: Family, feature_cfg: Mapping[str, Any]
-) -> Callable[..., nn.Module]:
+class _Row(NamedTuple):
+    """A registered network: its name, the batch-norm network that it is made of, and how."""
+
+    name: str
+    source: str
+    family: Family
+    feature_cfg: Mapping[str, Any]
+    in_place: bool
+
+
+def _entry_point(module: str, row: _Row) -> Callable[..., nn.Module]:
+    name, source, family, feature_cfg, in_place = row
+
     def entry_point(pretrained: bool = False, *, deconv: Any = None, fused: bool = False, **kwargs: Any) -> nn.Module:
         arguments: dict[str, Any] = {}
 
@@ -94,7 +112,7 @@ def _entry_point(
             arguments.update(given)
             model = model_entrypoint(source)(pretrained=False, **given)
             settings = family if isinstance(family, DeconvPolicy) else family(model)
-            convert_deconv_model(model, deconv, family=settings)
+            convert_deconv_model(model, deconv, family=settings, in_place=in_place)
             return as_built(model, fused)
 
         return build_model_with_cfg(

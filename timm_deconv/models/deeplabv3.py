@@ -228,4 +228,5 @@ register_deconv(
         WHOLE_CLASSIFIER.over(frozen_stem(IMAGENET_POLICY, 15)),
     ),
     feature_cfg=FEATURES,
+    in_place=True,
 )

@@ -95,7 +95,7 @@ register_twins(
     paper_ids="arXiv:1608.06993",
 )
 
-register_deconv(__name__, {"densenet121_cifar": CIFAR_POLICY}, feature_cfg=STAGED_FEATURES)
+register_deconv(__name__, {"densenet121_cifar": CIFAR_POLICY}, feature_cfg=STAGED_FEATURES, in_place=True)
 register_deconv(
     __name__,
     dict.fromkeys(("densenet121", "densenet161", "densenet169", "densenet201"), frozen_stem(IMAGENET_POLICY, 15)),

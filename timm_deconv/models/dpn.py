@@ -107,7 +107,7 @@ register_twins(
     paper_ids="arXiv:1707.01629",
 )
 
-register_deconv(__name__, {"dpn92_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=STAGED_FEATURES)
+register_deconv(__name__, {"dpn92_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=STAGED_FEATURES, in_place=True)
 register_deconv(
     __name__,
     dict.fromkeys(("dpn68", "dpn92", "dpn98"), frozen_stem(IMAGENET_POLICY, 10)),

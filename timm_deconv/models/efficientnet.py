@@ -41,6 +41,7 @@ register_deconv(
     __name__,
     {"efficientnet_b0_cifar": inverted_residual_settings(frozen_stem(CIFAR_POLICY, 10))},
     feature_cfg=FEATURES,
+    in_place=True,
 )
 register_deconv(
     __name__,
@@ -58,4 +59,5 @@ register_deconv(
         inverted_residual_settings(frozen_stem(IMAGENET_POLICY, 10)),
     ),
     feature_cfg=INVERTED_FEATURES,
+    in_place=True,
 )

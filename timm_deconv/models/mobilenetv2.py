@@ -150,6 +150,7 @@ register_deconv(
     __name__,
     {"mobilenetv2_cifar": inverted_residual_settings(frozen_stem(CIFAR_POLICY, 10))},
     feature_cfg=STAGED_FEATURES,
+    in_place=True,
 )
 register_deconv(
     __name__,
@@ -158,4 +159,5 @@ register_deconv(
         inverted_residual_settings(frozen_stem(IMAGENET_POLICY, 10)),
     ),
     feature_cfg=INVERTED_FEATURES,
+    in_place=True,
 )

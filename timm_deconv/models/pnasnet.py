@@ -78,7 +78,7 @@ register_twins(
     paper_ids="arXiv:1712.00559",
 )
 
-register_deconv(__name__, {"pnasnet_a_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=FEATURES)
+register_deconv(__name__, {"pnasnet_a_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=FEATURES, in_place=True)
 register_deconv(
     __name__,
     {"pnasnet5large": frozen_stem(IMAGENET_POLICY, 10)},

@@ -93,6 +93,8 @@ register_twins(
     paper_ids="arXiv:1603.05027",
 )
 
-register_deconv(__name__, {"preact_resnet18_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=STAGED_FEATURES)
+register_deconv(
+    __name__, {"preact_resnet18_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=STAGED_FEATURES, in_place=True
+)
 # timm's pre-activation ResNet.
 register_deconv(__name__, {"resnetv2_50": frozen_stem(IMAGENET_POLICY, 10)}, feature_cfg={"flatten_sequential": True})

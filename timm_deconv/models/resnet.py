@@ -76,7 +76,9 @@ register_twins(
     paper_ids="arXiv:1512.03385",
 )
 
-register_deconv(__name__, {"resnet18_cifar": CIFAR_POLICY, "resnet50_cifar": CIFAR_POLICY})
+register_deconv(__name__, {"resnet18_cifar": CIFAR_POLICY, "resnet50_cifar": CIFAR_POLICY}, in_place=True)
 register_deconv(
-    __name__, dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), frozen_stem(IMAGENET_POLICY, 15))
+    __name__,
+    dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), frozen_stem(IMAGENET_POLICY, 15)),
+    in_place=True,
 )

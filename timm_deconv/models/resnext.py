@@ -73,7 +73,14 @@ register_twins(
 GROUPED = DeconvPolicy(roles={"grouped": {"n_iter": 3}})
 """Published: fewer steps in the grouped 3x3 convolutions."""
 
-register_deconv(__name__, {"resnext29_32x4d_cifar": GROUPED.over(frozen_stem(CIFAR_POLICY, 10))}, feature_cfg=FEATURES)
 register_deconv(
-    __name__, dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d"), GROUPED.over(frozen_stem(IMAGENET_POLICY, 15)))
+    __name__,
+    {"resnext29_32x4d_cifar": GROUPED.over(frozen_stem(CIFAR_POLICY, 10))},
+    feature_cfg=FEATURES,
+    in_place=True,
+)
+register_deconv(
+    __name__,
+    dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d"), GROUPED.over(frozen_stem(IMAGENET_POLICY, 15))),
+    in_place=True,
 )

@@ -15,10 +15,11 @@ register_twins(
     paper_ids="arXiv:1709.01507",
 )
 
-register_deconv(__name__, {"senet18_cifar": frozen_stem(CIFAR_POLICY, 15)}, feature_cfg=STAGED_FEATURES)
+register_deconv(__name__, {"senet18_cifar": frozen_stem(CIFAR_POLICY, 15)}, feature_cfg=STAGED_FEATURES, in_place=True)
 register_deconv(
     __name__,
     dict.fromkeys(
         ("seresnet50", "legacy_seresnet18", "legacy_seresnet50", "legacy_senet154"), frozen_stem(IMAGENET_POLICY, 15)
     ),
+    in_place=True,
 )

@@ -72,6 +72,7 @@ register_deconv(
     __name__,
     dict.fromkeys(("vgg11_cifar", "vgg13_cifar", "vgg16_cifar", "vgg19_cifar"), frozen_stem(CIFAR_POLICY, 15)),
     feature_cfg=STAGED_FEATURES,
+    in_place=True,
 )
 register_deconv(
     __name__,
@@ -80,4 +81,5 @@ register_deconv(
         DeconvPolicy(patterns=HIDDEN).over(frozen_stem(IMAGENET_POLICY, 15)),
     ),
     feature_cfg={"flatten_sequential": True},
+    in_place=True,
 )
