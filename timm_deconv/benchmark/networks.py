@@ -1,7 +1,7 @@
 """The forms of one network that are compared.
 
-none: no norm at all, the same biases (what is left in deployment); twin: batch norm; deconv: whitened by a preset; published: whitened by the
-published operation sequence, with the settings of the preset 'paper'.
+none: no norm at all, the same biases (what is left in deployment); twin: batch norm; deconv: whitened by a preset;
+published: whitened by the published operation sequence, with the settings of the preset 'paper'.
 """
 
 from collections.abc import Callable

@@ -36,8 +36,8 @@ def convert_deconv_model(
     """Replace convolutions and the classifier by whitening layers and take the batch norms out, in place.
 
     Weights are kept, missing biases added as zeros, whitening starts at the identity. `BatchNorm2d` becomes `Identity`,
-    `BatchNormAct2d` its activation. A timm network is afterwards saved by the name `deconv` and loads as such. Methods of
-    its blocks that would fold batch norms (`fuse`, `reparameterize`, `switch_to_deploy`) fold whitening instead.
+    `BatchNormAct2d` its activation. A timm network is afterwards saved by the name `deconv` and loads as such. Methods
+    of its blocks that would fold batch norms (`fuse`, `reparameterize`, `switch_to_deploy`) fold whitening instead.
 
     Args:
         model: a network with `nn.Conv2d` or `nn.Linear` layers, timm's or any other, on any device (meta too). Convert

@@ -175,9 +175,9 @@ class _WhitenedMap(torch.autograd.Function):
                     grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
                 grad_x = grad_x.to(x.dtype)
                 _add_statistics_gradient_(grad_x, x, linear_map, mean, grad_mean, grad_whitener, iterates)
-            grad_weight = unsplit_weight(grad_weight, list(weight.shape), linear_map.partition)
-        grad_bias = grad_bias.to(weight.dtype) if ctx.has_bias else None
-        return grad_x, _like(grad_weight, weight).to(weight.dtype), grad_bias, None, None, None, None
+            grad_weight = _like(unsplit_weight(grad_weight, list(weight.shape), linear_map.partition), weight)
+        bias_gradient = grad_bias.to(weight.dtype) if ctx.has_bias else None
+        return grad_x, grad_weight.to(weight.dtype), bias_gradient, None, None, None, None
 
 
 def whitens_input(x: Tensor, weight: Tensor, partition: Partition) -> bool:
