@@ -15,7 +15,12 @@ ClassifierKind = Literal["linear", "channel", "plain"]
 Options = Mapping[str, Any]
 DEFAULT_PRESET = "paper"
 PRESET_ROLES: Mapping[str, Mapping[str, Options]] = {
-    "fast": {"stem": {"layout": "window", "n_iter": 15, "sampling_stride": 3}, "classifier": {"block": 512}}
+    "fast": {
+        "stem": {"layout": "window", "n_iter": 15, "sampling_stride": 3},
+        "depthwise": {"max_positions": 128, "sampling_stride": 3},
+        "grouped": {"max_positions": 1024, "sampling_stride": 3},
+        "classifier": {"block": 256, "min_rows": 0.0},
+    }
 }
 LINEAR_AS_CONV: Options = {"layout": "flat", "sampling_stride": 1}
 

@@ -120,12 +120,12 @@ class WhiteningMixin(nn.Module):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, whitener: Tensor, frozen: bool | Tensor) -> None:
-        finite = mean.isfinite().all() & whitener.isfinite().all()
+        finite = whitener.sum().isfinite()  # which it is not if the mean is not
         moving = finite & ~frozen if isinstance(frozen, Tensor) else finite
         momentum = self._momentum()
         for running, value in ((self.running_mean, mean), (self.running_deconv, whitener)):
             value = value.reshape(running.shape).to(running.dtype)
-            running.copy_(torch.where(moving, running + momentum * (value - running), running))
+            running.lerp_(torch.where(moving, value, running), momentum)
         self.saw_nonfinite.logical_or_(~finite)
 
     def _momentum(self) -> float | Tensor:
@@ -133,19 +133,20 @@ class WhiteningMixin(nn.Module):
         momentum = self.cfg.momentum
         if not self.cfg.start_corrected or momentum == 1:
             return momentum
-        decay = torch.full((), 1 - momentum, device=self.running_mean.device)
-        return momentum / (1 - decay ** (self._updates() + 1))
+        if torch.compiler.is_compiling():
+            decay = torch.full((), 1 - momentum, device=self.running_mean.device, dtype=self.running_mean.dtype)
+            return momentum / (1 - decay ** (self._updates(self.num_batches_tracked) + 1))
+        return momentum / (1 - (1 - momentum) ** (self._updates(self._forwards()) + 1))
 
-    def _updates(self) -> Tensor:
-        """Live training forwards so far: all of them, or freeze_iter + 1 in every freezing cycle."""
-        forwards = self.num_batches_tracked
+    def _updates(self, forwards: Any) -> Any:
+        """Live training forwards among `forwards`: all of them, or freeze_iter + 1 in every freezing cycle."""
         if not self.cfg.freeze:
             return forwards
         live = self.cfg.freeze_iter + 1
         if not self.cfg.thaw:
-            return forwards.clamp(max=live)
+            return _at_most(forwards, live)
         cycle = 10 * self.cfg.freeze_iter
-        return forwards // cycle * min(live, cycle) + (forwards % cycle).clamp(max=live)
+        return forwards // cycle * min(live, cycle) + _at_most(forwards % cycle, live)
 
     def _frozen(self, recomputing: bool) -> bool | Tensor:
         """Whether this forward uses the running values: a bool in eager mode, decided on the device when compiled."""
@@ -156,7 +157,7 @@ class WhiteningMixin(nn.Module):
         return (forwards % (10 * self.cfg.freeze_iter) if self.cfg.thaw else forwards) > self.cfg.freeze_iter
 
     def _count_forward(self) -> None:
-        if torch.compiler.is_compiling() or not self.cfg.freeze:
+        if torch.compiler.is_compiling() or not (self.cfg.freeze or self.cfg.start_corrected):
             self.num_batches_tracked.add_(1)
             return
         forwards = self._forwards()
@@ -216,6 +217,10 @@ class WhiteningMixin(nn.Module):
 def in_recomputation() -> bool:
     """Whether autograd's backward pass is calling, as activation checkpointing does to run a forward a second time."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _at_most(number: Any, most: int) -> Any:
+    return number.clamp(max=most) if isinstance(number, Tensor) else min(number, most)
 
 
 def _same(kept: Source, source: Source) -> bool:

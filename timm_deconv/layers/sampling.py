@@ -4,11 +4,12 @@ Sampling is linear in x and comes in two halves: `window_columns` gathers window
 of theirs to that of x in place, so that no dense, mostly zero gradient of x is made.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import DeconvCfg
@@ -17,6 +18,7 @@ from .partition import Partition
 __all__ = ["Sampling", "Window", "add_window_columns_", "choose_sampling", "window_columns"]
 
 Pair = tuple[int, int]
+Index = tuple[slice | int, ...]
 
 FEWEST = 16
 """Positions of an image below which images are passed over and the spacing grows no more."""
@@ -93,7 +95,7 @@ def window_columns(x: Tensor, window: Window, sampling: Sampling) -> Tensor:
     """Windows of images (N, C, H, W), zero padding counted as data: (..., K) features each, channel-major."""
     x = x[:: sampling.images]
     if not window.pointwise:
-        return F.unfold(x, window.kernel_size, window.dilation, window.padding, sampling.step).mT
+        return _gather_windows(x, window, sampling.step)
     if not sampling.flat:
         return _pixel_grid(x, sampling)
     pixels = x.permute(0, 2, 3, 1)
@@ -124,18 +126,32 @@ def _pixel_grid(x: Tensor, sampling: Sampling) -> Tensor:
     return x[:, :, top::rows, left::cols].permute(0, 2, 3, 1)
 
 
+def _gather_windows(x: Tensor, window: Window, step: Pair) -> Tensor:
+    """(N, windows, K); `F.unfold` does the same, several times slower where windows are sparse or in channels_last."""
+    rows, cols = window.grid((x.shape[2], x.shape[3]), step)
+    columns = x.new_zeros(x.shape[0], rows, cols, x.shape[1], *window.kernel_size)
+    for of_columns, of_x in _kernel_positions(x, window, step):
+        columns[of_columns] = x[of_x].permute(0, 2, 3, 1)
+    return columns.flatten(3).flatten(1, 2)
+
+
 def _add_windows_(grad_x: Tensor, grad_columns: Tensor, window: Window, step: Pair) -> None:
-    size = (grad_x.shape[2], grad_x.shape[3])
-    if min(step[i] - window.kernel_size[i] for i in (0, 1)) < 0:  # windows overlap: fewer passes in one dense sum
-        grad_x += F.fold(grad_columns.mT, size, window.kernel_size, window.dilation, window.padding, step)
-        return
+    grid = window.grid((grad_x.shape[2], grad_x.shape[3]), step)
+    columns = grad_columns.unflatten(-1, [-1, *window.kernel_size]).unflatten(1, grid)
+    for of_columns, of_x in _kernel_positions(grad_x, window, step):
+        grad_x[of_x] += columns[of_columns].permute(0, 3, 1, 2)
+
+
+def _kernel_positions(x: Tensor, window: Window, step: Pair) -> Iterator[tuple[Index, Index]]:
+    """For every kernel position: its place in columns (N, rows, columns, C, kernel height, kernel width), without the
+    windows where it lies in the padding; and its pixels in x (N, C, H, W)."""
+    size, (height, width) = (x.shape[2], x.shape[3]), window.kernel_size
     rows, cols = window.grid(size, step)
-    columns = grad_columns.unflatten(-1, [-1, *window.kernel_size]).unflatten(1, (rows, cols))
-    for i in range(window.kernel_size[0]):
+    everything = slice(None)
+    for i, j in itertools.product(range(height), range(width)):
         in_rows, pixel_rows = _inside(i * window.dilation[0] - window.padding[0], step[0], rows, size[0])
-        for j in range(window.kernel_size[1]):
-            in_cols, pixel_cols = _inside(j * window.dilation[1] - window.padding[1], step[1], cols, size[1])
-            grad_x[:, :, pixel_rows, pixel_cols] += columns[:, in_rows, in_cols, :, i, j].permute(0, 3, 1, 2)
+        in_cols, pixel_cols = _inside(j * window.dilation[1] - window.padding[1], step[1], cols, size[1])
+        yield (everything, in_rows, in_cols, everything, i, j), (everything, everything, pixel_rows, pixel_cols)
 
 
 def _inside(start: int, step: int, windows: int, size: int) -> tuple[slice, slice]:
