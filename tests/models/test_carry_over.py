@@ -227,6 +227,10 @@ for case, (name, options) in cases.items():
     with torch.no_grad():
         out, expected = (model(x[:, :1]), grey(x[:, :1])) if case == "grey" else (model(x), reference(x))
     result[case] = float((out - expected).abs().max() / expected.abs().max())
+known = load_file(sys.argv[3])
+for place in ("converted", "fused"):
+    model = timm.create_model(f"hf-hub:someone/{place}", pretrained=True).eval()
+    result[place] = float((model(known["x"]) - known["y"]).abs().max() / known["y"].abs().max())
 try:
     timm.create_model("resnet18_deconv.bn_tv_in1k", pretrained=True)
 except Exception as error:
@@ -239,6 +243,14 @@ def test_pretrained_downloads_timms_weights_from_the_hub(tmp_path: Path, batch_n
     repository = tmp_path / "hub" / "timm" / "resnet18.a1_in1k"
     save_for_hf(batch_norm, str(repository), safe_serialization=True)
     torch.save(batch_norm.state_dict(), repository / "weights.pth")
+    converted = timm.create_model("test_resnet")
+    timm_deconv.convert_deconv_model(converted, {"block": 16})
+    x = torch.randn(8, 3, 64, 64)
+    converted.train()(x)
+    for place, model in (("converted", converted.eval()), ("fused", timm_deconv.fuse(converted))):
+        save_for_hf(model, str(tmp_path / "hub" / "someone" / place), safe_serialization=True)
+    known = tmp_path / "known.safetensors"
+    save_file({"x": x, "y": converted(x).detach()}, known)
     requests: list[str] = []
     with hub(tmp_path / "hub", requests) as endpoint:
         found = subprocess.run(
@@ -248,6 +260,7 @@ def test_pretrained_downloads_timms_weights_from_the_hub(tmp_path: Path, batch_n
                 FROM_THE_HUB,
                 str(repository / "model.safetensors"),
                 f"{endpoint}/timm/resnet18.a1_in1k/resolve/main/weights.pth",
+                str(known),
             ],
             env={
                 **os.environ,
@@ -264,5 +277,5 @@ def test_pretrained_downloads_timms_weights_from_the_hub(tmp_path: Path, batch_n
     assert found.returncode == 0, found.stderr
     result = json.loads(found.stdout.splitlines()[-1])
     assert result.pop("missing") == "RepositoryNotFoundError"
-    assert result.keys() == {"plain", "tag", "grey", "url"} and max(result.values()) < 1e-4
+    assert result.keys() == {"plain", "tag", "grey", "url", "converted", "fused"} and max(result.values()) < 1e-4
     assert any(line.startswith("GET /timm/resnet18.a1_in1k/model.safetensors") for line in requests)
