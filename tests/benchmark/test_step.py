@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from timm_deconv.benchmark import step
-from timm_deconv.benchmark.rows import COLUMNS, append_rows, step_rows, table
+from timm_deconv.benchmark.rows import COLUMNS, add_rows, step_rows, table
 from timm_deconv.benchmark.step import StepSettings, price, time_evaluation, time_training
 from timm_deconv.benchmark.timing import Timings
 from timm_deconv.errors import InputError
@@ -41,8 +41,8 @@ def test_rows_hold_medians_ratios_and_one_price(tmp_path: Path) -> None:
     }
     assert rows[5]["ratio_to_twin"] == pytest.approx(0.55)
     assert len(table(rows).splitlines()) == 7
-    append_rows([tmp_path / "new" / "rows.csv"], rows)
-    append_rows([tmp_path / "new" / "rows.csv"], rows[:1])
+    add_rows([tmp_path / "new" / "rows.csv"], COLUMNS, rows)
+    add_rows([tmp_path / "new" / "rows.csv"], COLUMNS, rows[:1])
     with open(tmp_path / "new" / "rows.csv", newline="") as file:
         read = list(csv.DictReader(file))
     assert len(read) == 7
@@ -53,7 +53,7 @@ def test_a_file_of_other_columns_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="other columns"):
-        append_rows([path], step_rows("step", Timings(SECONDS), FAKE))
+        add_rows([path], COLUMNS, step_rows("step", Timings(SECONDS), FAKE))
     assert path.read_text() == "a,b\n1,2\n"
 
 

@@ -54,6 +54,9 @@ def test_validate_takes_another_data_set_and_settings(monkeypatch, tmp_path, cap
         ("train.py", ["digits", "epochz=3"], "no recipe key 'epochz'; nearest: epochs"),
         ("validate.py", ["nowhere"], "no model or folder 'nowhere'"),
         ("quickstart.py", ["lr=-1"], "lr=-1: "),
+        ("benchmark.py", ["layer", "--rows", 23], "no row 23 in the paper's table 3"),
+        ("benchmark.py", ["memory", "--presets", "fasst"], "no preset 'fasst'; nearest: fast"),
+        ("benchmark.py", ["scaling", "--values", -1], "batch=-1: must be a positive whole number"),
     ],
 )
 def test_bad_input_ends_a_script_with_one_line(monkeypatch, tmp_path, name, arguments, message):
@@ -79,3 +82,26 @@ def test_quickstart_shows_both_curves_and_reads_digits(monkeypatch, tmp_path, ca
     timm.create_model(f"local-dir:{tmp_path / 'vgg11_cifar_deconv'}", pretrained=True)
     _run(monkeypatch, "quickstart.py", "--output-dir", tmp_path, *settings)
     assert capsys.readouterr().out == said
+
+
+TINY = ["--width", 0.0625, "--batch", 4, "--memory-formats", "channels_last"]
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "said", "rows"),
+    [
+        ("step", [*TINY, "--rounds", 1, "--warmup", 0, "--forms", "none", "twin"], "ratio_to_twin", 2),
+        ("layer", ["--rows", 9, "--batch", 1, "--rounds", 1, "--warmup", 0], "paper_to_published: at most ", 1),
+        ("memory", [*TINY, "--forms", "none", "deconv", "--presets", "fast"], "ratio_to_none", 2),
+        ("scaling", [*TINY, "--values", 4, 8, "--rounds", 1, "--warmup", 0, "--preset", "fast"], "share", 2),
+    ],
+)
+def test_benchmark_prints_and_records_rows(monkeypatch, tmp_path, capsys, task, arguments, said, rows):
+    monkeypatch.setattr("timm_deconv.benchmark.rows.checkout_configs", lambda: tmp_path / "hub_configs")
+    output = tmp_path / f"benchmark_{task}.csv"
+    _run(monkeypatch, "benchmark.py", task, *arguments, "--output", output, "--record")
+    assert said in capsys.readouterr().out
+    assert len(output.read_text().splitlines()) == 1 + rows
+    recorded = "benchmark.csv" if task == "step" else output.name
+    assert (tmp_path / "hub_configs" / "results" / recorded).read_text() == output.read_text()
+    assert (tmp_path / "benchmark_scaling_batch.png").exists() == (task == "scaling")

@@ -1,6 +1,7 @@
 """Result rows."""
 
 import csv
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -30,6 +31,28 @@ def test_a_table_that_lacks_its_last_line_break_gets_it(tmp_path):
     path.write_text(",".join(results.COLUMNS))
     results.append_row(path, dict.fromkeys(results.COLUMNS, 1))
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_rows_are_added_all_or_none(tmp_path):
+    path, columns = tmp_path / "r.csv", ["a", "b"]
+    with pytest.raises(KeyError):
+        results.append_rows(path, columns, [{"a": 1, "b": 2}, {"a": 3}])
+    assert not path.exists()
+    results.append_rows(path, columns, [{"a": 1, "b": "x,y"}, {"b": 4, "a": 3, "c": 5}])
+    assert path.read_text() == 'a,b\n1,"x,y"\n3,4\n'
+
+
+def test_rows_that_do_not_fit_leave_the_file_as_it_was(tmp_path):
+    path, row = tmp_path / "r.csv", {"a": "x" * 50}
+    results.append_rows(path, ["a"], [row])
+    before, (soft, hard) = path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 60, hard))  # room for one row of two
+    try:
+        with pytest.raises(OSError, match="did not fit"):
+            results.append_rows(path, ["a"], [row, row])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == before
 
 
 def test_records_go_to_a_table_a_data_set():

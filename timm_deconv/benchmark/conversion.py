@@ -8,7 +8,6 @@ compute the same.
 
 import copy
 import csv
-import io
 import itertools
 import multiprocessing
 import resource
@@ -31,6 +30,7 @@ from timm_deconv.convert import ConversionReport, convert_deconv_model, fuse
 from timm_deconv.convert.surgery import SelfFusing
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
+from timm_deconv.training.results import append_rows
 
 __all__ = ["ConversionRow", "append_row", "batch_norm_networks", "check_in_process", "check_network", "networks_done"]
 
@@ -93,15 +93,12 @@ def networks_done(path: Path) -> set[str]:
 
 
 def append_row(path: Path, row: ConversionRow) -> None:
-    """Add a row to a CSV file, made with its header if it is missing, in one write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not path.exists():
-        writer.writeheader()
-    writer.writerow(row.as_dict())
-    with path.open("ab", buffering=0) as file:
-        file.write(text.getvalue().encode())
+    """Add a network's row to a CSV file, made with its header if it is missing.
+
+    Raises:
+        InputError: the file has other columns.
+    """
+    append_rows(path, COLUMNS, [row.as_dict()])
 
 
 class Failure(Exception):

@@ -12,7 +12,18 @@ from timm_deconv.errors import NonFiniteError, unknown_name
 from .networks import FORMS, build
 from .timing import Timings, interleave, synchroniser
 
-__all__ = ["MEMORY_FORMATS", "StepSettings", "check_published", "price", "time_evaluation", "time_training"]
+__all__ = [
+    "MEMORY_FORMATS",
+    "Step",
+    "StepSettings",
+    "check_published",
+    "check_training",
+    "price",
+    "random_batch",
+    "time_evaluation",
+    "time_training",
+    "training_step",
+]
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -85,8 +96,8 @@ def time_training(settings: StepSettings, progress: Callable[[str], object] = pr
         check_published(settings)
     steps = {}
     for label, model, memory_format in _networks(settings):
-        steps[label] = _training_step(model, *_batch(settings, model, memory_format), settings)
-        _check_training(label, model, steps[label]())
+        steps[label] = training_step(model, *random_batch(settings, model, memory_format), settings)
+        check_training(label, model, steps[label]())
     return _interleave(steps, settings, progress)
 
 
@@ -100,8 +111,8 @@ def time_evaluation(settings: StepSettings, progress: Callable[[str], object] = 
         check_published(settings)
     steps = {}
     for label, model, memory_format in _networks(settings):
-        images, labels = _batch(settings, model, memory_format)
-        _training_step(model, images, labels, settings)()
+        images, labels = random_batch(settings, model, memory_format)
+        training_step(model, images, labels, settings)()
         model.eval()
         steps[label] = _evaluation_step(model, images, settings)
         if not steps[label]().isfinite().all():
@@ -126,7 +137,7 @@ def check_published(settings: StepSettings) -> None:
     losses, outputs = [], []
     for form in ("deconv", "published"):
         model = settings.build(form, "paper")
-        images, labels = _batch(settings, model, "contiguous")
+        images, labels = random_batch(settings, model, "contiguous")
         with torch.no_grad():
             losses.append(float(F.cross_entropy(model(images), labels)))
             outputs.append(model.eval()(images))
@@ -147,7 +158,7 @@ def _networks(settings: StepSettings) -> list[tuple[str, nn.Module, str]]:
     return networks
 
 
-def _batch(settings: StepSettings, model: nn.Module, memory_format: str) -> tuple[Tensor, Tensor]:
+def random_batch(settings: StepSettings, model: nn.Module, memory_format: str) -> tuple[Tensor, Tensor]:
     """Random images (N, C, H, W) of a network's size and labels (N); the same ones for all networks."""
     channels, height, width = model.default_cfg["input_size"]
     height, width = settings.image_size or height, settings.image_size or width
@@ -160,7 +171,8 @@ def _batch(settings: StepSettings, model: nn.Module, memory_format: str) -> tupl
     )
 
 
-def _training_step(model: nn.Module, images: Tensor, labels: Tensor, settings: StepSettings) -> Step:
+def training_step(model: nn.Module, images: Tensor, labels: Tensor, settings: StepSettings) -> Step:
+    """Forward pass, cross entropy and backward pass; returns the loss. Gradients of the step before are dropped."""
     network = torch.compile(model) if settings.compile else model
 
     def step() -> Tensor:
@@ -184,7 +196,12 @@ def _evaluation_step(model: nn.Module, images: Tensor, settings: StepSettings) -
     return step
 
 
-def _check_training(label: str, model: nn.Module, loss: Tensor) -> None:
+def check_training(label: str, model: nn.Module, loss: Tensor) -> None:
+    """A training step's loss is finite, and so is the gradient of every parameter.
+
+    Raises:
+        RuntimeError, NonFiniteError: one is not.
+    """
     if not loss.isfinite():
         raise NonFiniteError(f"{label}: loss {float(loss)}; {FEW_ROWS}")
     for name, parameter in model.named_parameters():

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -69,40 +70,59 @@ def describe_machine(device: torch.device) -> dict[str, object]:
     }
 
 
-def append_row(path: Path, row: dict[str, object]) -> None:
-    """Adds a row to a CSV of COLUMNS, which is created with its header where it is missing; safe beside other runs.
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Adds the row of a run to a CSV of COLUMNS, see `append_rows`."""
+    append_rows(path, COLUMNS, [row])
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """Adds rows to a CSV file, which is created with its header where it is missing; all of them or none, in one write.
+
+    Safe beside other processes that add rows to the same file.
+
+    Args:
+        path: the file; its folder is made.
+        columns: the file's header.
+        rows: a value for every column; others are left out.
 
     Raises:
         InputError: the file has other columns.
-        OSError: the row could not be written; the file is as it was.
+        OSError: the rows could not be written; the file is as it was.
     """
+    lines = "".join(_line([row[column] for column in columns]) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
-        text = _line(COLUMNS) if size == 0 else _check_header(file, path)
-        text += _line([row[column] for column in COLUMNS])
-        try:
-            written = file.write(text.encode())
-        except OSError:
-            file.truncate(size)
-            raise
-        if written != len(text.encode()):
-            file.truncate(size)
-            raise OSError(f"the result row did not fit into {path}; make room and add --resume")
+        start = _line(columns) if size == 0 else _check_header(file, path, list(columns))
+        _write(file, path, (start + lines).encode())
 
 
-def _check_header(file: io.FileIO, path: Path) -> str:
+def _write(file: io.FileIO, path: Path, text: bytes) -> None:
+    """Add all of the text at the end, or nothing."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        written = file.write(text)
+    except OSError:
+        file.truncate(size)
+        raise
+    if written != len(text):
+        file.truncate(size)
+        raise OSError(f"the results did not fit into {path}; make room and run it again, a training with --resume")
+
+
+def _check_header(file: io.FileIO, path: Path, columns: list[str]) -> str:
+    """What stands between the file's last row and a new one: nothing, or a missing line break."""
     file.seek(0)
     text = file.read().decode()
     header = next(csv.reader(io.StringIO(text)))
-    if header != COLUMNS:
-        differing = sorted(set(header) ^ set(COLUMNS)) or ["their order"]
+    if header != columns:
+        differing = sorted(set(header) ^ set(columns)) or ["their order"]
         raise InputError(f"{path} has other columns ({', '.join(differing)}); move it away")
     return "" if text.endswith("\n") else "\n"
 
 
-def _line(values: list[object] | list[str]) -> str:
+def _line(values: Sequence[object]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(values)
     return text.getvalue()

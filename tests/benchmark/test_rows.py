@@ -1,0 +1,56 @@
+"""Files of rows: those of the checkout can be added to, each task has columns of its own."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from timm_deconv.benchmark import conversion, layer, memory, rows, scaling
+from timm_deconv.errors import InputError
+from timm_deconv.resources import checkout_configs
+from timm_deconv.training import results
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("cifar10.csv", results.COLUMNS),
+        ("benchmark.csv", rows.COLUMNS),
+        ("benchmark_layer.csv", layer.COLUMNS),
+        ("benchmark_memory.csv", memory.COLUMNS),
+        ("benchmark_scaling.csv", scaling.COLUMNS),
+    ],
+)
+def test_recorded_files_have_the_columns_of_new_rows(name: str, columns: list[str]) -> None:
+    assert len(set(columns)) == len(columns)
+    configs = checkout_configs()
+    if configs is None or not (configs / "results" / name).exists():
+        pytest.skip(f"no {name} yet")
+    with open(configs / "results" / name, newline="") as file:
+        assert next(csv.reader(file)) == columns
+
+
+def test_records_of_a_task_go_to_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(rows, "checkout_configs", lambda: tmp_path)
+    assert rows.result_files(Path("mine.csv"), True, "benchmark_layer.csv") == [
+        Path("mine.csv"),
+        tmp_path / "results" / "benchmark_layer.csv",
+    ]
+    monkeypatch.setattr(rows, "checkout_configs", lambda: None)
+    with pytest.raises(InputError, match="needs a checkout"):
+        rows.result_files(Path("mine.csv"), True)
+
+
+def test_a_network_that_was_added_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "convert.csv"
+    assert conversion.networks_done(path) == set()
+    for name in ("resnet18", "vgg11_bn"):
+        conversion.append_row(path, conversion.ConversionRow(name, "a, b", loss=0.123456, seconds=2.0))
+    assert conversion.networks_done(path) == {"resnet18", "vgg11_bn"}
+    lines = path.read_text().splitlines()
+    assert lines[0] == ",".join(conversion.COLUMNS)
+    assert lines[1].startswith('resnet18,"a, b",0,0,') and lines[1].endswith(",0.123,,,,,,,,2")
+    path.write_text("network,outcome\n")
+    with pytest.raises(InputError, match="other columns"):
+        conversion.append_row(path, conversion.ConversionRow("resnet18"))
+    assert path.read_text() == "network,outcome\n"

@@ -1,0 +1,127 @@
+"""Peak memory of one training step of the forms of one network."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from timm_deconv.layers import preset
+
+from .rows import CONDITIONS, Row, conditions, rounded
+from .step import MEMORY_FORMATS, Step, StepSettings, check_training, random_batch, training_step
+
+__all__ = ["COLUMNS", "SHOWN", "MemorySettings", "memory_rows", "peak_bytes"]
+
+COLUMNS = [
+    *"network width form preset memory_format batch image_size amp state_bytes peak_bytes ratio_to_none".split(),
+    *CONDITIONS,
+]
+
+SHOWN = "form preset memory_format state_bytes peak_bytes ratio_to_none".split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings(StepSettings):
+    """What is measured: `StepSettings`, the form 'deconv' once with each of `presets`; timing settings play no part.
+
+    Raises:
+        InputError: a form, memory format or preset that is not known.
+    """
+
+    presets: Sequence[str] = ("fast", "paper")
+    memory_formats: Sequence[str] = ("channels_last",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.presets:
+            preset(name)
+
+    def networks(self) -> Iterator[tuple[str, str]]:
+        """Forms, each with its preset or ''."""
+        for form in self.forms:
+            presets = {"deconv": self.presets, "published": ("paper",)}.get(form, ("",))
+            yield from ((form, name) for name in presets)
+
+
+def memory_rows(settings: MemorySettings, progress: Callable[[str], object] = print) -> list[Row]:
+    """A row for each form, preset and memory format.
+
+    `peak_bytes` is what one training step (forward pass, loss, backward pass) has alive at most beyond what is there
+    before, see `peak_bytes`: gradients of parameters count, `state_bytes` (parameters and buffers) and the batch do
+    not. `ratio_to_none` compares `peak_bytes` with that of the network without norms.
+
+    Raises:
+        RuntimeError, NonFiniteError: a network does not compute what it should.
+    """
+    rows: list[Row] = []
+    for memory_format in settings.memory_formats:
+        measured = {}
+        for form, name in settings.networks():
+            progress(" ".join(filter(None, (form, name, memory_format))))
+            measured[form, name] = _measure(form, name, memory_format, settings)
+        none = measured.get(("none", ""))
+        for (form, name), (state, peak) in measured.items():
+            ratio = rounded(peak / none[1]) if none else ""
+            found = {"state_bytes": state, "peak_bytes": peak, "ratio_to_none": ratio}
+            rows.append({**_described(form, name, memory_format, settings), **found, **conditions(settings.device)})
+    return rows
+
+
+def peak_bytes(step: Step, *present: nn.Module | Tensor) -> int:
+    """Most bytes of storage that a step has alive at once beyond what is there before it.
+
+    On a CPU the storages of all tensors that torch's dispatcher hands out are counted, inside autograd functions and
+    backward passes too; buffers that a kernel allocates for itself are not. On CUDA it is what the allocator counts.
+
+    Args:
+        step: what is measured.
+        present: modules and tensors that are there before, on one device; what the step writes to must be among them.
+    """
+    device = next(t.device for item in present for t in ([item] if isinstance(item, Tensor) else item.parameters()))
+    if device.type == "cuda":
+        return _peak_of_allocator(step, device)
+    tracker = MemTracker()
+    tracker.track_external(*present)
+    before = _total(tracker.get_tracker_snapshot("current"), device)
+    with tracker:
+        step()
+    return _total(tracker.get_tracker_snapshot("peak"), device) - before
+
+
+def _peak_of_allocator(step: Step, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _total(snapshot: dict[torch.device, dict[object, int]], device: torch.device) -> int:
+    return snapshot.get(device, {}).get("Total", 0)
+
+
+def _measure(form: str, name: str, memory_format: str, settings: MemorySettings) -> tuple[int, int]:
+    """Bytes of parameters and buffers, and at the peak of the second step: the first one makes the device ready."""
+    model = settings.build(form, name or None).to(memory_format=MEMORY_FORMATS[memory_format])
+    images, labels = random_batch(settings, model, memory_format)
+    step = training_step(model, images, labels, settings)
+    check_training(f"{form} {name}".strip(), model, step())
+    model.zero_grad(set_to_none=True)
+    state = sum(t.nbytes for tensors in (model.parameters(), model.buffers()) for t in tensors)
+    return state, peak_bytes(step, model, images, labels)
+
+
+def _described(form: str, name: str, memory_format: str, settings: MemorySettings) -> Row:
+    return {
+        "network": settings.network,
+        "width": settings.width,
+        "form": form,
+        "preset": name,
+        "memory_format": memory_format,
+        "batch": settings.batch,
+        "image_size": settings.image_size or "",
+        "amp": settings.amp or "",
+    }

@@ -1,0 +1,140 @@
+"""How the whitening share of a training step changes with the batch, the image size or the width of a network."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_deconv.errors import InputError, unknown_name
+
+from .rows import CONDITIONS, Row, conditions, rounded
+from .step import StepSettings, random_batch, time_training
+from .timing import Timings
+
+__all__ = ["AXES", "COLUMNS", "SHOWN", "ScalingSettings", "exponent", "operations", "scaling_rows", "scaling_summary"]
+
+AXES: dict[str, tuple[float, ...]] = {
+    "batch": (16, 32, 64, 128, 256, 512, 1024),
+    "image_size": (32, 64, 96, 128, 160, 192, 224),
+    "width": (0.5, 0.75, 1.0, 1.5, 2.0),
+}
+"""What may change, and its values where none are asked for."""
+
+COLUMNS = [
+    *"axis network preset width batch image_size amp compile operations none_seconds deconv_seconds".split(),
+    *"share share_lower share_upper exponent rounds".split(),
+    *CONDITIONS,
+]
+
+SHOWN = "width batch image_size operations none_seconds deconv_seconds share share_lower share_upper".split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingSettings(StepSettings):
+    """What is timed: `StepSettings`, of which one changes.
+
+    Attributes:
+        axis: the setting that changes, one of AXES.
+        values: what it takes one after the other; empty takes those of AXES.
+        points: take only the first so many of the values; 0 takes all.
+
+    Raises:
+        InputError: an axis or a value that makes no sense.
+    """
+
+    axis: str = "batch"
+    values: Sequence[float] = ()
+    points: int = 0
+    forms: Sequence[str] = ("none", "deconv")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.axis not in AXES:
+            raise unknown_name("axis", self.axis, AXES)
+        for value in self.values:
+            if not 0 < value < math.inf or (self.axis != "width" and value != int(value)):
+                wanted = "positive" if self.axis == "width" else "a positive whole number"
+                raise InputError(f"{self.axis}={value:g}: must be {wanted}")
+
+    def all_settings(self) -> list["ScalingSettings"]:
+        """The settings of each point."""
+        values = list(self.values or AXES[self.axis])[: self.points or None]
+        kind = type(AXES[self.axis][0])
+        return [replace(self, **{self.axis: kind(value)}) for value in values]
+
+
+def scaling_rows(settings: ScalingSettings, progress: Callable[[str], object] = print) -> list[Row]:
+    """A row for each value of the axis.
+
+    `share` is the median over rounds of (deconv - none) / none, seconds of a training step, each form in its faster
+    memory format; `_lower` and `_upper` are quartiles. `operations` is the work of the network without norms, see
+    `operations`; `exponent`, the same in all rows, is that of the share against it, see `exponent`.
+
+    Raises:
+        RuntimeError, NonFiniteError: a network does not compute what it should.
+    """
+    rows = []
+    for point in settings.all_settings():
+        title = f"{settings.axis} {getattr(point, settings.axis)}"
+        timings = time_training(point, lambda message, title=title: progress(f"{title}: {message}"))
+        rows.append(_measured(point, timings))
+    slope = exponent([row["operations"] for row in rows], [row["share"] for row in rows])
+    return [{**row, "exponent": "" if slope is None else rounded(slope)} for row in rows]
+
+
+def scaling_summary(rows: Sequence[Row]) -> str:
+    """The exponent in words."""
+    slope = rows[0]["exponent"]
+    if slope == "":
+        return "no exponent: it takes two positive shares at different work"
+    return f"the whitening share goes with the work to the power of {slope:.3g}"
+
+
+def exponent(work: Sequence[float], shares: Sequence[float]) -> float | None:
+    """The p of share = c work^p, by least squares in logarithms; of the positive shares only.
+
+    None where fewer than two of them, at different work, are left.
+    """
+    logs = [(math.log(w), math.log(share)) for w, share in zip(work, shares, strict=True) if share > 0]
+    if len({w for w, _ in logs}) < 2:
+        return None
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
+def operations(settings: StepSettings) -> int:
+    """Floating-point operations of the convolutions and products in a forward pass of a batch without norms.
+
+    As torch counts them: two for a multiplication and an addition.
+    """
+    on_meta = replace(settings, device="meta")
+    model = on_meta.build("none")
+    images, _ = random_batch(on_meta, model, "contiguous")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops()
+
+
+def _measured(point: ScalingSettings, timings: Timings) -> Row:
+    none, deconv = (timings.fastest(point.labels(form)) for form in ("none", "deconv"))
+    ratio = timings.ratio(deconv, none)
+    return {
+        "axis": point.axis,
+        "network": point.network,
+        "preset": point.preset,
+        "width": point.width,
+        "batch": point.batch,
+        "image_size": point.image_size or "",
+        "amp": point.amp or "",
+        "compile": point.compile,
+        "operations": operations(point),
+        "none_seconds": rounded(timings.spread(none).median),
+        "deconv_seconds": rounded(timings.spread(deconv).median),
+        "share": rounded(ratio.median - 1),
+        "share_lower": rounded(ratio.lower - 1),
+        "share_upper": rounded(ratio.upper - 1),
+        "rounds": point.rounds,
+        **conditions(point.device),
+    }
