@@ -19,12 +19,8 @@ from tests.models.timm_contract import (
     CHECKS,
     DENSE_CHECKS,
     Subject,
-    check_backward,
-    check_default_cfg,
-    check_features_only,
     check_forward,
     check_grad_checkpointing,
-    check_round_trip,
     check_torchscript,
 )
 from timm_deconv import Deconv2d, DeconvLinear
