@@ -55,9 +55,10 @@ class ConvMap(NamedTuple):
 
     @property
     def sampled(self) -> Window:
-        """The windows that are samples: the convolution's, or single pixels."""
-        pixels = self.cfg.layout == "channels" and self.partition.of_channels and not self.window.pointwise
-        return PIXEL if pixels else self.window
+        """The windows that are samples: the convolution's, or single pixels of the image without its padding."""
+        if self.window.pointwise:
+            return self.window._replace(padding=(0, 0))
+        return PIXEL if self.cfg.layout == "channels" and self.partition.of_channels else self.window
 
     def columns(self, x: Tensor) -> Tensor:
         """Sampled windows, (..., K)."""

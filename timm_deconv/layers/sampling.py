@@ -75,7 +75,7 @@ def choose_sampling(x: Tensor, window: Window, partition: Partition, cfg: Deconv
             positions = x.shape[0] * window.windows(size, step)
         if positions * per_position >= cfg.min_rows * partition.features:
             break
-    if flat or not cfg.max_positions or positions <= cfg.max_positions:
+    if not cfg.max_positions or positions <= cfg.max_positions:
         return Sampling(1, step, (0, 0), flat)
     return _sparser(x.shape[0], size, window, step, cfg.max_positions)
 
@@ -88,7 +88,8 @@ def _sparser(images: int, size: Pair, window: Window, step: Pair, most: int) -> 
     offset = (0, 0)
     if window.pointwise:
         offset = ((size[0] - 1 - (rows - 1) * step[0]) // 2, (size[1] - 1 - (cols - 1) * step[1]) // 2)
-    return Sampling(math.ceil(images * rows * cols / most), step, offset, False)
+    wanted = max(most // (rows * cols), 1)
+    return Sampling(math.ceil(images / wanted), step, offset, False)
 
 
 def window_columns(x: Tensor, window: Window, sampling: Sampling) -> Tensor:
