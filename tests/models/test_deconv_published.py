@@ -62,7 +62,7 @@ def settings(layer: Deconv2d | DeconvLinear) -> dict[str, Any]:
     if cfg.layout == "flat":
         assert (cfg.sampling_stride, stride, groups, cfg.freeze) == (1, 1, 1, False)
         return {"kind": "linear", "in_features": chs_in * kernel**2, "out_features": chs_out, **common}
-    assert layer.partition.interleaved == (groups == 1)
+    assert layer.partition.interleaved == (groups == 1 and layer.partition.blocks > 1)
     shape = {"in_channels": chs_in, "out_channels": chs_out, "kernel": kernel, "stride": stride, "groups": groups}
     return {
         "kind": "conv",

@@ -276,11 +276,14 @@ def check_pretrained(subject: Subject) -> None:
 
 
 def _perturbed(model: nn.Module) -> nn.Module:
-    """A copy with weights that no seed gives, as after training; buffers too, where averages of data are kept."""
+    """A copy with weights that no seed gives, as after training; buffers too, where averages of data are kept.
+
+    The signal keeps its size on average: a gain a layer would be infinite behind a hundred of them.
+    """
     model = copy.deepcopy(model)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
-            tensor.mul_(1.1).add_(0.01 * torch.rand_like(tensor))
+            tensor.mul_(1 + 0.1 * torch.randn_like(tensor)).add_(1e-3 * torch.randn_like(tensor))
     return model
 
 
