@@ -5,7 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.golden_files import LayerCase, layer_case, layer_case_names, relative_error, tolerance
-from timm_deconv.benchmark.baselines import PublishedChannel, PublishedConv2d, PublishedLinear, published_isqrt
+from timm_deconv.benchmark.baselines import (
+    IterativeNorm2d,
+    PublishedChannel,
+    PublishedConv2d,
+    PublishedLinear,
+    published_isqrt,
+)
 
 LAYERS = {"FastDeconv": PublishedConv2d, "Delinear": PublishedLinear, "ChannelDeconv": PublishedChannel}
 
@@ -53,3 +59,31 @@ def test_fifteen_steps_whiten_a_well_conditioned_covariance() -> None:
     cov = rows.T @ rows / 400 + 0.1 * torch.eye(6, dtype=torch.float64)
     root = published_isqrt(cov, 15)
     assert torch.allclose(root @ cov @ root, torch.eye(6, dtype=torch.float64), atol=1e-6)
+
+
+def test_iterative_normalisation_is_what_the_paper_writes_group_by_group() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 12, 5, 4).double() @ torch.randn(4, 4).double() + 3
+    norm = IterativeNorm2d(12, block=6, eps=1e-3).double()
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    output = norm(x)
+    for group in range(2):
+        channels = slice(6 * group, 6 * group + 6)
+        matrix = x[:, channels].transpose(0, 1).flatten(1)  # (d, m)
+        centred = matrix - matrix.mean(1, keepdim=True)
+        sigma = centred @ centred.T / matrix.shape[1] + 1e-3 * torch.eye(6).double()
+        p = torch.eye(6).double()
+        for _ in range(5):
+            p = 0.5 * (3 * p - p @ p @ p @ (sigma / sigma.trace()))
+        whitened = (p / sigma.trace().sqrt() @ centred).unflatten(1, (6, 5, 4)).transpose(0, 1)
+        scale, shift = (value[channels].view(-1, 1, 1) for value in (norm.weight, norm.bias))
+        torch.testing.assert_close(output[:, channels], whitened * scale + shift)
+
+
+def test_iterative_normalisation_evaluates_with_running_values() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 6, 4, 4)
+    norm = IterativeNorm2d(6, momentum=1.0)
+    trained = norm(x)
+    torch.testing.assert_close(norm.eval()(x), trained)
+    assert IterativeNorm2d(96).block == 48

@@ -85,7 +85,7 @@ def test_an_unknown_pair_names_the_nearest() -> None:
 
 
 def test_all_forms_have_the_same_convolutions_and_the_whitened_ones_the_same_parameters() -> None:
-    forms = {form: build(form, "resnet18_cifar", width=0.0625) for form in ("none", "twin", "deconv", "published")}
+    forms = {form: build(form, "resnet18_cifar", width=0.125) for form in ("none", "twin", "deconv", "published")}
 
     def shapes(model: nn.Module) -> list[torch.Size]:
         return [module.weight.shape for module in model.modules() if isinstance(module, nn.Conv2d)]

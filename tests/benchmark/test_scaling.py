@@ -20,7 +20,7 @@ from timm_deconv.benchmark.step import StepSettings
 from timm_deconv.benchmark.timing import Timings
 from timm_deconv.errors import InputError
 
-SMALL = {"width": 0.0625, "values": (4, 8, 16), "memory_formats": ("contiguous", "channels_last")}
+SMALL = {"width": 0.125, "values": (4, 8, 16), "memory_formats": ("contiguous", "channels_last")}
 
 
 def silent(message: str) -> None:
@@ -49,7 +49,7 @@ def test_the_exponent_of_a_power_law_is_found_without_shares_that_are_not_positi
 
 
 def test_operations_are_two_for_each_product_of_convolutions_and_classifier() -> None:
-    settings = StepSettings(width=0.0625, batch=3, image_size=40)
+    settings = StepSettings(width=0.125, batch=3, image_size=40)
     model, counted = settings.build("none"), 0
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -85,7 +85,7 @@ def test_one_point_has_no_exponent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_both_forms_are_timed_along_every_axis() -> None:
     small = {"rounds": 1, "warmup": 0, "memory_formats": ("channels_last",), "preset": "fast"}
     said: list[str] = []
-    (row,) = scaling_rows(ScalingSettings(axis="image_size", values=(16,), batch=4, width=0.0625, **small), said.append)
+    (row,) = scaling_rows(ScalingSettings(axis="image_size", values=(16,), batch=4, width=0.125, **small), said.append)
     assert said == ["image_size 16: round 1 of 1"]
     assert row["image_size"] == 16 and row["none_seconds"] > 0 and row["deconv_seconds"] > 0
     points = ScalingSettings(axis="width", values=(1, 1.5)).all_settings()

@@ -13,7 +13,7 @@ from timm_deconv.benchmark.step import StepSettings, price, time_evaluation, tim
 from timm_deconv.benchmark.timing import Timings
 from timm_deconv.errors import InputError
 
-SMALL = StepSettings(width=0.0625, batch=32, rounds=2, warmup=1, memory_formats=("channels_last",))
+SMALL = StepSettings(width=0.125, batch=32, rounds=2, warmup=1, memory_formats=("channels_last",))
 FAKE = StepSettings(forms=("none", "twin", "deconv"), rounds=3)
 SECONDS = {
     "none contiguous": [2.0, 2.0, 2.0],
@@ -96,4 +96,4 @@ def test_a_parameter_without_gradient_is_not_timed(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(step, "build", unused)
     with pytest.raises(RuntimeError, match="no finite gradient for unused"):
-        time_training(StepSettings(forms=("twin",), width=0.0625, batch=4), silent)
+        time_training(StepSettings(forms=("twin",), width=0.125, batch=4), silent)

@@ -84,7 +84,7 @@ def test_quickstart_shows_both_curves_and_reads_digits(monkeypatch, tmp_path, ca
     assert capsys.readouterr().out == said
 
 
-TINY = ["--width", 0.0625, "--batch", 4, "--memory-formats", "channels_last"]
+TINY = ["--width", 0.125, "--batch", 4, "--memory-formats", "channels_last"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The published operation sequence, restated plainly: oracle of the tests and peer in the benchmarks.
+"""Peers, restated plainly: the published operation sequence, oracle of the tests too, and iterative normalisation.
 
 Ye et al., Network Deconvolution, ICLR 2020, algorithm 1, with the settings and quirks of its released code, written
 from a description of what that code computes. Every operation is a separate one for autograd; nothing is saved, shared
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PublishedChannel", "PublishedConv2d", "PublishedLinear", "published_isqrt"]
+from timm_deconv.linalg import covariance, isqrt_newton_schulz_uncoupled
+
+__all__ = ["IterativeNorm2d", "PublishedChannel", "PublishedConv2d", "PublishedLinear", "published_isqrt"]
 
 
 def published_isqrt(cov: Tensor, n_iter: int) -> Tensor:
@@ -218,3 +220,37 @@ class PublishedChannel(nn.Module):
 @torch.no_grad()
 def _average(buffer: Tensor, value: Tensor, momentum: float) -> None:
     buffer.mul_(1 - momentum).add_(value, alpha=momentum)
+
+
+class IterativeNorm2d(nn.Module):
+    """Iterative normalisation of channels behind a convolution (Huang et al., Iterative Normalization, CVPR 2019).
+
+    (N, C, H, W) -> the same: groups of `block` channels, each whitened by its own covariance over all images and pixels
+    (section 3.1: five uncoupled steps, normalised by the trace), then scale and shift of each channel. A block that
+    does not divide the channels falls back to their largest divisor below it.
+    """
+
+    def __init__(
+        self, channels: int, block: int = 64, *, n_iter: int = 5, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.block = next(size for size in range(min(block, channels), 0, -1) if channels % size == 0)
+        self.n_iter, self.eps, self.momentum = n_iter, eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        groups = channels // self.block
+        self.register_buffer("running_mean", torch.zeros(groups, self.block))
+        self.register_buffer("running_whitener", torch.eye(self.block).repeat(groups, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.permute(0, 2, 3, 1).reshape(-1, *self.running_mean.shape).transpose(0, 1)
+        mean, whitener = self.running_mean, self.running_whitener
+        if self.training:
+            mean, cov = covariance(rows)
+            eye = torch.eye(self.block, dtype=cov.dtype, device=cov.device)
+            whitener = isqrt_newton_schulz_uncoupled(cov + self.eps * eye, self.n_iter, norm="trace")
+            _average(self.running_mean, mean, self.momentum)
+            _average(self.running_whitener, whitener, self.momentum)
+        whitened = (rows - mean.unsqueeze(1)).to(whitener.dtype) @ whitener
+        shape = [x.shape[0], *x.shape[2:], x.shape[1]]
+        whitened = whitened.transpose(0, 1).reshape(shape) * self.weight + self.bias
+        return whitened.permute(0, 3, 1, 2).to(x.dtype)

@@ -1,11 +1,11 @@
 """Peak memory of one training step of the forms of one network."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.profiler import ProfilerActivity, profile
 
 from timm_deconv.layers import preset
 
@@ -69,25 +69,21 @@ def memory_rows(settings: MemorySettings, progress: Callable[[str], object] = pr
     return rows
 
 
-def peak_bytes(step: Step, *present: nn.Module | Tensor) -> int:
-    """Most bytes of storage that a step has alive at once beyond what is there before it.
+def peak_bytes(step: Step, device: str = "cpu") -> int:
+    """Most bytes that a step has allocated at once beyond what is there before it.
 
-    On a CPU the storages of all tensors that torch's dispatcher hands out are counted, inside autograd functions and
-    backward passes too; buffers that a kernel allocates for itself are not. On CUDA it is what the allocator counts.
-
-    Args:
-        step: what is measured.
-        present: modules and tensors that are there before, on one device; what the step writes to must be among them.
+    On a CPU every tensor that torch allocates is counted, as its profiler reports it, inside autograd functions,
+    kernels and backward passes too. On CUDA it is what the allocator counts.
     """
-    device = next(t.device for item in present for t in ([item] if isinstance(item, Tensor) else item.parameters()))
-    if device.type == "cuda":
-        return _peak_of_allocator(step, device)
-    tracker = MemTracker()
-    tracker.track_external(*present)
-    before = _total(tracker.get_tracker_snapshot("current"), device)
-    with tracker:
+    if torch.device(device).type == "cuda":
+        return _peak_of_allocator(step, torch.device(device))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         step()
-    return _total(tracker.get_tracker_snapshot("peak"), device) - before
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted(
+        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"), key=lambda pair: pair[0]
+    )
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 def _peak_of_allocator(step: Step, device: torch.device) -> int:
@@ -99,10 +95,6 @@ def _peak_of_allocator(step: Step, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _total(snapshot: dict[torch.device, dict[object, int]], device: torch.device) -> int:
-    return snapshot.get(device, {}).get("Total", 0)
-
-
 def _measure(form: str, name: str, memory_format: str, settings: MemorySettings) -> tuple[int, int]:
     """Bytes of parameters and buffers, and at the peak of the second step: the first one makes the device ready."""
     model = settings.build(form, name or None).to(memory_format=MEMORY_FORMATS[memory_format])
@@ -111,7 +103,7 @@ def _measure(form: str, name: str, memory_format: str, settings: MemorySettings)
     check_training(f"{form} {name}".strip(), model, step())
     model.zero_grad(set_to_none=True)
     state = sum(t.nbytes for tensors in (model.parameters(), model.buffers()) for t in tensors)
-    return state, peak_bytes(step, model, images, labels)
+    return state, peak_bytes(step, settings.device)
 
 
 def _described(form: str, name: str, memory_format: str, settings: MemorySettings) -> Row:

@@ -16,9 +16,9 @@ import timm_deconv.models  # noqa: F401 (registers the networks)
 from timm_deconv.errors import unknown_name
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvLinear
 
-from .baselines import PublishedChannel, PublishedConv2d, PublishedLinear
+from .baselines import IterativeNorm2d, PublishedChannel, PublishedConv2d, PublishedLinear
 
-__all__ = ["FORMS", "build", "with_published_layers"]
+__all__ = ["FORMS", "build", "with_iterative_norm", "with_published_layers"]
 
 FORMS = ("none", "twin", "deconv", "published")
 
@@ -59,6 +59,15 @@ def with_published_layers(model: nn.Module) -> nn.Module:
         ValueError: a layer has an option that the published one lacks.
     """
     return _exchange(model, _published_layer).train(model.training)
+
+
+def with_iterative_norm(model: nn.Module) -> nn.Module:
+    """Replace every `nn.BatchNorm2d`, in place, by a fresh iterative normalisation of the same channels."""
+    return _exchange(model, lambda module: _iterative(module) if type(module) is nn.BatchNorm2d else None)
+
+
+def _iterative(norm: nn.BatchNorm2d) -> IterativeNorm2d:
+    return IterativeNorm2d(norm.num_features, eps=norm.eps).train(norm.training)
 
 
 class PublishedWindows(nn.Module):

@@ -7,7 +7,7 @@ from timm_deconv.errors import InputError
 
 from .rows import Row
 
-__all__ = ["need_matplotlib", "share_picture"]
+__all__ = ["need_matplotlib", "pareto_picture", "share_picture"]
 
 LABELS = {"batch": "images a batch", "image_size": "pixels on a side", "width": "width"}
 
@@ -47,3 +47,37 @@ def share_picture(rows: Sequence[Row], path: Path) -> None:
             axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def pareto_picture(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy of `study.pareto_rows` against seconds of a training step, with the deviation over seeds.
+
+    The line joins what nothing else beats in both.
+
+    Raises:
+        InputError: there is no matplotlib.
+    """
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
+    first = rows[0]
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="seconds a training step", ylabel="accuracy in %")
+    axes.set_title(f"{first['network']} x {first['width']}, {first['recipe']}, {first['hardware']}", fontsize="small")
+    for row in rows:
+        axes.errorbar(row["seconds"], row["top1"], yerr=row["top1_deviation"] or 0, fmt="o", capsize=3)
+        at = {"xytext": (4, 4), "textcoords": "offset points"}
+        axes.annotate(row["variant"], (row["seconds"], row["top1"]), fontsize="x-small", **at)
+    front = unbeaten(rows)
+    axes.plot([row["seconds"] for row in front], [row["top1"] for row in front], ":", color="grey")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def unbeaten(rows: Sequence[Row]) -> list[Row]:
+    """The rows than which no faster one is as accurate, fastest first."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row["seconds"], -row["top1"])):
+        if not front or row["top1"] > front[-1]["top1"]:
+            front.append(row)
+    return front

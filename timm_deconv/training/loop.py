@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +33,13 @@ from .watch import Watch
 
 
 def train(
-    recipe: Recipe, output_dir: str | Path, *, resume: bool = False, record: bool = False, cpu: bool = False
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    record: bool = False,
+    cpu: bool = False,
+    task: Callable[[Recipe, torch.device], Task] = Classification,
 ) -> dict[str, object]:
     """Trains a recipe into a folder; see `checkpoint` for what lies there afterwards.
 
@@ -42,6 +49,7 @@ def train(
         resume: continue from the last whole epoch where there is one; bit for bit on the same machine.
         record: add the result row to `hub_configs/results` of the checkout too.
         cpu: stay on the processor where there is a GPU.
+        task: makes what the run is about from the recipe and the device.
 
     Returns:
         The result row.
@@ -56,7 +64,7 @@ def train(
     record_to = results.record_path(recipe) if record else None
     accelerator = create_accelerator(recipe, folder.path, cpu)
     random_seed(recipe.seed)
-    trainer = Trainer(recipe, Classification(recipe, accelerator.device), folder, accelerator)
+    trainer = Trainer(recipe, task(recipe, accelerator.device), folder, accelerator)
     try:
         row = trainer.run(resume)
     finally:

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Accuracy of whitening options and their peers over seeds, and against the time of a training step.
+
+    study.py cifar10_e1 vgg11_cifar --data-dir DIR --seeds 0 1 --variants twin fast 'fast deconv.block=16'
+    study.py cifar10_e1 vgg11_cifar --data-dir DIR --picture pareto.png --variants twin fast
+
+A variant is `twin` (batch norm), `iterative` (iterative normalisation) or a preset, and settings as of train.py, those
+of the whitening as deconv.key=value. Rows go to --output, and with --record to hub_configs/results of the checkout too;
+runs that have rows there are not done again. --picture trains nothing: it times steps and draws what there is.
+"""
+
+import argparse
+from pathlib import Path
+
+from timm_deconv.benchmark import plots, rows, study
+from timm_deconv.benchmark.step import StepSettings
+from timm_deconv.errors import one_line_errors
+from timm_deconv.training import load_recipe
+
+FILE = "study.csv"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a name of hub_configs/recipes, or a YAML file; its model is replaced")
+    parser.add_argument("network", help="a registered pair, without _deconv")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe for all variants")
+    parser.add_argument("--variants", nargs="+", default=["twin", "iterative", "paper", "fast"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--width", type=float, help="multiplies the channels, in networks that have the argument")
+    parser.add_argument("--data-dir", help="of the images, as for train.py")
+    parser.add_argument("--output", default=Path("output", FILE), type=Path, help="CSV file; runs lie beside it")
+    parser.add_argument("--record", action="store_true", help="to the checkout's results too")
+    parser.add_argument("--picture", type=Path, help="accuracy against step time of the rows in --output")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each step")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    args = parse()
+    with one_line_errors():
+        arguments = {} if args.width is None else {"width": args.width}
+        overrides = [*args.settings, *([f"data_dir={args.data_dir}"] if args.data_dir else [])]
+        recipe = load_recipe(args.recipe, overrides).merged({"model_kwargs": arguments})
+        variants = [study.variant(text, args.network, recipe) for text in args.variants]
+        files = rows.result_files(args.output, args.record, FILE)
+        if args.picture is None:
+            study.study(variants, args.seeds, args.output.parent / "runs", files)
+            return
+        plots.need_matplotlib()
+        measured = study.pareto_rows(files[-1], variants, StepSettings(batch=recipe.batch_size, rounds=args.rounds))
+        rows.add_rows([file.with_name("study_pareto.csv") for file in files], study.PARETO_COLUMNS, measured)
+        print(rows.table(measured, study.SHOWN))
+        plots.pareto_picture(measured, args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Accuracy of whitening options and of their peers, over seeds, on one network and recipe; and against step time.
+
+A variant is a text of one word and settings: `twin` (batch norm), `iterative` (iterative normalisation) or a preset's
+name, then `key=value` of the recipe, or of the whitening as `deconv.key=value`: `fast deconv.block=16 lr=0.05`.
+"""
+
+import csv
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from timm_deconv.errors import unknown_name
+from timm_deconv.layers import PRESETS
+from timm_deconv.training.loop import train
+from timm_deconv.training.recipe import Recipe, parse_settings
+from timm_deconv.training.results import append_rows
+from timm_deconv.training.tasks import Classification
+
+from .networks import with_iterative_norm
+from .rows import CONDITIONS, Row, conditions, rounded
+from .step import StepSettings, check_training, random_batch, training_step
+from .timing import interleave
+
+__all__ = ["COLUMNS", "PARETO_COLUMNS", "SHOWN", "Variant", "final_accuracies", "pareto_rows", "study", "variant"]
+
+PEERS = ("twin", "iterative")
+
+COLUMNS = [
+    *"network width variant recipe recipe_hash seed data opt lr amp epochs epoch top1 train_loss seconds".split(),
+    *CONDITIONS,
+]
+
+PARETO_COLUMNS = [
+    *"network width variant recipe top1 top1_deviation seeds seconds seconds_lower seconds_upper".split(),
+    *"ratio_to_twin batch rounds".split(),
+    *CONDITIONS,
+]
+
+SHOWN = "variant top1 top1_deviation seeds seconds ratio_to_twin".split()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained: the recipe with its network, and what makes a task of it."""
+
+    name: str
+    recipe: Recipe
+    task: type[Classification]
+
+    def create_model(self) -> nn.Module:
+        """A fresh network, in training mode."""
+        return self.task(self.recipe, torch.device("cpu")).create_model().train()
+
+
+class IterativeNormalisation(Classification):
+    """The recipe's batch-norm network with every batch norm replaced by iterative normalisation."""
+
+    def create_model(self) -> nn.Module:
+        return with_iterative_norm(super().create_model())
+
+
+def variant(text: str, network: str, recipe: Recipe) -> Variant:
+    """The variant that a text means, of a registered pair of networks and a recipe whose model is filled in.
+
+    Raises:
+        InputError: an unknown first word, network or setting.
+    """
+    first, *settings = text.split()
+    if first not in (*PEERS, *PRESETS):
+        raise unknown_name("variant", first, (*PEERS, *PRESETS))
+    if not timm.is_model(f"{network}_deconv"):
+        pairs = [name.removesuffix("_deconv") for name in timm.list_models("*_deconv")]
+        raise unknown_name("pair of networks", network, pairs)
+    arguments: dict[str, Any] = dict(recipe.model_kwargs)
+    if first in PRESETS:
+        arguments["deconv"] = {"preset": first}
+    long = [f"model_kwargs.{setting}" if setting.startswith("deconv.") else setting for setting in settings]
+    model = {"model": network if first in PEERS else f"{network}_deconv", "model_kwargs": arguments}
+    changed = recipe.merged(parse_settings(long, recipe.model_dump() | model))
+    return Variant(text, changed, IterativeNormalisation if first == "iterative" else Classification)
+
+
+def study(
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    folder: Path,
+    files: Sequence[Path],
+    progress: Callable[[str], object] = print,
+) -> None:
+    """Train every variant with every seed and add a row for each epoch to CSV files, as soon as a run has ended.
+
+    Args:
+        variants: of one network and recipe.
+        seeds: of weights, order and augmentation.
+        folder: of the runs; what is there of an interrupted one is continued.
+        files: of `COLUMNS`; runs that have rows in all of them are not done again.
+        progress: is told of each run.
+    """
+    for seed in seeds:
+        for each in variants:
+            recipe = each.recipe.merged({"seed": seed})
+            missing = [file for file in files if not _is_done(file, each.name, recipe)]
+            if not missing:
+                continue
+            progress(f"{recipe.model} {recipe.model_kwargs}: {each.name}, seed {seed}")
+            place = folder / f"{_slug(each.name)}-{recipe.model}-{recipe.model_kwargs.get('width', 1.0)}-seed{seed}"
+            train(recipe, place, resume=True, task=each.task)
+            rows = list(_epoch_rows(each.name, recipe, place / "curve.csv"))
+            for file in missing:
+                append_rows(file, COLUMNS, rows)
+
+
+def final_accuracies(file: Path, variants: Sequence[Variant]) -> dict[str, list[float]]:
+    """Accuracy after the last epoch in the rows of `study`, by variant, of all seeds that there are."""
+    found: dict[str, list[float]] = {each.name: [] for each in variants}
+    for row in _read(file):
+        for each in variants:
+            if _is_of(row, each.name, each.recipe) and int(row["epoch"]) == each.recipe.epochs:
+                found[each.name].append(float(row["top1"]))
+    return found
+
+
+def pareto_rows(
+    file: Path, variants: Sequence[Variant], settings: StepSettings, progress: Callable[[str], object] = print
+) -> list[Row]:
+    """Accuracy and seconds of a training step of every variant that `file` has rows of, timed interleaved, as SHOWN.
+
+    The first variant is what times are compared with, usually `twin`.
+    """
+    accuracies = {name: values for name, values in final_accuracies(file, variants).items() if values}
+    timed = [each for each in variants if each.name in accuracies]
+    steps = {each.name: _step(each, settings) for each in timed}
+    timings = interleave(steps, rounds=settings.rounds, warmup=settings.warmup, progress=progress)
+    rows = []
+    for each in timed:
+        spread, values = timings.spread(each.name), accuracies[each.name]
+        rows.append(
+            {
+                "network": each.recipe.model.removesuffix("_deconv"),
+                "width": each.recipe.model_kwargs.get("width", 1.0),
+                "variant": each.name,
+                "recipe": each.recipe.name,
+                "top1": rounded(statistics.mean(values)),
+                "top1_deviation": rounded(statistics.stdev(values)) if len(values) > 1 else "",
+                "seeds": len(values),
+                "seconds": rounded(spread.median),
+                "seconds_lower": rounded(spread.lower),
+                "seconds_upper": rounded(spread.upper),
+                "ratio_to_twin": rounded(timings.ratio(each.name, timed[0].name).median),
+                "batch": settings.batch,
+                "rounds": settings.rounds,
+                **conditions(settings.device),
+            }
+        )
+    return rows
+
+
+def _step(each: Variant, settings: StepSettings) -> Callable[[], object]:
+    model = each.create_model()
+    step = training_step(model, *random_batch(settings, model, "channels_last"), settings)
+    check_training(each.name, model, step())
+    return step
+
+
+def _epoch_rows(name: str, recipe: Recipe, curve: Path) -> Iterator[Row]:
+    common = _identity(name, recipe) | {
+        "data": Path(recipe.data_dir).resolve().name if recipe.data_dir else "",
+        "opt": recipe.opt,
+        "lr": recipe.lr,
+        "amp": recipe.amp_dtype if recipe.amp else "",
+        **conditions("cpu"),
+    }
+    for row in csv.DictReader(curve.read_text().splitlines()):
+        yield common | {column: row[column] for column in ("epoch", "top1", "train_loss", "seconds")}
+
+
+def _identity(name: str, recipe: Recipe) -> Row:
+    """What tells the rows of two runs apart."""
+    return {
+        "network": recipe.model.removesuffix("_deconv"),
+        "width": recipe.model_kwargs.get("width", 1.0),
+        "variant": name,
+        "recipe": recipe.name,
+        "recipe_hash": recipe.hash(),
+        "epochs": recipe.epochs,
+        "seed": recipe.seed,
+    }
+
+
+def _is_of(row: dict[str, str], name: str, recipe: Recipe) -> bool:
+    wanted = {key: str(value) for key, value in _identity(name, recipe).items() if key != "seed"}
+    return all(row[key] == value for key, value in wanted.items())
+
+
+def _is_done(file: Path, name: str, recipe: Recipe) -> bool:
+    return any(_is_of(row, name, recipe) and int(row["seed"]) == recipe.seed for row in _read(file))
+
+
+def _read(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "_", name)
