@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-dir", help="of the images, as for train.py")
     parser.add_argument("--output", default=Path("output", FILE), type=Path, help="CSV file; runs lie beside it")
     parser.add_argument("--record", action="store_true", help="to the checkout's results too")
-    parser.add_argument("--picture", type=Path, help="accuracy against step time of the rows in --output")
+    parser.add_argument("--picture", type=Path, help="accuracy against step time of the rows recorded, or in --output")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each step")
     return parser.parse_intermixed_args()
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from timm_deconv.benchmark.baselines import IterativeNorm2d
 from timm_deconv.benchmark.plots import unbeaten
-from timm_deconv.benchmark.study import COLUMNS, PARETO_COLUMNS, final_accuracies, study, variant
+from timm_deconv.benchmark.step import StepSettings
+from timm_deconv.benchmark.study import COLUMNS, PARETO_COLUMNS, final_accuracies, pareto_rows, study, variant
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 from timm_deconv.training import Recipe, load_recipe
@@ -70,6 +71,11 @@ def test_runs_are_recorded_once_and_compared_with_their_steps(
     assert [row["variant"] for row in measured] == names
     assert float(measured[0]["top1"]) == pytest.approx(sum(twins) / 2, abs=0.01)
     assert all(float(row["seconds"]) > 0 and row["seeds"] == "2" for row in measured)
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path: Path, recipe: Recipe) -> None:
+    with pytest.raises(InputError, match="has no rows of these variants; train them first"):
+        pareto_rows(tmp_path / "study.csv", [variant("twin", "vgg11_cifar", recipe)], StepSettings())
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:

@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_deconv.errors import unknown_name
+from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.layers import PRESETS
 from timm_deconv.training.loop import train
 from timm_deconv.training.recipe import Recipe, parse_settings
@@ -39,11 +39,11 @@ COLUMNS = [
 
 PARETO_COLUMNS = [
     *"network width variant recipe top1 top1_deviation seeds seconds seconds_lower seconds_upper".split(),
-    *"ratio_to_twin batch rounds".split(),
+    *"ratio_to_first batch rounds".split(),
     *CONDITIONS,
 ]
 
-SHOWN = "variant top1 top1_deviation seeds seconds ratio_to_twin".split()
+SHOWN = "variant top1 top1_deviation seeds seconds ratio_to_first".split()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def variant(text: str, network: str, recipe: Recipe) -> Variant:
     Raises:
         InputError: an unknown first word, network or setting.
     """
-    first, *settings = text.split()
+    first, *settings = text.split() or [""]
     if first not in (*PEERS, *PRESETS):
         raise unknown_name("variant", first, (*PEERS, *PRESETS))
     if not timm.is_model(f"{network}_deconv"):
@@ -132,10 +132,15 @@ def pareto_rows(
 ) -> list[Row]:
     """Accuracy and seconds of a training step of every variant that `file` has rows of, timed interleaved, as SHOWN.
 
-    The first variant is what times are compared with, usually `twin`.
+    The first of them is what times are compared with, usually `twin`.
+
+    Raises:
+        InputError: `file` has rows of none.
     """
     accuracies = {name: values for name, values in final_accuracies(file, variants).items() if values}
     timed = [each for each in variants if each.name in accuracies]
+    if not timed:
+        raise InputError(f"{file} has no rows of these variants; train them first, without --picture")
     steps = {each.name: _step(each, settings) for each in timed}
     timings = interleave(steps, rounds=settings.rounds, warmup=settings.warmup, progress=progress)
     rows = []
@@ -153,7 +158,7 @@ def pareto_rows(
                 "seconds": rounded(spread.median),
                 "seconds_lower": rounded(spread.lower),
                 "seconds_upper": rounded(spread.upper),
-                "ratio_to_twin": rounded(timings.ratio(each.name, timed[0].name).median),
+                "ratio_to_first": rounded(timings.ratio(each.name, timed[0].name).median),
                 "batch": settings.batch,
                 "rounds": settings.rounds,
                 **conditions(settings.device),
@@ -175,7 +180,7 @@ def _epoch_rows(name: str, recipe: Recipe, curve: Path) -> Iterator[Row]:
         "opt": recipe.opt,
         "lr": recipe.lr,
         "amp": recipe.amp_dtype if recipe.amp else "",
-        **conditions("cpu"),
+        **conditions("cuda" if torch.cuda.is_available() else "cpu"),  # where `train` runs
     }
     for row in csv.DictReader(curve.read_text().splitlines()):
         yield common | {column: row[column] for column in ("epoch", "top1", "train_loss", "seconds")}
