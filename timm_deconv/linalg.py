@@ -95,10 +95,10 @@ def isqrt_backward(grad: Tensor, saved: list[Tensor]) -> Tensor:
     scale, root, first, *steps = saved
     pairs = list(zip(steps[-2::-2], steps[::-2], strict=True))
     backward = _symmetric_backward if len(pairs) < 6 else _chain_rule_backward
-    grad_first = backward(grad / scale.sqrt(), first, pairs)
-    grad_scale = (grad * root).sum((-2, -1), keepdim=True) / (-2 * scale**1.5)
-    grad_scale = grad_scale - (grad_first * first).sum((-2, -1), keepdim=True) / scale
-    return grad_first / scale + grad_scale * first
+    grad_root = grad / scale.sqrt()
+    grad_first = backward(grad_root, first, pairs)
+    through_scale = _inner(grad_first, first).add(_inner(grad_root, root), alpha=0.5)
+    return torch.addcmul(grad_first, first, through_scale, value=-1) / scale
 
 
 def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -110,18 +110,18 @@ def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, T
     """
     grad_z, grad_y = _symmetric(grad), None
     for y, z in pairs:
-        p = grad_z @ z
+        p = torch.bmm(grad_z, z)
         if grad_y is None:
             grad_t = _symmetric(p)
-            grad_y = -0.5 * _symmetric(grad_t @ z)
+            grad_y = _symmetric(torch.baddbmm(grad_t, grad_t, z, beta=0, alpha=-0.5))
         else:
-            q = grad_y @ y
+            q = torch.bmm(grad_y, y)
             grad_t = _symmetric(p + q)
-            grad_y = 1.5 * grad_y - 0.5 * _symmetric((q + grad_t) @ z)
-        grad_z = 1.5 * grad_z - 0.5 * _symmetric((p + grad_t) @ y)
+            grad_y = _symmetric(torch.baddbmm(grad_y, q + grad_t, z, beta=1.5, alpha=-0.5))
+        grad_z = _symmetric(torch.baddbmm(grad_z, p + grad_t, y, beta=1.5, alpha=-0.5))
     if grad_y is None:
         return -0.5 * grad_z
-    return 1.5 * grad_y - 0.5 * grad_z - _symmetric(grad_y @ first)
+    return _symmetric(torch.baddbmm(grad_y, grad_y, first, beta=1.5, alpha=-1)).sub(grad_z, alpha=0.5)
 
 
 def _chain_rule_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -139,19 +139,24 @@ def _chain_rule_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, 
 
 def _coupled_iterates(y: Tensor, n_iter: int) -> list[Tensor]:
     """Y_0, then Y_i and Z_i of every step i = 1 ... n_iter - 1, then Z_n; (B, F, F) of norm 1 each."""
-    eye = _eye_like(y)
-    z = t = 1.5 * eye - 0.5 * y
+    eye = _eye_like(y).expand_as(y)
+    z = t = (1.5 * eye).sub(y, alpha=0.5)
     iterates = [y]
     for _ in range(n_iter - 1):
-        y = y @ t
+        y = torch.bmm(y, t)
         iterates += [y, z]
-        t = torch.baddbmm(eye.expand_as(y), z, y, beta=1.5, alpha=-0.5)
-        z = t @ z
+        t = torch.baddbmm(eye, z, y, beta=1.5, alpha=-0.5)
+        z = torch.bmm(t, z)
     return [*iterates, z]
 
 
 def _symmetric(matrices: Tensor) -> Tensor:
-    return 0.5 * (matrices + matrices.mT)
+    return torch.lerp(matrices, matrices.mT, 0.5)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Frobenius products of (B, F, F), (B, 1, 1)."""
+    return (a * b).sum((-2, -1), keepdim=True)
 
 
 def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") -> Tensor:

@@ -1,5 +1,6 @@
 """What whitening layers with a weight have in common: statistics, freezing, the folded weight kept in evaluation."""
 
+import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ class WhiteningMixin(nn.Module):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, whitener: Tensor, frozen: bool | Tensor) -> None:
-        finite = whitener.sum().isfinite()  # which it is not if the mean is not
+        finite = whitener.sum().abs() < math.inf  # false of NaN; the whitener is not finite if the mean is not
         moving = finite & ~frozen if isinstance(frozen, Tensor) else finite
         momentum = self._momentum()
         for running, value in ((self.running_mean, mean), (self.running_deconv, whitener)):

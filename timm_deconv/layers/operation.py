@@ -147,7 +147,7 @@ class _WhitenedMap(torch.autograd.Function):
                 kept = weight.to(dtype)
                 output = linear_map(_whiten_channels(x.to(dtype), whitener), kept, new_bias)
             else:
-                kept = _like(unsplit_weight(weight_rows @ whitener, list(weight.shape), partition), weight).to(dtype)
+                kept = _like(unsplit_weight(torch.bmm(weight_rows, whitener), list(weight.shape), partition), weight).to(dtype)
                 output = linear_map(x.to(dtype), kept, new_bias)
         ctx.save_for_backward(x, weight, kept, mean, whitener, sums, frozen, *iterates)
         ctx.linear_map, ctx.has_bias = linear_map, bias is not None
@@ -165,13 +165,14 @@ class _WhitenedMap(torch.autograd.Function):
             grad_x, grad_weight, grad_bias, grad_whitener = backward(
                 grad, x, weight, kept, whitener, linear_map, ctx.needs_input_grad[0]
             )
-            # what reaches D mu, a term of the bias
+            # w D mu, subtracted in the bias
+            mean = mean.unsqueeze(-2)
             grad_outputs = spread_shift(grad_bias.to(whitener.dtype), linear_map.partition)
-            grad_shift = -(grad_outputs.unsqueeze(-2) @ sums)
-            _add_shift_gradient_(grad_weight, grad_outputs, (whitener @ mean.unsqueeze(-1)).mT)
+            _add_shift_gradient_(grad_weight, grad_outputs, torch.bmm(mean, whitener.mT))
             if grad_x is not None:
-                grad_mean = grad_shift @ whitener
-                grad_whitener = grad_whitener + grad_shift.mT * mean.unsqueeze(-2)
+                grad_shift = torch.bmm(grad_outputs.unsqueeze(-2), sums).neg()
+                grad_mean = torch.bmm(grad_shift, whitener)
+                grad_whitener = torch.baddbmm(grad_whitener, grad_shift.mT, mean)
                 if frozen is not None:
                     grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
                 grad_x = grad_x.to(x.dtype)
@@ -219,7 +220,7 @@ def _weight_backward(
     grad_x, grad_folded, grad_bias = linear_map.backward(grad, x.to(kept.dtype), kept, with_x)
     grad_rows = split_weight(grad_folded.to(whitener.dtype), linear_map.partition)
     rows = split_weight(weight.to(whitener.dtype), linear_map.partition)
-    return grad_x, grad_rows @ whitener, grad_bias, rows.mT @ grad_rows
+    return grad_x, torch.bmm(grad_rows, whitener), grad_bias, torch.bmm(rows.mT, grad_rows)
 
 
 def _channel_rows(x: Tensor, whitener: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ def _add_shift_gradient_(grad_rows: Tensor, grad_outputs: Tensor, whitened_mean:
     grad_outputs: (S, O / groups), whitened_mean: D mu, (S, 1, F).
     """
     of_outputs = grad_rows.unflatten(1, [grad_outputs.shape[1], -1])
-    of_outputs -= (grad_outputs.unsqueeze(-1) * whitened_mean).unsqueeze(2)
+    of_outputs.addcmul_(grad_outputs[..., None, None], whitened_mean.unsqueeze(2), value=-1)
 
 
 def _like(values: Tensor, weight: Tensor) -> Tensor:
@@ -263,5 +264,12 @@ def _add_statistics_gradient_(
     samples = rows.shape[-2]
     grad_cov = isqrt_backward(grad_whitener, iterates)
     grad_cov = regularise_backward(grad_cov, samples, linear_map.cfg)
-    grad_rows = torch.baddbmm(grad_mean / samples, rows - mean.unsqueeze(-2), grad_cov, alpha=2 / samples)
+    grad_rows = _times_symmetric(rows - mean, grad_cov, grad_mean / samples, 2 / samples)
     linear_map.add_columns_(grad_x, unsplit_rows(grad_rows, list(columns.shape), linear_map.partition).to(grad_x.dtype))
+
+
+def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor, scale: float) -> Tensor:
+    """scale rows M + constant of rows (S, R, F), symmetric M (S, F, F) and constant (S, 1, F), in the rows' layout."""
+    if rows.is_contiguous():
+        return torch.baddbmm(constant, rows, matrices, alpha=scale)
+    return torch.baddbmm(constant.mT, matrices, rows.mT, alpha=scale).mT

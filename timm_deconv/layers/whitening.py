@@ -25,7 +25,7 @@ def regularise(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
     wanted = cfg.min_rows * cov.shape[-1]
     if samples < wanted:
         cov = shrink(cov, 1 - samples / wanted)
-    return cov + cfg.eps * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    return torch.add(cov, torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device), alpha=cfg.eps)
 
 
 def regularise_backward(grad: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
