@@ -29,7 +29,7 @@ def correlated(*shape: int) -> Tensor:
     return x + 0.8 * x.roll(1, dims=1) + 0.3
 
 
-SMALL = DeconvCfg(layout="channels", block=4, n_iter=3, sampling_stride=2, max_positions=60, min_rows=1.0)
+SMALL = DeconvCfg(layout="channels", block=4, n_iter=3, sampling_stride=2, max_rows=60, min_rows=1.0)
 SIDES: dict[str, Callable[[], Layer]] = {
     "3x3": lambda: Deconv2d(8, 6, 3, padding=1, dtype=torch.float64, cfg=SMALL),
     "strided, dilated": lambda: Deconv2d(8, 6, 3, 2, 2, dilation=2, dtype=torch.float64, cfg=SMALL),

@@ -39,7 +39,7 @@ class NoHostReads(TorchDispatchMode):
 
 SETTINGS = {
     "paper": preset("paper"),
-    "fast": preset("fast").override({"max_positions": 40, "block": 4}),
+    "fast": preset("fast").override({"max_rows": 40, "block": 4}),
     "freezing": DeconvCfg(freeze=True, freeze_iter=1, min_rows=1.0, start_corrected=True),
     "fast, freezing": preset("fast").override({"freeze": True, "freeze_iter": 1}),
 }

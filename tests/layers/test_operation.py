@@ -29,13 +29,13 @@ CASES = {
     "channels": (dict(kernel_size=3, padding=1), DeconvCfg(layout="channels", block=4, sampling_stride=2)),
     "channels, capped": (
         dict(kernel_size=5, stride=2, padding=2),
-        DeconvCfg(layout="channels", block=4, sampling_stride=1, max_positions=90),
+        DeconvCfg(layout="channels", block=4, sampling_stride=1, max_rows=90),
     ),
     "channels per block": (dict(kernel_size=3), DeconvCfg(layout="channels", block=4, per_block=True)),
     "channels of groups": (dict(kernel_size=3, groups=2), DeconvCfg(layout="channels", block=16)),
     "channels, few pixels": (dict(kernel_size=9, padding=3), DeconvCfg(layout="channels", block=8)),
     "pointwise channels": (dict(kernel_size=1, stride=2), DeconvCfg(layout="channels", block=2)),
-    "window, capped": (dict(kernel_size=3, padding=1), DeconvCfg(block=4, layout="window", max_positions=30)),
+    "window, capped": (dict(kernel_size=3, padding=1), DeconvCfg(block=4, layout="window", max_rows=30)),
     "dilated": (dict(kernel_size=3, padding=2, dilation=2), DeconvCfg(block=4)),
     "no bias": (dict(kernel_size=3, bias=False), DeconvCfg(block=4)),
 }

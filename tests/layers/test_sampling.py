@@ -146,7 +146,7 @@ def capped_samplings() -> Iterator[tuple[Tensor, Window, DeconvCfg, Sampling, Sa
     for window, size, batch in itertools.product(SOME_WINDOWS, [(1, 1), (7, 7), (5, 23), (32, 32)], [1, 3, 5, 128]):
         x = torch.empty(batch, 1, *size, device="meta")
         for most, spacing in itertools.product(CAPS, (1, 2)):
-            cfg = DeconvCfg(layout="channels", sampling_stride=spacing, max_positions=most)
+            cfg = DeconvCfg(layout="channels", sampling_stride=spacing, max_rows=most)
             free = choose_sampling(x, window, one_block(1), DeconvCfg(layout="channels", sampling_stride=spacing))
             yield x, window, cfg, choose_sampling(x, window, one_block(1), cfg), free
 
@@ -162,7 +162,7 @@ def of_an_image(x: Tensor, window: Window, sampling: Sampling) -> int:
 def test_without_need_the_spacing_is_the_configured_one_times_the_stride() -> None:
     x = torch.empty(4, 1, 32, 32, device="meta")
     for window, spacing, layout in itertools.product(SOME_WINDOWS, (1, 2, 3), ("channels", "window")):
-        cfg = DeconvCfg(layout=layout, sampling_stride=spacing, max_positions=10**6)
+        cfg = DeconvCfg(layout=layout, sampling_stride=spacing, max_rows=10**6)
         flat = window.pointwise and layout == "window"
         expected = Sampling(1, (spacing * window.stride[0], spacing * window.stride[1]), (0, 0), flat)
         assert choose_sampling(x, window, one_block(1), cfg) == expected
@@ -171,7 +171,7 @@ def test_without_need_the_spacing_is_the_configured_one_times_the_stride() -> No
 def test_no_more_positions_are_sampled_than_allowed_or_one_image_has() -> None:
     for x, window, cfg, sampling, _ in capped_samplings():
         each = of_an_image(x, window, sampling)
-        assert sampled_images(x, sampling) * each <= max(cfg.max_positions, each), (x.shape, window, cfg, sampling)
+        assert sampled_images(x, sampling) * each <= max(cfg.max_rows, each), (x.shape, window, cfg, sampling)
 
 
 def test_a_cap_leaves_16_positions_an_image_or_all_there_were() -> None:
@@ -179,7 +179,7 @@ def test_a_cap_leaves_16_positions_an_image_or_all_there_were() -> None:
     for x, window, cfg, sampling, free in capped_samplings():
         before, each = of_an_image(x, window, free), of_an_image(x, window, sampling)
         assert min(FEWEST, before) <= each <= before
-        if x.shape[0] * before <= cfg.max_positions:
+        if x.shape[0] * before <= cfg.max_rows:
             assert sampling == free
         else:
             capped += 1
@@ -188,7 +188,7 @@ def test_a_cap_leaves_16_positions_an_image_or_all_there_were() -> None:
 
 def test_a_cap_thins_no_more_than_it_must() -> None:
     for x, window, cfg, sampling, free in capped_samplings():
-        size, most = (x.shape[2], x.shape[3]), cfg.max_positions
+        size, most = (x.shape[2], x.shape[3]), cfg.max_rows
         if sampling.step != free.step:
             denser = (sampling.step[0] - 1, sampling.step[1] - 1)
             assert x.shape[0] * window.windows(size, denser) > most
@@ -201,7 +201,7 @@ def test_a_cap_thins_no_more_than_it_must() -> None:
 
 def test_sampled_pixels_lie_in_the_middle_of_the_image() -> None:
     for x, window, cfg, sampling, free in capped_samplings():
-        if window.pointwise and x.shape[0] * of_an_image(x, window, free) > cfg.max_positions:
+        if window.pointwise and x.shape[0] * of_an_image(x, window, free) > cfg.max_rows:
             for size, step, offset in zip(x.shape[2:], sampling.step, sampling.offset, strict=True):
                 places = range(offset, size, step)
                 assert abs((size - 1 - places[-1]) - places[0]) <= 1
@@ -217,7 +217,7 @@ def test_gathered_are_as_many_as_were_counted() -> None:
 
 
 def test_padded_1x1_convolutions_are_sampled_inside_the_image() -> None:
-    layer = Deconv2d(8, 8, 1, padding=1, cfg=DeconvCfg(layout="channels", sampling_stride=1, max_positions=100))
+    layer = Deconv2d(8, 8, 1, padding=1, cfg=DeconvCfg(layout="channels", sampling_stride=1, max_rows=100))
     x = torch.randn(9, 8, 5, 5)
     sampling = choose_sampling(x, layer.linear_map.sampled, layer.partition, layer.cfg)
     assert min(sampling.offset) >= 0
@@ -226,7 +226,7 @@ def test_padded_1x1_convolutions_are_sampled_inside_the_image() -> None:
 
 @pytest.mark.parametrize("layout", ["interleaved", "window", "flat"])
 def test_the_flat_list_of_pixels_is_capped_too(layout: str) -> None:
-    layer = Deconv2d(8, 8, 1, cfg=DeconvCfg(layout=layout, sampling_stride=1, max_positions=100))
+    layer = Deconv2d(8, 8, 1, cfg=DeconvCfg(layout=layout, sampling_stride=1, max_rows=100))
     assert layer.rows(torch.randn(9, 8, 9, 9)).shape[1] <= 100
 
 
@@ -260,15 +260,26 @@ def test_blocks_that_share_statistics_count_as_rows_and_others_do_not() -> None:
     assert choose_sampling(x, PIXEL, apart, cfg).step == (1, 1)  # 3 x 3 pixels at a spacing of 2
 
 
+def test_the_cap_counts_the_rows_of_all_blocks_that_share_a_covariance() -> None:
+    x, cfg = torch.empty(32, 64, 8, 8, device="meta"), DeconvCfg(layout="channels", block=16, sampling_stride=1, max_rows=1024)
+    rows = {}
+    for each in (False, True):
+        partition = partition_conv(64, 9, 1, cfg.override({"per_block": each}))
+        sampling = choose_sampling(x, PIXEL, partition, cfg)
+        positions = sampled_images(x, sampling) * of_an_image(x, PIXEL, sampling)
+        rows[each] = positions * partition.blocks // partition.sets
+    assert rows == {False: 1024, True: 512}  # 16 pixels of 16 or of all 32 images
+
+
 def test_the_cap_wins_over_the_least_number_of_rows() -> None:
     x = torch.empty(64, 64, 8, 8, device="meta")
-    cfg = DeconvCfg(sampling_stride=2, min_rows=50.0, max_positions=200, layout="channels")
+    cfg = DeconvCfg(sampling_stride=2, min_rows=50.0, max_rows=200, layout="channels")
     sampling = choose_sampling(x, PIXEL, one_block(64), cfg)
     assert sampled_images(x, sampling) * of_an_image(x, PIXEL, sampling) <= 200
 
 
 def test_sampling_a_training_step_draws_no_random_numbers() -> None:
-    layer = Deconv2d(16, 8, 3, padding=1, cfg=preset("fast").override({"max_positions": 40, "block": 8}))
+    layer = Deconv2d(16, 8, 3, padding=1, cfg=preset("fast").override({"max_rows": 40, "block": 8}))
     x = torch.randn(6, 16, 12, 12, requires_grad=True)
     state = torch.get_rng_state()
     rows = layer.rows(x.detach())

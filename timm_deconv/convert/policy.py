@@ -17,8 +17,8 @@ DEFAULT_PRESET = "paper"
 PRESET_ROLES: Mapping[str, Mapping[str, Options]] = {
     "fast": {
         "stem": {"layout": "window", "n_iter": 15, "sampling_stride": 3},
-        "depthwise": {"max_positions": 128, "sampling_stride": 3},
-        "grouped": {"max_positions": 1024, "sampling_stride": 3},
+        "depthwise": {"max_rows": 128, "sampling_stride": 3},
+        "grouped": {"max_rows": 1024, "sampling_stride": 3},
         "classifier": {"block": 256, "min_rows": 0.0},
     }
 }

@@ -35,8 +35,8 @@ class DeconvCfg:
             whitener I.
         sampling_stride: spacing of the sampled windows, multiplied by the convolution's own stride. Blocks of channels
             are sampled from pixels on a grid of that spacing, whatever the kernel and its stride.
-        max_positions: most windows (or pixels) that are sampled of a batch; with more, the spacing grows, down to
-            4 x 4 an image, then images are passed over. 0 is no limit.
+        max_rows: most rows that a covariance is estimated from: sampled windows (or pixels), times the blocks that
+            share it. With more, the spacing grows, down to 4 x 4 an image, then images are passed over. 0 is no limit.
         grid: sample 1x1 convolutions on a two-dimensional grid as larger kernels are, instead of every n-th pixel of
             the batch.
         min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more
@@ -60,7 +60,7 @@ class DeconvCfg:
     momentum: float = 0.1
     start_corrected: bool = False
     sampling_stride: int = 3
-    max_positions: int = 0
+    max_rows: int = 0
     grid: bool = False
     min_rows: float = 0.0
     freeze: bool = False
@@ -71,9 +71,7 @@ class DeconvCfg:
     def __post_init__(self) -> None:
         for name in ("block", "n_iter", "sampling_stride", "freeze_iter"):
             _check(name, getattr(self, name), _is_positive_int, "a positive whole number")
-        _check(
-            "max_positions", self.max_positions, lambda value: value == 0 or _is_positive_int(value), "a whole number"
-        )
+        _check("max_rows", self.max_rows, lambda value: value == 0 or _is_positive_int(value), "a whole number")
         for name in ("per_block", "start_corrected", "grid", "freeze", "thaw", "centred"):
             _check(name, getattr(self, name), lambda value: isinstance(value, bool), "True or False")
         _check("layout", self.layout, get_args(Layout).__contains__, f"one of {', '.join(get_args(Layout))}")
@@ -120,7 +118,5 @@ def _is_real(value: Any) -> bool:
 
 PRESETS: Mapping[str, DeconvCfg] = {
     "paper": DeconvCfg(),
-    "fast": DeconvCfg(
-        layout="channels", n_iter=3, sampling_stride=2, max_positions=4096, min_rows=1.0, start_corrected=True
-    ),
+    "fast": DeconvCfg(layout="channels", n_iter=3, sampling_stride=2, max_rows=4096, min_rows=1.0, start_corrected=True),
 }

@@ -63,7 +63,7 @@ class Sampling(NamedTuple):
 
 def choose_sampling(x: Tensor, window: Window, partition: Partition, cfg: DeconvCfg) -> Sampling:
     """The configured spacing times the convolution's own stride, reduced until there are `cfg.min_rows` * F rows, at
-    most to that stride; or increased until there are at most `cfg.max_positions`."""
+    most to that stride; or increased, down to FEWEST an image, and images passed over until `cfg.max_rows` are left."""
     flat = window.pointwise and not cfg.grid and cfg.layout != "channels"
     size = (x.shape[2], x.shape[3])
     per_position = partition.blocks // partition.sets
@@ -75,9 +75,10 @@ def choose_sampling(x: Tensor, window: Window, partition: Partition, cfg: Deconv
             positions = x.shape[0] * window.windows(size, step)
         if positions * per_position >= cfg.min_rows * partition.features:
             break
-    if not cfg.max_positions or positions <= cfg.max_positions:
+    most = max(cfg.max_rows // per_position, 1)
+    if not cfg.max_rows or positions <= most:
         return Sampling(1, step, (0, 0), flat)
-    return _sparser(x.shape[0], size, window, step, cfg.max_positions)
+    return _sparser(x.shape[0], size, window, step, most)
 
 
 def _sparser(images: int, size: Pair, window: Window, step: Pair, most: int) -> Sampling:
