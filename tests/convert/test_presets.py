@@ -102,7 +102,7 @@ def test_what_the_user_asks_for_wins_over_the_preset() -> None:
         ("fats", "no preset 'fats'; nearest: fast"),
         ({"preset": "fasst"}, "no preset 'fasst'; nearest: fast"),
         ("quick", "no preset 'quick'; there are: fast, paper"),
-        ({"preset": "fast", "max_row": 5}, "no whitening option 'max_position'; nearest: .*max_rows"),
+        ({"preset": "fast", "max_row": 5}, "no whitening option 'max_row'; nearest: .*max_rows"),
         ({"preset": "fast", "max_rows": -1}, "max_rows=-1: must be a whole number"),
     ],
 )
