@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_deconv.benchmark import conversion, layer, memory, rows, scaling
+from timm_deconv.benchmark import conversion, kernels, layer, memory, rows, scaling
 from timm_deconv.errors import InputError
 from timm_deconv.resources import checkout_configs
 from timm_deconv.training import results
@@ -17,6 +17,7 @@ from timm_deconv.training import results
         ("cifar10.csv", results.COLUMNS),
         ("benchmark.csv", rows.COLUMNS),
         ("benchmark_layer.csv", layer.COLUMNS),
+        ("benchmark_kernels.csv", kernels.COLUMNS),
         ("benchmark_memory.csv", memory.COLUMNS),
         ("benchmark_scaling.csv", scaling.COLUMNS),
     ],

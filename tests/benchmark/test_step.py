@@ -1,6 +1,7 @@
 """Training and evaluation steps: what is timed computes the right thing, and prices are what they are said to be."""
 
 import csv
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from torch import nn
 
 from timm_deconv.benchmark import step
+from timm_deconv.benchmark.networks import FORMS
 from timm_deconv.benchmark.rows import COLUMNS, add_rows, step_rows, table
-from timm_deconv.benchmark.step import StepSettings, price, time_evaluation, time_training
+from timm_deconv.benchmark.step import EvaluationSettings, StepSettings, price, time_evaluation, time_training
 from timm_deconv.benchmark.timing import Timings
 from timm_deconv.errors import InputError
+from timm_deconv.layers import Deconv2d
 
 SMALL = StepSettings(width=0.125, batch=32, rounds=2, warmup=1, memory_formats=("channels_last",))
 FAKE = StepSettings(forms=("none", "twin", "deconv"), rounds=3)
@@ -40,6 +43,7 @@ def test_rows_hold_medians_ratios_and_one_price(tmp_path: Path) -> None:
         ("deconv", "channels_last"): pytest.approx(0.4)
     }
     assert rows[5]["ratio_to_twin"] == pytest.approx(0.55)
+    assert rows[5]["ratio_to_none"] == pytest.approx(1.2)
     assert len(table(rows).splitlines()) == 7
     add_rows([tmp_path / "new" / "rows.csv"], COLUMNS, rows)
     add_rows([tmp_path / "new" / "rows.csv"], COLUMNS, rows[:1])
@@ -64,11 +68,27 @@ def test_unknown_names_are_refused_before_anything_is_built() -> None:
         StepSettings(memory_formats=("channel_last",))
 
 
-@pytest.mark.parametrize("time", [time_training, time_evaluation])
-def test_all_forms_of_a_registered_pair_are_timed(time: object) -> None:
-    timings = time(SMALL, silent)
-    assert {label.split()[0] for label in timings.seconds} == {"none", "twin", "deconv", "published"}
+@pytest.mark.parametrize(("time", "forms"), [(time_training, FORMS), (time_evaluation, (*FORMS, "fused"))])
+def test_all_forms_of_a_registered_pair_are_timed(time: object, forms: tuple[str, ...]) -> None:
+    kind = StepSettings if time is time_training else EvaluationSettings
+    timings = time(kind(**{**asdict(SMALL), "forms": forms}), silent)
+    assert {label.split()[0] for label in timings.seconds} == set(forms)
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in timings.seconds.values())
+
+
+def test_what_is_fused_is_timed_without_whitening_and_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[nn.Module] = []
+    original = step._evaluation_step
+
+    def remembering(model: nn.Module, *rest: object) -> object:
+        timed.append(model)
+        return original(model, *rest)
+
+    monkeypatch.setattr(step, "_evaluation_step", remembering)
+    time_evaluation(EvaluationSettings(**{**asdict(SMALL), "forms": ("deconv", "fused")}), silent)
+    assert [any(isinstance(module, Deconv2d) for module in model.modules()) for model in timed] == [True, False]
+    with pytest.raises(InputError, match="no form 'fused'"):
+        StepSettings(forms=("none", "fused"))
 
 
 def test_a_published_form_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

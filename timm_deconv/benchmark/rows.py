@@ -32,17 +32,17 @@ CONDITIONS = "device threads hardware torch timm timm_deconv date".split()
 
 COLUMNS = [
     *"task network width form preset memory_format batch image_size amp compile seconds seconds_lower".split(),
-    *"seconds_upper ratio_to_twin price rounds".split(),
+    *"seconds_upper ratio_to_none ratio_to_twin price rounds".split(),
     *CONDITIONS,
 ]
 
-SHOWN = "form memory_format seconds seconds_lower seconds_upper ratio_to_twin price".split()
+SHOWN = "form memory_format seconds seconds_lower seconds_upper ratio_to_none ratio_to_twin price".split()
 
 
 def step_rows(task: str, timings: Timings, settings: StepSettings) -> list[Row]:
     """A row for each form and memory format.
 
-    `seconds` is the median, `_lower` and `_upper` are quartiles; `ratio_to_twin` is the median over rounds, in the same
+    `seconds` is the median, `_lower` and `_upper` are quartiles; `ratio_to_*` are medians over rounds, in the same
     memory format; `price` is in batch norms, see `step.price`; it is in the row of a whitened form's faster format.
     """
     shared: Row = {
@@ -106,20 +106,28 @@ def rounded(value: float) -> float:
 
 
 def _measured(form: str, memory_format: str, timings: Timings, settings: StepSettings) -> Row:
-    label, twin = f"{form} {memory_format}", f"twin {memory_format}"
+    label = f"{form} {memory_format}"
     spread = timings.spread(label)
-    whitened = form in ("deconv", "published")
-    priced = whitened and {"none", "twin"} <= set(settings.forms) and label == timings.fastest(settings.labels(form))
+    priced = (
+        form in ("deconv", "published")
+        and {"none", "twin"} <= set(settings.forms)
+        and label == timings.fastest(settings.labels(form))
+    )
     return {
         "form": form,
         "memory_format": memory_format,
-        "preset": {"deconv": settings.preset, "published": "paper"}.get(form, ""),
+        "preset": {"deconv": settings.preset, "fused": settings.preset, "published": "paper"}.get(form, ""),
         "seconds": rounded(spread.median),
         "seconds_lower": rounded(spread.lower),
         "seconds_upper": rounded(spread.upper),
-        "ratio_to_twin": rounded(timings.ratio(label, twin).median) if twin in timings.seconds else "",
+        "ratio_to_none": _ratio(timings, label, f"none {memory_format}"),
+        "ratio_to_twin": _ratio(timings, label, f"twin {memory_format}"),
         "price": rounded(price(timings, settings, form)) if priced else "",
     }
+
+
+def _ratio(timings: Timings, label: str, reference: str) -> float | str:
+    return rounded(timings.ratio(label, reference).median) if reference in timings.seconds else ""
 
 
 def _cell(value: object) -> str:

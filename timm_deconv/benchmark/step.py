@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_deconv.convert import fuse
 from timm_deconv.errors import NonFiniteError, unknown_name
 
 from .networks import FORMS, build
@@ -14,6 +16,7 @@ from .timing import Timings, interleave, synchroniser
 
 __all__ = [
     "MEMORY_FORMATS",
+    "EvaluationSettings",
     "Step",
     "StepSettings",
     "check_published",
@@ -65,8 +68,11 @@ class StepSettings:
     rounds: int = 7
     warmup: int = 2
 
+    known_forms: ClassVar[tuple[str, ...]] = FORMS
+
     def __post_init__(self) -> None:
-        for kind, names, known in (("form", self.forms, FORMS), ("memory format", self.memory_formats, MEMORY_FORMATS)):
+        named = (("form", self.forms, self.known_forms), ("memory format", self.memory_formats, MEMORY_FORMATS))
+        for kind, names, known in named:
             for name in names:
                 if name not in known:
                     raise unknown_name(kind, name, known)
@@ -86,6 +92,15 @@ class StepSettings:
         return torch.autocast(torch.device(self.device).type, dtype, enabled=bool(self.amp))
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(StepSettings):
+    """What is timed in evaluation mode: one form more, 'fused', the form 'deconv' as deployed. 'none' has the layers of
+    timm's network with its batch norm folded away."""
+
+    forms: Sequence[str] = (*FORMS, "fused")
+    known_forms: ClassVar[tuple[str, ...]] = (*FORMS, "fused")
+
+
 def time_training(settings: StepSettings, progress: Callable[[str], object] = print) -> Timings:
     """Seconds of forward pass, cross entropy and backward pass, labelled 'FORM MEMORY_FORMAT'.
 
@@ -101,7 +116,7 @@ def time_training(settings: StepSettings, progress: Callable[[str], object] = pr
     return _interleave(steps, settings, progress)
 
 
-def time_evaluation(settings: StepSettings, progress: Callable[[str], object] = print) -> Timings:
+def time_evaluation(settings: EvaluationSettings, progress: Callable[[str], object] = print) -> Timings:
     """Seconds of a forward pass in evaluation mode, labelled 'FORM MEMORY_FORMAT'; after one training step.
 
     Raises:
@@ -113,8 +128,8 @@ def time_evaluation(settings: StepSettings, progress: Callable[[str], object] = 
     for label, model, memory_format in _networks(settings):
         images, labels = random_batch(settings, model, memory_format)
         training_step(model, images, labels, settings)()
-        model.eval()
-        steps[label] = _evaluation_step(model, images, settings)
+        evaluated = fuse(model) if label.startswith("fused") else model.eval()
+        steps[label] = _evaluation_step(evaluated, images, settings)
         if not steps[label]().isfinite().all():
             raise NonFiniteError(f"{label}: output is not finite; {FEW_ROWS}")
     return _interleave(steps, settings, progress)
@@ -153,7 +168,9 @@ def _networks(settings: StepSettings) -> list[tuple[str, nn.Module, str]]:
     networks = []
     for form in settings.forms:
         for label, memory_format in zip(settings.labels(form), settings.memory_formats, strict=True):
-            model = settings.build(form).to(memory_format=MEMORY_FORMATS[memory_format])
+            model = settings.build("deconv" if form == "fused" else form).to(
+                memory_format=MEMORY_FORMATS[memory_format]
+            )
             networks.append((label, model, memory_format))
     return networks
 

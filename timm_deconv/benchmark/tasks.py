@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import layer, memory, rows, scaling, step
+from . import kernels, layer, memory, rows, scaling, step
 
 __all__ = ["OPTIONS", "TASKS", "Task"]
 
@@ -27,10 +27,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "axis": {"choices": scaling.AXES, "help": "what changes; default batch"},
     "values": {"nargs": "+", "type": float, "help": "what it takes; default 16 ... 1024, 32 ... 224, 0.5 ... 2"},
     "rows": {"nargs": "+", "type": int, "help": "numbers of rows of the table, from 1; default all"},
+    "layers": {"nargs": "+", "help": f"of {', '.join(kernels.LAYERS)}; default all"},
     "network": {"help": "a registered pair, without _deconv; default resnet18_cifar"},
     "preset": {"help": "of the form deconv; default paper"},
     "presets": {"nargs": "+", "help": "of the form deconv; default fast paper"},
-    "forms": {"nargs": "+", "help": "of none, twin, deconv, published; default all"},
+    "forms": {"nargs": "+", "help": "of none, twin, deconv, published, in inference fused too; default all"},
     "memory-formats": {"nargs": "+", "help": "of contiguous, channels_last"},
     "width": {"type": float, "help": "multiplies the channels, in networks that have the argument"},
     "batch": {"type": int, "help": "images; default 128"},
@@ -50,12 +51,15 @@ QUICK = {"rounds": 3, "warmup": 1, "memory_formats": ("channels_last",)}
 
 TASKS = {
     name: Task(
-        step.StepSettings,
+        kind,
         lambda settings, name=name, time=time: rows.step_rows(name, time(settings), settings),
         STEP,
         quick={"batch": 32, **QUICK},
     )
-    for name, time in (("step", step.time_training), ("inference", step.time_evaluation))
+    for name, kind, time in (
+        ("step", step.StepSettings, step.time_training),
+        ("inference", step.EvaluationSettings, step.time_evaluation),
+    )
 } | {
     "layer": Task(
         layer.LayerSettings,
@@ -66,6 +70,15 @@ TASKS = {
         "benchmark_layer.csv",
         {"batch": 4, "rows": (1, 3, 5, 16), "rounds": 3},
         layer.layer_summary,
+    ),
+    "kernels": Task(
+        kernels.KernelSettings,
+        kernels.kernel_rows,
+        "device layers presets",
+        kernels.COLUMNS,
+        kernels.SHOWN,
+        "benchmark_kernels.csv",
+        {"layers": ("pointwise",), "compiled": False},
     ),
     "memory": Task(
         memory.MemorySettings,

@@ -118,5 +118,7 @@ def _is_real(value: Any) -> bool:
 
 PRESETS: Mapping[str, DeconvCfg] = {
     "paper": DeconvCfg(),
-    "fast": DeconvCfg(layout="channels", n_iter=3, sampling_stride=2, max_rows=4096, min_rows=1.0, start_corrected=True),
+    "fast": DeconvCfg(
+        layout="channels", n_iter=3, sampling_stride=2, max_rows=4096, min_rows=1.0, start_corrected=True
+    ),
 }

@@ -147,7 +147,9 @@ class _WhitenedMap(torch.autograd.Function):
                 kept = weight.to(dtype)
                 output = linear_map(_whiten_channels(x.to(dtype), whitener), kept, new_bias)
             else:
-                kept = _like(unsplit_weight(torch.bmm(weight_rows, whitener), list(weight.shape), partition), weight).to(dtype)
+                kept = _like(
+                    unsplit_weight(torch.bmm(weight_rows, whitener), list(weight.shape), partition), weight
+                ).to(dtype)
                 output = linear_map(x.to(dtype), kept, new_bias)
         ctx.save_for_backward(x, weight, kept, mean, whitener, sums, frozen, *iterates)
         ctx.linear_map, ctx.has_bias = linear_map, bias is not None
