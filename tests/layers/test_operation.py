@@ -7,7 +7,7 @@ from torch import Tensor
 
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear
 from timm_deconv.layers.partition import split_rows
-from timm_deconv.layers.whitening import fold, whitener
+from timm_deconv.layers.whitening import count_padding, fold, whitener
 from timm_deconv.linalg import covariance
 
 CASES = {
@@ -44,6 +44,7 @@ CASES = {
 def by_chain_rule(layer: Deconv2d, x: Tensor) -> Tensor:
     rows = split_rows(layer.linear_map.columns(layer._padded_batch(x)), layer.partition)
     mean, cov = covariance(rows)
+    mean, cov = count_padding(mean, cov, layer.padding_share(x))
     folded = fold(layer.weight, layer.bias, mean, whitener(cov, rows.shape[-2], layer.cfg), layer.partition)
     return layer._conv_forward(x, *folded)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
-from timm_deconv.layers.whitening import fold, whitener
+from timm_deconv.layers.whitening import count_padding, fold, whitener
 from timm_deconv.linalg import covariance, full_precision
 
 __all__ = ["calibrate"]
@@ -70,22 +70,25 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
 
 
 class _Moments:
-    """Mean and covariance of all rows so far, combined in float64 (Chan, Golub and LeVeque, 1979)."""
+    """Mean and covariance of all rows so far, combined in float64 (Chan, Golub and LeVeque, 1979), and the part of
+    what the layer sees that is padding and not among them."""
 
     def __init__(self) -> None:
         self.rows = 0
+        self.padding = 0.0
         self.mean = self.cov = torch.zeros((), dtype=torch.float64)
 
-    def add(self, rows: Tensor) -> None:
-        """Take in rows (S, R, F)."""
+    def add(self, rows: Tensor, padding: float) -> None:
+        """Take in rows (S, R, F) and their batch's part of padding."""
         count = rows.shape[-2]
         if not count:
             return
         mean, cov = (moment.double() for moment in covariance(rows))
         if not self.rows:
-            self.mean, self.cov = mean, cov
+            self.mean, self.cov, self.padding = mean, cov, padding
         else:
             share = count / (self.rows + count)
+            self.padding += share * (padding - self.padding)
             step = mean - self.mean
             self.mean = self.mean + share * step
             self.cov = torch.lerp(self.cov, cov, share) + share * (1 - share) * step.unsqueeze(-1) * step.unsqueeze(-2)
@@ -123,7 +126,7 @@ def _evaluating(model: nn.Module, layers: dict[str, WhiteningMixin], moments: di
 def _watch(layer: WhiteningMixin, moments: _Moments) -> Any:
     def watch(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         with full_precision(inputs[0]):
-            moments.add(layer.rows(inputs[0]))
+            moments.add(layer.rows(inputs[0]), layer.padding_share(inputs[0]))
 
     return watch
 
@@ -147,8 +150,9 @@ def _values(name: str, layer: WhiteningMixin, moments: _Moments) -> tuple[Tensor
     if not (moments.mean.isfinite().all() and moments.cov.isfinite().all()):
         raise InputError(f"the input of {name} is not finite: look for NaN or infinity in the images and the weights")
     weight, bias = layer.folded()
-    matrix = whitener(moments.cov, moments.rows, layer.cfg)
+    mean, cov = count_padding(moments.mean, moments.cov, moments.padding)
+    matrix = whitener(cov, moments.rows, layer.cfg)
     # Folding with D^-1 and -D mu undoes folding with D and mu.
-    shift = -(matrix @ moments.mean.unsqueeze(-1)).squeeze(-1)
+    shift = -(matrix @ mean.unsqueeze(-1)).squeeze(-1)
     absorbed = fold(weight.double(), bias.double(), shift, torch.linalg.inv(matrix), layer.partition)
-    return *absorbed, moments.mean, matrix
+    return *absorbed, mean, matrix

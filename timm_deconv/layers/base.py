@@ -52,6 +52,10 @@ class WhiteningMixin(nn.Module):
         """Samples of the input that the statistics are taken from, (S, R, F)."""
 
     @abstractmethod
+    def padding_share(self, input: Tensor) -> float:
+        """The part of what the linear map sees of the input that is padding and not among the rows."""
+
+    @abstractmethod
     def fuse(self) -> nn.Module:
         """The plain layer that does in evaluation what this one does."""
 

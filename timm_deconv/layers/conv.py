@@ -109,6 +109,10 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         return split_rows(self.linear_map.columns(self._padded_batch(input)), self.partition)
 
     @torch.jit.unused
+    def padding_share(self, input: Tensor) -> float:
+        return self.linear_map.padding_share(self._padded_batch(input))
+
+    @torch.jit.unused
     def _padded_batch(self, input: Tensor) -> Tensor:
         """(N, C, H, W), padded where the convolution itself cannot: unequally, or not with zeros."""
         batch = input if input.ndim == 4 else input.unsqueeze(0)

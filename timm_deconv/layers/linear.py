@@ -70,6 +70,10 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         return split_rows(input, self.partition)
 
     @torch.jit.unused
+    def padding_share(self, input: Tensor) -> float:
+        return 0.0
+
+    @torch.jit.unused
     def fuse(self) -> nn.Linear:
         """The plain linear layer that does in evaluation what this layer does; the layer itself is left as it is."""
         weight, bias = self.folded()

@@ -26,7 +26,7 @@ from .partition import (
     unsplit_weight,
 )
 from .sampling import PIXEL, Window, add_window_columns_, choose_sampling, window_columns
-from .whitening import fold_bias, regularise, regularise_backward
+from .whitening import count_padding, count_padding_backward, fold_bias, regularise, regularise_backward
 
 __all__ = ["ConvMap", "LinearMap", "Map", "whitened_map"]
 
@@ -60,6 +60,11 @@ class ConvMap(NamedTuple):
             return self.window._replace(padding=(0, 0))
         return PIXEL if self.cfg.layout == "channels" and self.partition.of_channels else self.window
 
+    def padding_share(self, x: Tensor) -> float:
+        """The part of what the convolution sees of x that is padding and not among the samples."""
+        unseen = self.cfg.layout == "channels" and self.partition.of_channels
+        return self.window.padding_share((x.shape[2], x.shape[3])) if unseen else 0.0
+
     def columns(self, x: Tensor) -> Tensor:
         """Sampled windows, (..., K)."""
         return window_columns(x, self.sampled, choose_sampling(x, self.sampled, self.partition, self.cfg))
@@ -82,6 +87,10 @@ class LinearMap(NamedTuple):
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, with_x: bool) -> Gradients:
         """Gradients of x (None unless `with_x`), weight and bias."""
         return grad @ weight if with_x else None, grad.mT @ x, grad.sum(0)
+
+    def padding_share(self, x: Tensor) -> float:
+        """Nothing is padded."""
+        return 0.0
 
     def columns(self, x: Tensor) -> Tensor:
         """x itself."""
@@ -135,6 +144,7 @@ class _WhitenedMap(torch.autograd.Function):
         with full_precision(x):
             rows = split_rows(linear_map.columns(x), partition)
             mean, cov = covariance(rows)
+            mean, cov = count_padding(mean, cov, linear_map.padding_share(x))
             whitener, iterates = isqrt_with_iterates(regularise(cov, rows.shape[-2], cfg), cfg.n_iter)
             if frozen is not None:
                 assert running_mean is not None and running_whitener is not None
@@ -266,6 +276,7 @@ def _add_statistics_gradient_(
     samples = rows.shape[-2]
     grad_cov = isqrt_backward(grad_whitener, iterates)
     grad_cov = regularise_backward(grad_cov, samples, linear_map.cfg)
+    mean, grad_mean, grad_cov = count_padding_backward(mean, grad_mean, grad_cov, linear_map.padding_share(x))
     grad_rows = _times_symmetric(rows - mean, grad_cov, grad_mean / samples, 2 / samples)
     linear_map.add_columns_(grad_x, unsplit_rows(grad_rows, list(columns.shape), linear_map.partition).to(grad_x.dtype))
 

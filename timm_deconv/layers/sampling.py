@@ -47,6 +47,17 @@ class Window(NamedTuple):
         rows, cols = self.grid(size, step)
         return rows * cols
 
+    def padding_share(self, size: Pair) -> float:
+        """The part of what all windows in an image of (height, width) hold that is padding; 0 if it is all."""
+        if not any(self.padding):
+            return 0.0
+        inside = 1.0
+        for axis, windows in enumerate(self.grid(size, self.stride)):
+            starts = [k * self.dilation[axis] - self.padding[axis] for k in range(self.kernel_size[axis])]
+            seen = sum(len(_inside(start, self.stride[axis], windows, size[axis])) for start in starts)
+            inside *= seen / max(windows * len(starts), 1)
+        return 1 - inside if inside else 0.0
+
 
 PIXEL = Window((1, 1), (1, 1), (1, 1), (0, 0))
 
@@ -151,18 +162,22 @@ def _kernel_positions(x: Tensor, window: Window, step: Pair) -> Iterator[tuple[I
     rows, cols = window.grid(size, step)
     everything = slice(None)
     for i, j in itertools.product(range(height), range(width)):
-        in_rows, pixel_rows = _inside(i * window.dilation[0] - window.padding[0], step[0], rows, size[0])
-        in_cols, pixel_cols = _inside(j * window.dilation[1] - window.padding[1], step[1], cols, size[1])
+        top, left = i * window.dilation[0] - window.padding[0], j * window.dilation[1] - window.padding[1]
+        in_rows, pixel_rows = _slices(_inside(top, step[0], rows, size[0]), top, step[0])
+        in_cols, pixel_cols = _slices(_inside(left, step[1], cols, size[1]), left, step[1])
         yield (everything, in_rows, in_cols, everything, i, j), (everything, everything, pixel_rows, pixel_cols)
 
 
-def _inside(start: int, step: int, windows: int, size: int) -> tuple[slice, slice]:
-    """Of pixels start, start + step ... of so many windows: which windows have theirs inside 0 ... size - 1, and where
-    these are."""
-    first = max(math.ceil(-start / step), 0)
-    last = min((size - 1 - start) // step, windows - 1)
-    if last < first:
+def _inside(start: int, step: int, windows: int, size: int) -> range:
+    """Of so many windows, whose pixels are start, start + step ...: those whose pixel is inside 0 ... size - 1."""
+    return range(max(math.ceil(-start / step), 0), min((size - 1 - start) // step, windows - 1) + 1)
+
+
+def _slices(windows: range, start: int, step: int) -> tuple[slice, slice]:
+    """Of windows, and of their pixels start, start + step ..."""
+    if not windows:
         return slice(0, 0), slice(0, 0)
+    first, last = windows[0], windows[-1]
     return slice(first, last + 1), slice(start + first * step, start + last * step + 1, step)
 
 

@@ -12,12 +12,39 @@ from timm_deconv.linalg import isqrt_newton_schulz, shrink
 from .config import DeconvCfg
 from .partition import Partition, split_weight, sum_blocks, sum_shift, unsplit_weight
 
-__all__ = ["fold", "fold_bias", "regularise", "regularise_backward", "whitener"]
+__all__ = [
+    "count_padding",
+    "count_padding_backward",
+    "fold",
+    "fold_bias",
+    "regularise",
+    "regularise_backward",
+    "whitener",
+]
 
 
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
     """Approximate inverse root of covariances (..., F, F) estimated from `samples` rows, regularised as configured."""
     return isqrt_newton_schulz(regularise(cov, samples, cfg), cfg.n_iter)
+
+
+def count_padding(mean: Tensor, cov: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Mean (S, F) and covariance (S, F, F) of pixels of which a share is zero padding, from those of the image alone.
+
+    Blocks of channels are sampled inside the image, but the convolution sees its padding too.
+    """
+    if not share:
+        return mean, cov
+    cov = torch.baddbmm(cov, mean.unsqueeze(-1), mean.unsqueeze(-2), beta=1 - share, alpha=share * (1 - share))
+    return (1 - share) * mean, cov
+
+
+def count_padding_backward(mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, share: float) -> tuple[Tensor, ...]:
+    """The image's own mean (S, 1, F), and its and the covariance's gradients, from the result of `count_padding`."""
+    if not share:
+        return mean, grad_mean, grad_cov
+    grad_mean = torch.baddbmm(grad_mean, mean, grad_cov, beta=1 - share, alpha=2 * share)
+    return mean / (1 - share), grad_mean, (1 - share) * grad_cov
 
 
 def regularise(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
