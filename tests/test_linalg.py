@@ -1,11 +1,13 @@
 """Inverse square roots: the published numbers, the oracle, precision, and the stated amplification bound."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden_files import golden_folder, relative_error, tolerance
@@ -138,3 +140,41 @@ def test_senseless_arguments_are_refused(root) -> None:
         root(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="norm='max'"):
         root(torch.eye(3), norm="max")
+
+
+class LowPrecision(TorchFunctionMode):
+    """Rounds the factors of float32 products to so many bits, as tensor cores do with TF32 (10 bits)."""
+
+    PRODUCTS = (torch.bmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.dropped = 23 - bits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS:
+            args = (*args[:-2], *map(self.rounded, args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+    def rounded(self, factor: torch.Tensor) -> torch.Tensor:
+        if factor.dtype != torch.float32:
+            return factor
+        bits = factor.contiguous().view(torch.int32)
+        half = 1 << (self.dropped - 1)
+        return ((bits + half) >> self.dropped << self.dropped).view(torch.float32)
+
+
+@pytest.mark.parametrize("n_iter", [3, 5, 6, 15])
+def test_roots_and_gradients_bear_products_of_ten_bits(n_iter: int) -> None:
+    rows = torch.randn(4096, 27) @ torch.diag(torch.logspace(0, -3, 27)) @ torch.linalg.qr(torch.randn(27, 27))[0]
+    cov = covariance(rows[None])[1] + 1e-6 * torch.eye(27)  # of condition 10^6
+    grad = torch.randn(1, 27, 27)
+    root, saved = isqrt_with_iterates(cov, n_iter)
+    expected = (root, isqrt_backward(grad, saved))
+    with LowPrecision(10):
+        rounded, saved = isqrt_with_iterates(cov, n_iter)
+        found = (rounded, isqrt_backward(grad, saved))
+    assert not torch.equal(rounded, root) or n_iter > 6
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() <= 5e-3 * exact.norm()

@@ -23,6 +23,9 @@ __all__ = [
 
 Norm = Literal["frobenius", "trace"]
 
+FEW_STEPS = 6
+"""Newton-Schulz steps up to which rounding errors, growing by half a step at most, stay harmless even in TF32."""
+
 
 def covariance(rows: Tensor, *, centred: bool = True) -> tuple[Tensor, Tensor]:
     """Mean and covariance of sampled rows.
@@ -59,13 +62,13 @@ def isqrt_newton_schulz(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") 
     Z / sqrt(||cov||). It converges while ||I - A|| < 1, true for every symmetric positive definite matrix, either norm.
 
     Args:
-        cov: (..., F, F), any floating dtype; computed in float32 or better.
+        cov: (..., F, F), any floating dtype; computed in float32 or better, in float64 with more than 6 steps.
         n_iter: coupled steps; together they cost 3 (n_iter - 1) F x F products, as the first step multiplies by the
             identity and the last needs no Y.
         norm: 'frobenius' (published) or 'trace'.
 
     Returns:
-        (..., F, F), the dtype of the computation. An eigenvalue much smaller than ||cov|| is amplified by at most
+        (..., F, F), in float32 or better. An eigenvalue much smaller than ||cov|| is amplified by at most
         1.5 ** n_iter.
 
     Raises:
@@ -75,16 +78,18 @@ def isqrt_newton_schulz(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") 
     _check_n_iter(n_iter)
     with full_precision(cov):
         cov = _promote(cov)
-        scale = _norm(cov, norm)
-        *_, root = _coupled_iterates((cov / scale).reshape(-1, *cov.shape[-2:]), n_iter)
-        return root.reshape(cov.shape) / scale.sqrt()
+        wide = _widen(cov, n_iter)
+        scale = _norm(wide, norm)
+        *_, root = _coupled_iterates((wide / scale).reshape(-1, *cov.shape[-2:]), n_iter)
+        return (root.reshape(cov.shape) / scale.sqrt()).to(cov.dtype)
 
 
 def isqrt_with_iterates(cov: Tensor, n_iter: int) -> tuple[Tensor, list[Tensor]]:
     """`isqrt_newton_schulz` of (B, F, F) in the Frobenius norm, with what `isqrt_backward` needs of it."""
-    scale = _norm(cov, "frobenius")
-    *iterates, root = _coupled_iterates(cov / scale, n_iter)
-    return root / scale.sqrt(), [scale, root, *iterates]
+    wide = _widen(cov, n_iter)
+    scale = _norm(wide, "frobenius")
+    *iterates, root = _coupled_iterates(wide / scale, n_iter)
+    return (root / scale.sqrt()).to(cov.dtype), [scale, root, *iterates]
 
 
 def isqrt_backward(grad: Tensor, saved: list[Tensor]) -> Tensor:
@@ -94,11 +99,11 @@ def isqrt_backward(grad: Tensor, saved: list[Tensor]) -> Tensor:
     """
     scale, root, first, *steps = saved
     pairs = list(zip(steps[-2::-2], steps[::-2], strict=True))
-    backward = _symmetric_backward if len(pairs) < 6 else _chain_rule_backward
-    grad_root = grad / scale.sqrt()
+    backward = _symmetric_backward if len(pairs) < FEW_STEPS else _chain_rule_backward
+    grad_root = grad.to(scale.dtype) / scale.sqrt()
     grad_first = backward(grad_root, first, pairs)
     through_scale = _inner(grad_first, first).add(_inner(grad_root, root), alpha=0.5)
-    return torch.addcmul(grad_first, first, through_scale, value=-1) / scale
+    return (torch.addcmul(grad_first, first, through_scale, value=-1) / scale).to(grad.dtype)
 
 
 def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -200,6 +205,12 @@ def _norm(matrices: Tensor, norm: Norm) -> Tensor:
     if norm == "trace":
         return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     raise ValueError(f"norm={norm!r}: choose 'frobenius' or 'trace'")
+
+
+def _widen(cov: Tensor, n_iter: int) -> Tensor:
+    """In float64 for many steps, where the device has it: they amplify weak directions, and rounding errors in them,
+    until products in TF32 diverge."""
+    return cov if n_iter <= FEW_STEPS or cov.device.type == "mps" else cov.double()
 
 
 def _eye_like(matrices: Tensor) -> Tensor:
