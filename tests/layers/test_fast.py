@@ -231,13 +231,17 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("block", [4, 8])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_padding_counts_as_often_as_the_convolution_sees_it(geometry: dict[str, Any], block: int) -> None:
+def test_padding_counts_as_often_as_the_convolution_sees_it_but_for_a_cap(
+    geometry: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = DeconvCfg(
         layout="channels", block=block, per_block=True, n_iter=20, sampling_stride=1, eps=1e-9, momentum=1.0
     )
     layer = Deconv2d(8, 6, **geometry, dtype=torch.float64, cfg=cfg)
     x = correlated(20, 8, 1, 1).add(1).expand(-1, -1, 7, 9)  # so that it does not matter which pixels are seen
     padding = [layer.padding[1]] * 2 + [layer.padding[0]] * 2
+    assert layer.padding_share(x) == (operation.MOST_PADDING if any(padding) else 0)
+    monkeypatch.setattr(operation, "MOST_PADDING", 1.0)
     windows = F.unfold(F.pad(x, padding), layer.kernel_size, layer.dilation, 0, layer.stride)
     seen = windows.unflatten(1, [8, -1]).transpose(0, 1).flatten(1)
     layer(x)

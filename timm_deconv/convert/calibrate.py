@@ -70,8 +70,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
 
 
 class _Moments:
-    """Mean and covariance of all rows so far, combined in float64 (Chan, Golub and LeVeque, 1979), and the part of
-    what the layer sees that is padding and not among them."""
+    """Mean and covariance of all rows so far, combined in float64 (Chan, Golub and LeVeque, 1979), and the weight of
+    padding, which is not among them."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -79,7 +79,7 @@ class _Moments:
         self.mean = self.cov = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor, padding: float) -> None:
-        """Take in rows (S, R, F) and their batch's part of padding."""
+        """Take in rows (S, R, F) and the weight of padding in their batch."""
         count = rows.shape[-2]
         if not count:
             return

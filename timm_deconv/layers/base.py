@@ -53,7 +53,7 @@ class WhiteningMixin(nn.Module):
 
     @abstractmethod
     def padding_share(self, input: Tensor) -> float:
-        """The part of what the linear map sees of the input that is padding and not among the rows."""
+        """The weight in the statistics of padding that the linear map sees but that is not among the rows."""
 
     @abstractmethod
     def fuse(self) -> nn.Module:
