@@ -261,10 +261,8 @@ def test_blocks_that_share_statistics_count_as_rows_and_others_do_not() -> None:
 
 
 def test_the_cap_counts_the_rows_of_all_blocks_that_share_a_covariance() -> None:
-    x, cfg = (
-        torch.empty(32, 64, 8, 8, device="meta"),
-        DeconvCfg(layout="channels", block=16, sampling_stride=1, max_rows=1024),
-    )
+    x = torch.empty(32, 64, 8, 8, device="meta")
+    cfg = DeconvCfg(layout="channels", block=16, sampling_stride=1, max_rows=1024)
     rows = {}
     for each in (False, True):
         partition = partition_conv(64, 9, 1, cfg.override({"per_block": each}))

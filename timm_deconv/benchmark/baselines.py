@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_deconv.layers.partition import largest_divisor
 from timm_deconv.linalg import covariance, isqrt_newton_schulz_uncoupled
 
 __all__ = ["IterativeNorm2d", "PublishedChannel", "PublishedConv2d", "PublishedLinear", "published_isqrt"]
@@ -234,7 +235,7 @@ class IterativeNorm2d(nn.Module):
         self, channels: int, block: int = 64, *, n_iter: int = 5, eps: float = 1e-5, momentum: float = 0.1
     ) -> None:
         super().__init__()
-        self.block = next(size for size in range(min(block, channels), 0, -1) if channels % size == 0)
+        self.block = largest_divisor(channels, block)
         self.n_iter, self.eps, self.momentum = n_iter, eps, momentum
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         groups = channels // self.block

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_deconv.convert import DeconvPolicy
@@ -120,6 +119,8 @@ def eager_kernels(layer: nn.Module, x: Tensor) -> int:
 
 def compiled_kernels(layer: nn.Module, x: Tensor) -> int:
     """Kernels that compiled code of a training forward and backward launches, fused ones and library calls."""
+    from torch._inductor.utils import run_fw_bw_and_get_code  # not at the top: it loads the compiler
+
     torch._dynamo.reset()
     network = torch.compile(layer, fullgraph=True)
     _, sources = run_fw_bw_and_get_code(lambda: network(x))

@@ -71,7 +71,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
 
     @torch.jit.unused
     def padding_share(self, input: Tensor) -> float:
-        return 0.0
+        return self.linear_map.padding_share(input)
 
     @torch.jit.unused
     def fuse(self) -> nn.Linear:

@@ -31,8 +31,8 @@ from .whitening import count_padding, count_padding_backward, fold_bias, regular
 __all__ = ["ConvMap", "LinearMap", "Map", "whitened_map"]
 
 MOST_PADDING = 0.01
-"""Weight of padding in the statistics of blocks of channels: enough to bound what leaves at the border of an image
-without variance, D mu <= 0.01 ** -0.5. Counting all of it costs a point of accuracy (README)."""
+"""Most weight of padding in the statistics of blocks of channels: enough to bound what leaves at the border of an image
+without variance, where D mu is near weight ** -0.5. Counting all of it cost a point of accuracy (README)."""
 
 Gradients = tuple[Tensor | None, Tensor, Tensor]
 Backward = tuple[Tensor | None, Tensor, Tensor, Tensor]
@@ -62,12 +62,15 @@ class ConvMap(NamedTuple):
         """The windows that are samples: the convolution's, or single pixels of the image without its padding."""
         if self.window.pointwise:
             return self.window._replace(padding=(0, 0))
-        return PIXEL if self.cfg.layout == "channels" and self.partition.of_channels else self.window
+        return PIXEL if self._of_pixels else self.window
+
+    @property
+    def _of_pixels(self) -> bool:
+        return self.cfg.layout == "channels" and self.partition.of_channels
 
     def padding_share(self, x: Tensor) -> float:
         """The weight in the statistics of padding that the convolution sees but that is not among the samples."""
-        unseen = self.cfg.layout == "channels" and self.partition.of_channels
-        return min(self.window.padding_share((x.shape[2], x.shape[3])), MOST_PADDING) if unseen else 0.0
+        return min(self.window.padding_share((x.shape[2], x.shape[3])), MOST_PADDING) if self._of_pixels else 0.0
 
     def columns(self, x: Tensor) -> Tensor:
         """Sampled windows, (..., K)."""
@@ -161,9 +164,8 @@ class _WhitenedMap(torch.autograd.Function):
                 kept = weight.to(dtype)
                 output = linear_map(_whiten_channels(x.to(dtype), whitener), kept, new_bias)
             else:
-                kept = _like(
-                    unsplit_weight(torch.bmm(weight_rows, whitener), list(weight.shape), partition), weight
-                ).to(dtype)
+                folded = unsplit_weight(torch.bmm(weight_rows, whitener), list(weight.shape), partition)
+                kept = _like(folded, weight).to(dtype)
                 output = linear_map(x.to(dtype), kept, new_bias)
         ctx.save_for_backward(x, weight, kept, mean, whitener, sums, frozen, *iterates)
         ctx.linear_map, ctx.has_bias = linear_map, bias is not None

@@ -16,6 +16,7 @@ from .config import DeconvCfg
 __all__ = [
     "Partition",
     "effective_block",
+    "largest_divisor",
     "partition_conv",
     "partition_linear",
     "split_rows",
@@ -59,7 +60,7 @@ def partition_conv(in_channels: int, positions: int, groups: int, cfg: DeconvCfg
     if groups > 1:
         return Partition(groups, width if of_channels else width * positions, False, False, groups, of_channels)
     if of_channels:
-        features = _largest_divisor(width, cfg.block)
+        features = largest_divisor(width, cfg.block)
     elif cfg.layout == "channels":
         features = width * positions
     elif cfg.layout == "flat":
@@ -155,5 +156,6 @@ def _split_features(columns: Tensor, partition: Partition) -> Tensor:
     return columns.unflatten(-1, [partition.blocks, partition.features])
 
 
-def _largest_divisor(number: int, most: int) -> int:
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is not above `most`."""
     return next(divisor for divisor in range(min(most, number), 0, -1) if number % divisor == 0)

@@ -39,7 +39,9 @@ def count_padding(mean: Tensor, cov: Tensor, share: float) -> tuple[Tensor, Tens
     return (1 - share) * mean, cov
 
 
-def count_padding_backward(mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, share: float) -> tuple[Tensor, ...]:
+def count_padding_backward(
+    mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The image's own mean (S, 1, F), and its and the covariance's gradients, from the result of `count_padding`."""
     if not share:
         return mean, grad_mean, grad_cov
