@@ -32,6 +32,10 @@ class WhiteningMixin(nn.Module):
             leaves the running values as they were.
 
     In evaluation the folded weight is kept while no parameter or buffer changes. Writes through `.data` are not seen.
+
+    A layer of which neither weight nor bias requires gradients is frozen whole, in training too: it uses the running
+    values as they are and counts no forwards, so that `timm.utils.freeze` means for whitening what it means for batch
+    norm.
     """
 
     weight: Tensor
@@ -101,6 +105,8 @@ class WhiteningMixin(nn.Module):
 
     def _live_map(self, input: Tensor) -> Tensor:
         """The layer's map of whitened windows, with live statistics unless frozen; input as `linear_map` takes it."""
+        if not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return self.linear_map(input, *self._kept_fold())
         recomputing = in_recomputation()
         frozen = self._frozen(recomputing)
         if frozen is True:
@@ -167,13 +173,16 @@ class WhiteningMixin(nn.Module):
             return
         forwards = self._forwards()
         self.num_batches_tracked.add_(1)
-        self._counted = (self.num_batches_tracked, self.num_batches_tracked._version, forwards + 1)
+        if not self.num_batches_tracked.is_inference():
+            self._counted = (self.num_batches_tracked, self.num_batches_tracked._version, forwards + 1)
 
     def _forwards(self) -> int:
         """num_batches_tracked as a Python integer, read from the device only after somebody else wrote it."""
         counter = self.num_batches_tracked
         if counter.is_meta:
             return 0
+        if counter.is_inference():  # it has no version
+            return int(counter)
         if self._counted is None or self._counted[0] is not counter or self._counted[1] != counter._version:
             self._counted = (counter, counter._version, int(counter))
         return self._counted[2]
