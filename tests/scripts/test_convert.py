@@ -74,3 +74,67 @@ def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "weights.safetensors"]
     convert("preact_resnet18_cifar", tmp_path / "new", "--checkpoint", file, "--keep-affine")
     assert timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
+
+
+class Code:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def foreign(model: nn.Module) -> dict[str, Any]:
+    """The network's tensors, in order, by names of another code base."""
+    return {f"net._{name}": value for name, value in model.state_dict().items()}
+
+
+def test_a_checkpoint_with_other_names_is_read_by_its_order(tmp_path: Path, convert: Any) -> None:
+    file = tmp_path / "weights.pth"
+    x = torch.randn(2, 3, 32, 32)
+    for name, options in (("mobilenetv2_cifar", ()), ("test_resnet", ("--num-classes", 0))):
+        classes = {"num_classes": 0} if options else {}
+        model = trained(name, tmp_path / "own.safetensors", **classes)
+        torch.save({"state_dict": foreign(model)}, file)
+        convert(name, tmp_path / name, "--checkpoint", file, *options)
+        back = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        with torch.no_grad():
+            expected = model(x)
+            assert (back(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_files_that_are_no_weights_of_the_network_end_in_one_line_and_write_nothing(
+    tmp_path: Path, convert: Any
+) -> None:
+    model = trained("test_resnet", tmp_path / "own.safetensors")
+    weights, output, ran = model.state_dict(), tmp_path / "new", tmp_path / "ran"
+    torch.save(weights, tmp_path / "whole.pth")
+    whole, safe = ((tmp_path / name).read_bytes() for name in ("whole.pth", "own.safetensors"))
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "half.safetensors").write_bytes(safe[: len(safe) // 2])
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "empty.pth").touch()
+    torch.save({"state_dict": Code(ran)}, tmp_path / "code.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pth")
+    torch.save(weights | {"extra.weight": torch.zeros(2)}, tmp_path / "extra.pth")
+    torch.save(foreign(model) | {"extra.weight": torch.zeros(2)}, tmp_path / "extra_foreign.pth")
+    torch.save(foreign(timm.create_model("mobilenetv2_cifar")), tmp_path / "other.pth")
+    for file, message in {
+        "half.pth": "cannot be read as weights",
+        "half.safetensors": "cannot be read as weights",
+        "text.pth": "cannot be read as weights",
+        "empty.pth": "cannot be read as weights",
+        "code.pth": "needs pickled code to be run, which is refused",
+        "list.pth": "cannot be read as weights",
+        "numbers.pth": "holds no weights by name",
+        "extra.pth": "extra.weight",
+        "extra_foreign.pth": "tensors, the network has",
+        "other.pth": "tensors, the network has",
+    }.items():
+        with pytest.raises(SystemExit, match=message) as stop:
+            convert("test_resnet", output, "--checkpoint", tmp_path / file)
+        assert "\n" not in str(stop.value), file
+        assert not output.exists() and not ran.exists(), file

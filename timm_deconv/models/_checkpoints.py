@@ -4,8 +4,11 @@ timm calls the filter between reading a file and loading it. Batch-norm weights 
 which is transferred as `timm_deconv.transfer` does it; the result is a deconvolution checkpoint like any other.
 """
 
+import re
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +20,9 @@ from timm_deconv.convert.surgery import fuse_in_place, is_whitened
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 
-__all__ = ["TAG_PREFIX", "checkpoint_filter"]
+from ._order import named_by_order
+
+__all__ = ["TAG_PREFIX", "by_name_or_order", "checkpoint_filter"]
 
 TAG_PREFIX = "bn_"
 """Starts the tags of weights that were trained with batch norm: `.bn_a1_in1k` is timm's `.a1_in1k`."""
@@ -76,27 +81,80 @@ def _carried_over(
     """The state dict of the batch-norm network with these weights after `transfer`, fused if the model is."""
     cfg = model.pretrained_cfg
     tag = (cfg.get("tag") or "").removeprefix(TAG_PREFIX)
-    overlay = {"state_dict": dict(state_dict), "num_classes": cfg["num_classes"], "input_size": cfg["input_size"]}
-    options = {**arguments, "num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]}
+    options = {**arguments, "in_chans": cfg["input_size"][0]}
     if "aux_head" in options:
         options["aux_head"] = any(key.startswith(AUXILIARY) for key in state_dict)
     for name in ("device", "global_pool"):  # the pooling has no weights, and some networks need one for a classifier
         options.pop(name, None)
-    try:
+    options["pretrained_cfg"] = tag if f"{get_arch_name(source)}.{tag}" in get_arch_pretrained_cfgs(source) else None
+
+    def build(num_classes: int, weights: StateDict) -> nn.Module:
+        described = {"num_classes": num_classes, "input_size": cfg["input_size"], "state_dict": dict(weights)}
+        settings = {**options, "num_classes": num_classes, "pretrained_cfg_overlay": described}
         with torch.device("cpu"):
-            network = model_entrypoint(source)(
-                pretrained=True,
-                pretrained_cfg=tag if f"{get_arch_name(source)}.{tag}" in get_arch_pretrained_cfgs(source) else None,
-                pretrained_cfg_overlay=overlay,
-                **options,
-            )
-    except Exception as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"these batch-norm weights do not fit {source}: {reason}") from error
+            return model_entrypoint(source)(pretrained=bool(weights), **settings)
+
+    size = cfg["num_classes"]
+    if _replaces_classifier(model, cfg) and _has_no_classifier(state_dict, build(size, {}), cfg):
+        size = 0
+    network = by_name_or_order(partial(build, size), state_dict, source)
     transfer(network, model.deconv_policy, keep_affine=keep_affine, family=DeconvPolicy())
     if not is_whitened(model):
         fuse_in_place(network)
     return network.state_dict()
+
+
+def _replaces_classifier(model: nn.Module, cfg: Mapping[str, Any]) -> bool:
+    """Whether the model has none of the classifier that its weights have: another one, or no classifier at all."""
+    classifier = tuple(f"{name}." for name in _names(cfg, "classifier"))
+    other = getattr(model, "num_classes", None) != cfg["num_classes"]
+    return other or not any(key.startswith(classifier) for key in model.state_dict())
+
+
+def _has_no_classifier(state_dict: StateDict, network: nn.Module, cfg: Mapping[str, Any]) -> bool:
+    """Whether so many tensors are missing as the network's classifier has; then all the others are there, or none."""
+    classifier = tuple(f"{name}." for name in _names(cfg, "classifier"))
+    return len(state_dict) == sum(not key.startswith(classifier) for key in network.state_dict())
+
+
+def by_name_or_order(build: Callable[[StateDict], nn.Module], state_dict: StateDict, source: str) -> nn.Module:
+    """A timm network with the weights of a file: by the names of its tensors, as timm reads them, else by their order.
+
+    Args:
+        build: (state dict) -> the network as timm loads it; of an empty one, without weights.
+        state_dict: the file's tensors.
+        source: the network's name.
+
+    Raises:
+        InputError: they do not fit either way.
+    """
+    expected = build({}).state_dict()
+    translated = hasattr(sys.modules[model_entrypoint(get_arch_name(source)).__module__], "checkpoint_filter_fn")
+    wrong = [] if translated else _missing_or_unknown(state_dict, expected)  # some families load what there is
+    try:
+        if not wrong:
+            return build(state_dict)
+        reason = "; ".join(wrong)
+    except Exception as error:  # of timm's filters too, which expect the keys of their own files
+        reason = str(error)
+    try:
+        named = named_by_order(state_dict, expected)
+    except InputError as error:
+        reason = reason if expected.keys() & state_dict.keys() else f"no name is known, and by order {error}"
+        reason = textwrap.shorten(reason, 300, placeholder=" ...")
+        raise InputError(f"these batch-norm weights do not fit {source}: {reason}") from None
+    return build(named)
+
+
+def _missing_or_unknown(state_dict: StateDict, expected: StateDict) -> list[str]:
+    """What names are missing and what are not known; counters of batches and auxiliary heads may be either."""
+    optional = re.compile(rf"num_batches_tracked$|(^|\.){AUXILIARY}|^AuxLogits\.")
+    named = {"missing": expected.keys() - state_dict.keys(), "unexpected": state_dict.keys() - expected.keys()}
+    return [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, found in named.items()
+        if (keys := sorted(key for key in found if not optional.search(key)))
+    ]
 
 
 def _add_missing_biases(state_dict: StateDict, model: nn.Module) -> None:

@@ -6,6 +6,7 @@ goes on with weights and feature extraction as for any of its own models.
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from timm.layers import register_notrace_module
@@ -25,6 +26,7 @@ from timm_deconv.convert.surgery import fuse_in_place
 from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame, DeconvLinear
 
 from ._checkpoints import TAG_PREFIX, checkpoint_filter
+from ._packages import packaged_weights
 
 __all__ = ["CIFAR_POLICY", "IMAGENET_POLICY", "frozen_stem", "list_models", "register_deconv"]
 
@@ -115,14 +117,21 @@ def _entry_point(module: str, row: _Row) -> Callable[..., nn.Module]:
             convert_deconv_model(model, deconv, family=settings, in_place=in_place)
             return as_built(model, fused)
 
-        return build_model_with_cfg(
-            build,
-            name,
-            pretrained,
-            feature_cfg=dict(feature_cfg),
-            pretrained_filter_fn=checkpoint_filter(source, arguments),
-            **kwargs,
-        )
+        tag = kwargs.get("pretrained_cfg") or ""
+        from_package = pretrained and isinstance(tag, str)  # else the user describes the weights
+        with (
+            packaged_weights(source, tag.removeprefix(TAG_PREFIX), kwargs)
+            if from_package
+            else nullcontext(kwargs) as options
+        ):
+            return build_model_with_cfg(
+                build,
+                name,
+                pretrained,
+                feature_cfg=dict(feature_cfg),
+                pretrained_filter_fn=checkpoint_filter(source, arguments),
+                **options,
+            )
 
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__module__ = module
