@@ -3,11 +3,10 @@
 from typing import Any
 
 import timm.data
-import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-from .datasets import create_dataset
+from .datasets import chosen_images, create_dataset
 
 __all__ = ["calibration_loader"]
 
@@ -29,5 +28,4 @@ def calibration_loader(model: nn.Module, data: str, *, images: int = 1024, batch
     digits = data == "digits"
     dataset: Any = create_dataset("digits" if digits else "", None if digits else data, "train", channels=channels)
     dataset.transform = timm.data.create_transform(**cfg, is_training=False)
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:images]
-    return DataLoader(Subset(dataset, chosen.tolist()), batch_size)
+    return DataLoader(chosen_images(dataset, min(images, len(dataset))), batch_size)

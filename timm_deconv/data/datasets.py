@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import timm.data
+import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from timm_deconv.errors import InputError, unknown_name
 
@@ -35,7 +36,8 @@ class StrictImageDataset(timm.data.ImageDataset):
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             path = self.filename(index, absolute=True)
             raise OSError(f"unreadable image {path} (index {index}): {error}; replace or remove it") from None
-        return self.transform(image) if self.transform else image, target
+        image = self.transform(image) if self.transform else image
+        return image, self.target_transform(target) if self.target_transform else target
 
     def __del__(self) -> None:
         # timm's reader leaves its tars open for good
@@ -88,6 +90,20 @@ def find_split(root: Path, split: str) -> Path | None:
             names += synonyms
     candidates = (root / (name + suffix) for name in names for suffix in ("", ".tar"))
     return next((path for path in candidates if path.exists()), None)
+
+
+def chosen_images(dataset: Dataset, images: int | None) -> Dataset:
+    """So many of a data set's images, drawn at random but always the same ones; None for all.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if images is None:
+        return dataset
+    if images > len(dataset):
+        raise InputError(f"{images} images asked for, but there are only {len(dataset)}; ask for fewer")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    return Subset(dataset, order[:images].tolist())
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm.data
 from timm.data.transforms import MaybePILToTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from timm_deconv.errors import InputError
@@ -101,5 +101,8 @@ def create_loader(
         persistent_workers=False,
         pin_memory=pin_memory,
     )
-    dataset.transform = transform
+    whole = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    whole.transform = transform
     return loader

@@ -25,7 +25,7 @@ from .files import flush, remove, write_text, write_whole
 from .recipe import Recipe, parse_yaml
 
 # may differ between a run and its continuation
-FREE = {"name", "data_dir", "dataset_download", "workers", "log_interval"}
+FREE = {"name", "data_dir", "pretrained_path", "dataset_download", "workers", "log_interval"}
 
 
 @dataclass

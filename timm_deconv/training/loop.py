@@ -27,6 +27,7 @@ from . import results
 from .checkpoint import Progress, RunFolder
 from .display import Display
 from .evaluation import evaluate
+from .rates import with_layer_rates
 from .recipe import Recipe
 from .tasks import Classification, Task
 from .watch import Watch
@@ -71,7 +72,7 @@ def train(
         trainer.display.end_epoch()
         accelerator.end_training()
     if record_to and accelerator.is_main_process:
-        results.append_row(record_to, row)
+        results.append_row(record_to, row, trainer.task.headline)
     return row
 
 
@@ -121,6 +122,7 @@ class Trainer:
         network = task.create_model()
         with accelerator.main_process_first():  # which downloads
             train_loader, val_loader = task.create_loaders()
+        task.calibrate(network.to(accelerator.device))
         optimizer = create_optimizer(network, recipe)
         self.scheduler = create_scheduler(optimizer, recipe, len(train_loader))
         with warnings.catch_warnings():
@@ -252,7 +254,7 @@ class Trainer:
         }
         path = self.folder.path / "results.csv"
         if self.accelerator.is_main_process and not path.exists():
-            results.append_row(path, row)
+            results.append_row(path, row, headline)
         return row
 
     def _create_ema(self) -> ModelEmaV3 | None:
@@ -266,6 +268,7 @@ class Trainer:
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """timm's optimiser of the recipe."""
+    groups = with_layer_rates(recipe.weight_decay, recipe.filter_bias_and_bn) if recipe.layer_rates else None
     return create_optimizer_v2(
         model,
         opt=recipe.opt,
@@ -273,6 +276,7 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
         filter_bias_and_bn=recipe.filter_bias_and_bn,
+        param_group_fn=groups,
     )
 
 

@@ -25,6 +25,9 @@ Rate = Field(ge=0, allow_inf_nan=False)
 NOT_IN_HASH = {"name", "model", "model_kwargs", "seed", "data_dir", "dataset_download", "workers", "log_interval"}
 
 
+SGD = ("momentum", "sgd")
+
+
 class Recipe(BaseModel):
     """Settings of one training run. Frozen; `recipe.model_copy(update=...)` is not checked, `merged` is.
 
@@ -32,10 +35,20 @@ class Recipe(BaseModel):
         name: the recipe's name, for the result row.
         model: a name of `timm.list_models()`.
         model_kwargs: handed to `timm.create_model`.
+        pretrained: start from the weights that timm has for the model's name.
+        pretrained_path: start from the weights in this file or output folder; what trained a batch-norm network is
+            carried over into its deconvolution form. A classifier of another size starts anew.
+        calibration_images: of the training set, to whiten by before the first step, in a deconvolution network that
+            starts from such weights (see `timm_deconv.calibrate`); 0 starts from whitening by the identity.
+        head_init_scale: multiplies the classifier's weights and bias at the start; 0 lets it begin with equal scores.
+        freeze_backbone: train the classifier alone; the statistics of norms and whiteners stay too, but for those of
+            `ChannelDeconv`, which has no parameters to freeze.
+        freeze_bn: batch norms keep their statistics, scale and shift, as by `timm.utils.freeze_batch_norm_2d`.
         dataset: `digits` (embedded), `torch/cifar10` and others of torchvision, `hfds/...`, or '' for folders and tars.
         data_dir: where the data set lies or is downloaded to. A folder with train/ or train.tar is read as it is.
         train_split, val_split: as `timm.data.create_dataset` calls them.
         dataset_download: let torchvision download what is missing.
+        train_images, val_images: use so many images only, always the same ones; None for all.
         num_classes: outputs of the classifier.
         input_size: channels, height, width.
         mean, std: per channel, of values in 0..1.
@@ -51,6 +64,8 @@ class Recipe(BaseModel):
         epochs: passes over the training images; the schedule spans them.
         opt: a name of `timm.optim.list_optimizers()`; `momentum` is SGD without Nesterov, `sgd` with.
         lr, momentum, weight_decay: of the optimiser.
+        layer_rates: multiply the rate of each whitened layer by the mean squared norm of its rows at the start;
+            for going on from pretrained weights with SGD; the classifier's otherwise (see `rates.layer_rates`).
         filter_bias_and_bn: keep biases and other vectors out of weight decay. The published recipes decay everything.
         clip_grad: largest norm of the gradient; None leaves it.
         sched: timm's schedule, stepped at every update.
@@ -70,11 +85,19 @@ class Recipe(BaseModel):
     name: str = "custom"
     model: str
     model_kwargs: dict[str, Any] = {}
+    pretrained: bool = False
+    pretrained_path: str | None = None
+    calibration_images: int = Field(0, ge=0)
+    head_init_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
+    freeze_backbone: bool = False
+    freeze_bn: bool = False
     dataset: str
     data_dir: str | None = None
     train_split: str = "train"
     val_split: str = "validation"
     dataset_download: bool = False
+    train_images: PositiveInt | None = None
+    val_images: PositiveInt | None = None
     num_classes: PositiveInt
     input_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 32, 32)
     mean: Triple | tuple[float]
@@ -92,6 +115,7 @@ class Recipe(BaseModel):
     lr: float = Field(gt=0, allow_inf_nan=False)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Rate
+    layer_rates: bool = False
     filter_bias_and_bn: bool = False
     clip_grad: float | None = Field(None, gt=0)
     sched: Literal["cosine", "tanh", "poly", "step", "constant"] = "cosine"
@@ -127,6 +151,10 @@ class Recipe(BaseModel):
     def _fits(self) -> Self:
         if not len(self.mean) == len(self.std) == self.input_size[0]:
             raise ValueError(f"mean and std need {self.input_size[0]} values, one a channel of input_size")
+        if self.calibration_images and not (self.pretrained or self.pretrained_path):
+            raise ValueError("calibration_images are for weights to start from; give pretrained or pretrained_path")
+        if self.layer_rates and self.opt not in SGD:
+            raise ValueError(f"layer_rates is for {' and '.join(SGD)}: opt={self.opt!r} sizes its steps itself")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; lower it")
         return self
@@ -156,6 +184,8 @@ class Recipe(BaseModel):
         Settings at their defaults are left out, so that a new option does not change the hash of an old recipe.
         """
         settings = self.model_dump(mode="json", exclude=NOT_IN_HASH, exclude_defaults=True)
+        if self.pretrained_path:
+            settings["pretrained_path"] = Path(self.pretrained_path).name  # wherever it lies
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
     def yaml(self) -> str:

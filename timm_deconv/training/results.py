@@ -70,9 +70,9 @@ def describe_machine(device: torch.device) -> dict[str, object]:
     }
 
 
-def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Adds the row of a run to a CSV of COLUMNS, see `append_rows`."""
-    append_rows(path, COLUMNS, [row])
+def append_row(path: Path, row: Mapping[str, object], headline: str = "top1") -> None:
+    """Adds the row of a run to a CSV of COLUMNS, `headline` in place of top1; see `append_rows`."""
+    append_rows(path, [column.replace("top1", headline) for column in COLUMNS], [row])
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:

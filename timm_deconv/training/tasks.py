@@ -6,13 +6,17 @@ from typing import Protocol
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils.model import freeze, freeze_batch_norm_2d, unfreeze
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_deconv import data
+from timm_deconv.convert import calibrate
+from timm_deconv.convert.roles import classifier_names
 from timm_deconv.errors import InputError, unknown_name
 
 from .recipe import Recipe
+from .start import check_loaded, start_arguments
 
 Batch = tuple[Tensor, Tensor]
 
@@ -28,6 +32,9 @@ class Task(Protocol):
 
     def create_loaders(self) -> tuple[DataLoader, DataLoader]:
         """Training and evaluation loaders of whole batches over all processes."""
+
+    def calibrate(self, model: nn.Module) -> None:
+        """Whiten the network by training images before the first step, where the recipe says so."""
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The training loss (a scalar with a graph) and the figures (B, columns) without one."""
@@ -46,20 +53,32 @@ class Classification:
     headline = "top1"
 
     def __init__(self, recipe: Recipe, device: torch.device):
-        self.recipe = recipe
+        self.recipe, self.device = recipe, device
         self.normalise = Normalise(recipe.mean, recipe.std, device, recipe.channels_last)
 
     def create_model(self) -> nn.Module:
         return create_model(self.recipe)
 
     def create_loaders(self) -> tuple[DataLoader, DataLoader]:
-        train, val = self._dataset(self.recipe.train_split), self._dataset(self.recipe.val_split)
-        _check_classes(train, val, self.recipe.num_classes)
+        recipe = self.recipe
+        train, val = self._dataset(recipe.train_split), self._dataset(recipe.val_split)
+        _check_classes(train, val, recipe.num_classes)
+        train, val = data.chosen_images(train, recipe.train_images), data.chosen_images(val, recipe.val_images)
         return self._loader(train, training=True), self._loader(val, training=False)
 
     def evaluation_loader(self) -> DataLoader:
         """The evaluation split alone."""
-        return self._loader(self._dataset(self.recipe.val_split), training=False)
+        return self._loader(
+            data.chosen_images(self._dataset(self.recipe.val_split), self.recipe.val_images), training=False
+        )
+
+    def calibrate(self, model: nn.Module) -> None:
+        recipe = self.recipe
+        if not recipe.calibration_images:
+            return
+        train = data.chosen_images(self._dataset(recipe.train_split), recipe.train_images)
+        images = data.chosen_images(train, min(recipe.calibration_images, len(train)))
+        calibrate(model, (self.normalise(batch.to(self.device)) for batch, _ in self._loader(images, training=False)))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         images, target = batch
@@ -127,8 +146,23 @@ def create_model(recipe: Recipe) -> nn.Module:
     if not timm.is_model(recipe.model):
         raise unknown_name("model", recipe.model, timm.list_models())
     kwargs = {"num_classes": recipe.num_classes, "in_chans": recipe.input_size[0], **recipe.model_kwargs}
-    model = timm.create_model(recipe.model, **kwargs)
+    model = timm.create_model(recipe.model, **start_arguments(recipe), **kwargs)
+    check_loaded(recipe, model)
+    if recipe.head_init_scale is not None:
+        _scale_classifier(model, recipe.head_init_scale)
+    if recipe.freeze_bn:
+        freeze_batch_norm_2d(model)
+    if recipe.freeze_backbone:
+        freeze(model)
+        unfreeze(model, list(classifier_names(model)))
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+@torch.no_grad()
+def _scale_classifier(model: nn.Module, scale: float) -> None:
+    for name in classifier_names(model):
+        for parameter in model.get_submodule(name).parameters():
+            parameter.mul_(scale)
 
 
 def _figures(losses: Tensor, output: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""Rates by layer for fine-tuning: every whitened layer takes steps in proportion to its own size.
+
+The weight of a layer behind a batch norm has no scale of its own: if its rows had norm 1, a step of the optimiser would
+turn it by the rate times the gradient. A whitened layer's weight has one, and after batch norms were folded into it and
+the inverse whitener was absorbed (`timm_deconv.calibrate`) it is that of the layer's output: in MobileNetV2 the squared
+row norms of calibrated layers lie between 0.01 and 3, so that one rate turns some layers three hundred times as fast as
+others. Multiplied by the mean squared norm of its rows, a layer's rate turns it as if the rows had norm 1.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from timm_deconv.convert.roles import classifier_names
+from timm_deconv.layers import WhiteningMixin
+
+__all__ = ["layer_rates", "with_layer_rates"]
+
+Groups = list[dict[str, Any]]
+
+
+def layer_rates(model: nn.Module) -> dict[str, float]:
+    """What a rate is multiplied by, by name of the whitened layer's weight.
+
+    Of a classifier w with whitener D a step of SGD moves the folded weight w D by D^2 times the gradient; it is divided
+    by the mean eigenvalue of D^2, and so as large as without whitening. No norm stands behind a classifier in
+    batch-norm networks either. Every other layer gets the mean squared norm of its rows.
+    """
+    classifiers = classifier_names(model)
+    return {
+        f"{name}.weight": _classifier_rate(layer) if name in classifiers else _row_rate(layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, WhiteningMixin)
+    }
+
+
+def _row_rate(layer: WhiteningMixin) -> float:
+    size = layer.weight.detach().flatten(1).square().sum(1).mean().item()
+    return size or 1.0  # a branch that starts at zero has to leave it
+
+
+def _classifier_rate(layer: WhiteningMixin) -> float:
+    return 1 / layer.running_deconv.square().sum(-1).mean().item()
+
+
+def with_layer_rates(weight_decay: float, exclude_1d: bool) -> Callable[[nn.Module], Groups]:
+    """timm's parameter groups with a group of its own, and an `lr_scale`, for each whitened layer's weight.
+
+    For optimisers whose step is proportional to the gradient (SGD); others make up for its size themselves.
+
+    Args:
+        weight_decay: of the groups; its steps are multiplied like the gradient's.
+        exclude_1d: no decay of biases and other vectors.
+    """
+
+    def groups(model: nn.Module) -> Groups:
+        parameters = dict(model.named_parameters())
+        scales = {parameters[name]: scale for name, scale in layer_rates(model).items()}
+        made: Groups = []
+        for group in param_groups_weight_decay(model, weight_decay, weight_decay_exclude_1d=exclude_1d):
+            scaled = [parameter for parameter in group["params"] if parameter in scales]
+            others = [parameter for parameter in group["params"] if parameter not in scales]
+            made += [{**group, "params": others}] if others else []
+            made += [{**group, "params": [parameter], "lr_scale": scales[parameter]} for parameter in scaled]
+        return made
+
+    return groups
