@@ -1,12 +1,16 @@
 #!/usr/bin/env python
-"""Accuracy of whitening options and their peers over seeds, and against the time of a training step.
+"""Accuracy of whitening options and their peers over seeds, against the time of a training step or against the rate.
 
     study.py cifar10_e1 vgg11_cifar --data-dir DIR --seeds 0 1 --variants twin fast 'fast deconv.block=16'
     study.py cifar10_e1 vgg11_cifar --data-dir DIR --picture pareto.png --variants twin fast
+    study.py finetune mobilenetv2_100 --data-dir DIR --variants 'twin lr=0.01' 'fast lr=0.01'
+    study.py finetune mobilenetv2_100 --rates rates.png --output finetune.csv
 
 A variant is `twin` (batch norm), `iterative` (iterative normalisation) or a preset, and settings as of train.py, those
 of the whitening as deconv.key=value. Rows go to --output, and with --record to hub_configs/results of the checkout too;
-runs that have rows there are not done again. --picture trains nothing: it times steps and draws what there is.
+runs that have rows there are not done again. --picture trains nothing: it times steps and draws what there is;
+--rates draws all rows of a file, without training either. Going on from weights is recorded in finetune.csv, from the
+beginning in study.csv.
 """
 
 import argparse
@@ -16,8 +20,6 @@ from timm_deconv.benchmark import plots, rows, study
 from timm_deconv.benchmark.step import StepSettings
 from timm_deconv.errors import one_line_errors
 from timm_deconv.training import load_recipe
-
-FILE = "study.csv"
 
 
 def parse() -> argparse.Namespace:
@@ -29,9 +31,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--width", type=float, help="multiplies the channels, in networks that have the argument")
     parser.add_argument("--data-dir", help="of the images, as for train.py")
-    parser.add_argument("--output", default=Path("output", FILE), type=Path, help="CSV file; runs lie beside it")
+    parser.add_argument("--output", type=Path, help="CSV file; default output/study.csv or finetune.csv")
     parser.add_argument("--record", action="store_true", help="to the checkout's results too")
     parser.add_argument("--picture", type=Path, help="accuracy against step time of the rows recorded, or in --output")
+    parser.add_argument("--rates", type=Path, help="picture of final accuracies against the rate, of the same rows")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each step")
     return parser.parse_intermixed_args()
 
@@ -41,11 +44,17 @@ def main() -> None:
     with one_line_errors():
         arguments = {} if args.width is None else {"width": args.width}
         overrides = [*args.settings, *([f"data_dir={args.data_dir}"] if args.data_dir else [])]
-        recipe = load_recipe(args.recipe, overrides).merged({"model_kwargs": arguments})
+        recipe = load_recipe(args.recipe, overrides)
+        recipe = recipe.merged({"model_kwargs": recipe.model_kwargs | arguments})
         variants = [study.variant(text, args.network, recipe) for text in args.variants]
-        files = rows.result_files(args.output, args.record, FILE)
+        name = "finetune.csv" if recipe.pretrained or recipe.pretrained_path else "study.csv"
+        output = args.output or Path("output", name)
+        files = rows.result_files(output, args.record, name)
+        if args.rates:
+            plots.rates_picture(study.rate_rows(files[-1]), args.rates)
+            return
         if args.picture is None:
-            study.study(variants, args.seeds, args.output.parent / "runs", files)
+            study.study(variants, args.seeds, output.parent / "runs", files)
             return
         plots.need_matplotlib()
         measured = study.pareto_rows(files[-1], variants, StepSettings(batch=recipe.batch_size, rounds=args.rounds))

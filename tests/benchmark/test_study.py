@@ -11,7 +11,15 @@ from torch import nn
 from timm_deconv.benchmark.baselines import IterativeNorm2d
 from timm_deconv.benchmark.plots import unbeaten
 from timm_deconv.benchmark.step import StepSettings
-from timm_deconv.benchmark.study import COLUMNS, PARETO_COLUMNS, final_accuracies, pareto_rows, study, variant
+from timm_deconv.benchmark.study import (
+    COLUMNS,
+    PARETO_COLUMNS,
+    final_accuracies,
+    pareto_rows,
+    rate_rows,
+    study,
+    variant,
+)
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 from timm_deconv.training import Recipe, load_recipe
@@ -86,3 +94,36 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
 def _run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_rates_are_read_from_the_rows_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.csv"
+    common = dict.fromkeys(COLUMNS, "") | {"network": "net", "data": "set", "recipe": "finetune", "epochs": 2}
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS)
+        writer.writeheader()
+        for name, lr, seed, top1 in (
+            ("twin", 0.1, 0, 40),
+            ("twin", 0.1, 1, 50),
+            ("fast", 0.1, 0, 60),
+            ("fast", 1, 0, 9),
+        ):
+            for epoch in (1, 2):
+                text = f"{name} lr={lr}"
+                row = {"variant": text, "lr": lr, "seed": seed, "epoch": epoch, "top1": top1 * epoch / 2}
+                writer.writerow(common | row)
+    rows = {(row["variant"], row["lr"]): row for row in rate_rows(file)}
+    assert rows["twin", 0.1] | {"value": 45.0, "seeds": 2, "deviation": 7.071, "figure": "top1"} == rows["twin", 0.1]
+    assert rows["fast", 0.1]["value"] == 60 and rows["fast", 1.0]["value"] == 9
+    arguments = ["finetune", "mobilenetv2_100", "--rates", tmp_path / "rates.png", "--output", file]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert (tmp_path / "rates.png").stat().st_size > 5000
+
+
+def test_comparisons_that_would_not_be_what_their_row_says_are_refused(recipe: Recipe) -> None:
+    for text in ("iterative dataset=camvid", "iterative freeze_bn=true"):
+        with pytest.raises(InputError, match="iterative normalisation is compared in classification"):
+            variant(text, "vgg11_cifar", recipe)
+    twin = variant("twin", "vgg11_cifar", recipe.merged({"model_kwargs": {"deconv": "fast", "width": 0.5}}))
+    assert twin.recipe.model_kwargs == {"width": 0.5}

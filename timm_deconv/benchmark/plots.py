@@ -7,7 +7,7 @@ from timm_deconv.errors import InputError
 
 from .rows import Row
 
-__all__ = ["need_matplotlib", "pareto_picture", "share_picture"]
+__all__ = ["need_matplotlib", "pareto_picture", "rates_picture", "share_picture"]
 
 LABELS = {"batch": "images a batch", "image_size": "pixels on a side", "width": "width"}
 
@@ -70,6 +70,33 @@ def pareto_picture(rows: Sequence[Row], path: Path) -> None:
         axes.annotate(row["variant"], (row["seconds"], row["top1"]), fontsize="x-small", **at)
     front = unbeaten(rows)
     axes.plot([row["seconds"] for row in front], [row["top1"] for row in front], ":", color="grey")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def rates_picture(rows: Sequence[Row], path: Path) -> None:
+    """Figures of `study.rate_rows` against the rate, a panel for each kind of run and a line a variant.
+
+    Raises:
+        InputError: there is no matplotlib.
+    """
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
+    kinds = "network width data recipe epochs opt amp figure".split()
+    panels = sorted({tuple(row[kind] for kind in kinds) for row in rows})
+    figure = Figure(figsize=(5 * len(panels), 4.5), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        shown = [row for row in rows if tuple(row[kind] for kind in kinds) == panel]
+        network, _, data, recipe, epochs, *_, figure_name = panel
+        axes.set(xscale="log", xlabel="rate", ylabel=f"{figure_name} in %")
+        axes.set_title(f"{network}, {data}, {recipe}, {epochs} epochs", fontsize="small")
+        for name in dict.fromkeys(row["variant"] for row in shown):
+            line = sorted((row for row in shown if row["variant"] == name), key=lambda row: row["lr"])
+            deviations = [row["deviation"] or 0 for row in line]
+            x, y = [row["lr"] for row in line], [row["value"] for row in line]
+            axes.errorbar(x, y, yerr=deviations, fmt="o-", capsize=3, label=name)
+        axes.legend(fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -25,15 +25,27 @@ from timm_deconv.training.tasks import Classification
 
 from .networks import with_iterative_norm
 from .rows import CONDITIONS, Row, conditions, rounded
+from .segmentation import Segmentation
 from .step import StepSettings, check_training, random_batch, training_step
 from .timing import interleave
 
-__all__ = ["COLUMNS", "PARETO_COLUMNS", "SHOWN", "Variant", "final_accuracies", "pareto_rows", "study", "variant"]
+__all__ = [
+    "APART",
+    "COLUMNS",
+    "PARETO_COLUMNS",
+    "SHOWN",
+    "Variant",
+    "final_accuracies",
+    "pareto_rows",
+    "rate_rows",
+    "study",
+    "variant",
+]
 
 PEERS = ("twin", "iterative")
 
 COLUMNS = [
-    *"network width variant recipe recipe_hash seed data opt lr amp epochs epoch top1 train_loss seconds".split(),
+    *"network width variant recipe recipe_hash seed data opt lr amp epochs epoch top1 miou train_loss seconds".split(),
     *CONDITIONS,
 ]
 
@@ -42,6 +54,9 @@ PARETO_COLUMNS = [
     *"ratio_to_first batch rounds".split(),
     *CONDITIONS,
 ]
+
+APART = "network width data recipe epochs opt amp".split()
+"""Columns that tell runs apart which are not to be averaged or joined by a line."""
 
 SHOWN = "variant top1 top1_deviation seeds seconds ratio_to_first".split()
 
@@ -52,7 +67,7 @@ class Variant:
 
     name: str
     recipe: Recipe
-    task: type[Classification]
+    task: type[Classification] | type[Segmentation]
 
     def create_model(self) -> nn.Module:
         """A fresh network, in training mode."""
@@ -79,11 +94,17 @@ def variant(text: str, network: str, recipe: Recipe) -> Variant:
         pairs = [name.removesuffix("_deconv") for name in timm.list_models("*_deconv")]
         raise unknown_name("pair of networks", network, pairs)
     arguments: dict[str, Any] = dict(recipe.model_kwargs)
+    arguments.pop("deconv", None)
     if first in PRESETS:
         arguments["deconv"] = {"preset": first}
     long = [f"model_kwargs.{setting}" if setting.startswith("deconv.") else setting for setting in settings]
     model = {"model": network if first in PEERS else f"{network}_deconv", "model_kwargs": arguments}
+    model |= {"calibration_images": 0} if first in PEERS else {}
     changed = recipe.merged(parse_settings(long, recipe.model_dump() | model))
+    if first == "iterative" and (changed.dataset == "camvid" or changed.freeze_bn or changed.freeze_backbone):
+        raise InputError(f"{text!r}: iterative normalisation is compared in classification, with nothing frozen")
+    if changed.dataset == "camvid":
+        return Variant(text, changed, Segmentation)
     return Variant(text, changed, IterativeNormalisation if first == "iterative" else Classification)
 
 
@@ -110,7 +131,7 @@ def study(
             if not missing:
                 continue
             progress(f"{recipe.model} {recipe.model_kwargs}: {each.name}, seed {seed}")
-            place = folder / f"{_slug(each.name)}-{recipe.model}-{recipe.model_kwargs.get('width', 1.0)}-seed{seed}"
+            place = folder / f"{_slug(each.name)}-{recipe.model}-{_slug(data_name(recipe))}-{recipe.hash()}-seed{seed}"
             train(recipe, place, resume=True, task=each.task)
             rows = list(_epoch_rows(each.name, recipe, place / "curve.csv"))
             for file in missing:
@@ -123,8 +144,30 @@ def final_accuracies(file: Path, variants: Sequence[Variant]) -> dict[str, list[
     for row in _read(file):
         for each in variants:
             if _is_of(row, each.name, each.recipe) and int(row["epoch"]) == each.recipe.epochs:
-                found[each.name].append(float(row["top1"]))
+                found[each.name].append(float(row["top1"] or row["miou"]))
     return found
+
+
+def rate_rows(file: Path) -> list[Row]:
+    """What the variants in a file reached at each rate: the mean over seeds of the last epoch's figure, and deviation.
+
+    A variant's own `lr=` is taken out of its text. Other widths, recipes, lengths of training, optimisers and
+    precisions stand apart; settings given for all variants of a study do not: keep such studies in files of their own.
+    """
+    found: dict[tuple[str, ...], list[float]] = {}
+    for row in _read(file):
+        if row["epoch"] == row["epochs"]:
+            name = " ".join(word for word in row["variant"].split() if not word.startswith("lr="))
+            figure = "miou" if row["miou"] else "top1"
+            key = (*(row[column] for column in APART), name, figure, row["lr"])
+            found.setdefault(key, []).append(float(row[figure]))
+    names = [*APART, "variant", "figure"]
+    return [
+        dict(zip(names, key[:-1], strict=True))
+        | {"lr": float(key[-1]), "value": rounded(statistics.mean(values)), "seeds": len(values)}
+        | {"deviation": rounded(statistics.stdev(values)) if len(values) > 1 else ""}
+        for key, values in found.items()
+    ]
 
 
 def pareto_rows(
@@ -176,14 +219,19 @@ def _step(each: Variant, settings: StepSettings) -> Callable[[], object]:
 
 def _epoch_rows(name: str, recipe: Recipe, curve: Path) -> Iterator[Row]:
     common = _identity(name, recipe) | {
-        "data": Path(recipe.data_dir).resolve().name if recipe.data_dir else "",
+        "data": data_name(recipe),
         "opt": recipe.opt,
         "lr": recipe.lr,
         "amp": recipe.amp_dtype if recipe.amp else "",
         **conditions("cuda" if torch.cuda.is_available() else "cpu"),  # where `train` runs
     }
     for row in csv.DictReader(curve.read_text().splitlines()):
-        yield common | {column: row[column] for column in ("epoch", "top1", "train_loss", "seconds")}
+        yield common | {column: row.get(column, "") for column in ("epoch", "top1", "miou", "train_loss", "seconds")}
+
+
+def data_name(recipe: Recipe) -> str:
+    """The data folder's name, by which rows tell variants of a data set apart."""
+    return Path(recipe.data_dir).resolve().name if recipe.data_dir else ""
 
 
 def _identity(name: str, recipe: Recipe) -> Row:
