@@ -139,7 +139,8 @@ def _photographs(settings: FidelitySettings, model: nn.Module, images: int | Non
     dataset.target_transform = [known[name] for name in names].__getitem__
     cfg = timm.data.resolve_data_config(model=model)
     dataset.transform = timm.data.create_transform(**cfg, is_training=False)
-    chosen = chosen_images(dataset, settings.images)
+    # all of them too in a random order: sorted by class, a batch would hold one kind of animal, and its statistics too
+    chosen = chosen_images(dataset, settings.images or len(dataset))
     return DataLoader(chosen if images is None else chosen_images(chosen, min(images, len(chosen))), settings.batch)
 
 
