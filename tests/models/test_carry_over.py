@@ -304,7 +304,9 @@ def test_a_file_of_other_classes_or_without_counters_is_read_as_timm_reads_it(tm
     torch.save(weights, tmp_path / "older.pth")
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        found = batch_norm_network("test_resnet", tmp_path / "older.pth", num_classes=10).eval()(x)
+        model = batch_norm_network("test_resnet", tmp_path / "older.pth", num_classes=10).eval()
+        found = model(x)
+    save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True)
     assert (found - source(x)).abs().max() < 1e-4 * source(x).abs().max()
     with pytest.raises(InputError, match="do not fit test_resnet") as error:
         batch_norm_network("test_resnet", tmp_path / "older.pth")

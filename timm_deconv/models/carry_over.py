@@ -84,7 +84,9 @@ def batch_norm_network(network: str, checkpoint: str | Path | None = None, **kwa
         overlay = {"state_dict": dict(weights)} | {k: v for k, v in kwargs.items() if k == "num_classes"}
         return timm.create_model(network, pretrained=bool(weights), pretrained_cfg_overlay=overlay, **kwargs)
 
-    return by_name_or_order(build, read_weights(file), network)
+    model = by_name_or_order(build, read_weights(file), network)
+    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k != "state_dict"}  # type: ignore[operator, union-attr]
+    return model
 
 
 def _check_name(network: str) -> None:
