@@ -109,21 +109,21 @@ def isqrt_backward(grad: Tensor, saved: list[Tensor]) -> Tensor:
 def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Gradient of the last Z with respect to the first Y; `pairs`: (Y, Z) of every step, the last first.
 
-    All iterates are polynomials of one symmetric matrix: they commute, and cotangents may be kept symmetric. With G_z,
-    G_y the cotangents of Z', Y' behind a step, P = G_z Z and Q = G_y Y, the ones before it are, for G_t = sym(P + Q),
-    (3 G_z - sym((P + G_t) Y)) / 2 and (3 G_y - sym((Q + G_t) Z)) / 2.
+    All iterates are polynomials of one symmetric matrix: they commute, and of cotangents the symmetric part counts. With
+    G_z and G_y the symmetric cotangents of Z' and Y' behind a step, P = G_z Z, Q = Y G_y and G_t = P + Q, the ones
+    before it are the symmetric parts of (3 G_z - (P + G_t) Y) / 2 and (3 G_y - Z (Q + G_t)) / 2.
     """
     grad_z, grad_y = _symmetric(grad), None
     for y, z in pairs:
         p = torch.bmm(grad_z, z)
         if grad_y is None:
-            grad_t = _symmetric(p)
-            grad_y = _symmetric(torch.baddbmm(grad_t, grad_t, z, beta=0, alpha=-0.5))
+            grad_y = _symmetric(torch.baddbmm(p, z, p, beta=0, alpha=-0.5))
+            grad_z = _symmetric(torch.baddbmm(grad_z, p, y, beta=1.5, alpha=-1))
         else:
-            q = torch.bmm(grad_y, y)
-            grad_t = _symmetric(p + q)
-            grad_y = _symmetric(torch.baddbmm(grad_y, q + grad_t, z, beta=1.5, alpha=-0.5))
-        grad_z = _symmetric(torch.baddbmm(grad_z, p + grad_t, y, beta=1.5, alpha=-0.5))
+            q = torch.bmm(y, grad_y)
+            grad_t = p + q
+            grad_y = _symmetric(torch.baddbmm(grad_y, z, q + grad_t, beta=1.5, alpha=-0.5))
+            grad_z = _symmetric(torch.baddbmm(grad_z, p + grad_t, y, beta=1.5, alpha=-0.5))
     if grad_y is None:
         return -0.5 * grad_z
     return _symmetric(torch.baddbmm(grad_y, grad_y, first, beta=1.5, alpha=-1)).sub(grad_z, alpha=0.5)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.convert.policy import GUARDED, Role
-from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, operation
+from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, maps, operation
 
 Layer = Deconv2d | DeconvLinear
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -56,19 +56,19 @@ def test_whitening_the_input_is_whitening_the_weight(
         layer.to(memory_format=memory_format)
     assert layer.partition.of_channels and layer.partition.groups == layer.partition.sets == 1
     results, sides = [], []
-    whiten = operation._whiten_channels
+    whiten = operation.apply_whitener
     for of_input in (False, True):
         torch.manual_seed(3)
         this, image = copy.deepcopy(layer), x.clone().requires_grad_()
         monkeypatch.setattr(operation, "whitens_input", lambda *_, of_input=of_input: of_input)
         whitened: list[bool] = []
         with monkeypatch.context() as counted:
-            counted.setattr(operation, "_whiten_channels", lambda *a, w=whitened: (w.append(True), whiten(*a))[1])
+            counted.setattr(operation, "apply_whitener", lambda *a, w=whitened: (w.append(True), whiten(*a))[1])
             output = this(image)
             grads = torch.autograd.grad(output, [image, *this.parameters()], torch.randn(output.shape, dtype=x.dtype))
         sides.append(len(whitened))
         results.append([output.detach(), *grads, this.running_mean, this.running_deconv])
-    assert sides == [0, 3]  # forward, again in the backward pass, and for the gradient
+    assert sides == [0, 2]  # forward, and again in the backward pass
     for by_weight, by_input in zip(*results, strict=True):
         assert (by_input - by_weight).norm() <= 1e-9 * by_weight.norm()
 
@@ -240,8 +240,8 @@ def test_padding_counts_as_often_as_the_convolution_sees_it_but_for_a_cap(
     layer = Deconv2d(8, 6, **geometry, dtype=torch.float64, cfg=cfg)
     x = correlated(20, 8, 1, 1).add(1).expand(-1, -1, 7, 9)  # so that it does not matter which pixels are seen
     padding = [layer.padding[1]] * 2 + [layer.padding[0]] * 2
-    assert layer.padding_share(x) == (operation.MOST_PADDING if any(padding) else 0)
-    monkeypatch.setattr(operation, "MOST_PADDING", 1.0)
+    assert layer.padding_share(x) == (maps.MOST_PADDING if any(padding) else 0)
+    monkeypatch.setattr(maps, "MOST_PADDING", 1.0)
     windows = F.unfold(F.pad(x, padding), layer.kernel_size, layer.dilation, 0, layer.stride)
     seen = windows.unflatten(1, [8, -1]).transpose(0, 1).flatten(1)
     layer(x)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d, DeconvCfg, preset
-from timm_deconv.layers.operation import ConvMap
+from timm_deconv.layers.maps import ConvMap
 
 from .baselines import PublishedConv2d
 from .rows import CONDITIONS, Row, conditions, rounded

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .operation import Map, whitened_map
+from .maps import Map
+from .operation import whitened_map
 from .partition import Partition
+from .statistics import Statistics, batch_statistics
 from .whitening import fold
 
 __all__ = ["WhiteningMixin", "in_recomputation"]
@@ -112,13 +114,22 @@ class WhiteningMixin(nn.Module):
         if frozen is True:
             output = self.linear_map(input, *self._frozen_fold())
         else:
-            running = (frozen, *self._running_values()) if isinstance(frozen, Tensor) else None
-            output, mean, whitener = whitened_map(input, self.weight, self.bias, self.linear_map, running)
+            statistics = batch_statistics(input, self.linear_map)
             if not recomputing:
-                self._track(mean, whitener, frozen)
+                self._track(statistics.mean, statistics.whitener, frozen)
+            on_device = frozen if isinstance(frozen, Tensor) else None
+            if on_device is not None:
+                statistics = self._running_where(on_device, statistics)
+            output = whitened_map(input, self.weight, self.bias, self.linear_map, statistics, on_device)
         if not recomputing:
             self._count_forward()
         return output
+
+    def _running_where(self, frozen: Tensor, live: Statistics) -> Statistics:
+        mean, whitener = self._running_values()
+        return Statistics(
+            torch.where(frozen, mean, live.mean), torch.where(frozen, whitener, live.whitener), live.iterates
+        )
 
     def _frozen_fold(self) -> Folded:
         mean, whitener = (value.detach().clone() for value in self._running_values())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .base import WhiteningMixin
 from .config import DeconvCfg
-from .operation import ConvMap
+from .maps import ConvMap
 from .partition import partition_conv, split_rows
 from .sampling import Window
 from .whitening import fold

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .base import WhiteningMixin
 from .config import DeconvCfg
-from .operation import LinearMap
+from .maps import LinearMap
 from .partition import partition_linear, split_rows
 from .whitening import fold
 

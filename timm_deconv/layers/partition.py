@@ -47,6 +47,11 @@ class Partition(NamedTuple):
         """S, the number of means and covariances."""
         return 1 if self.shared else self.blocks
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether one D multiplies every run of F channels, so that applying it is a 1x1 convolution."""
+        return self.of_channels and self.groups == self.sets == 1
+
 
 def effective_block(channels: int, block: int) -> int:
     """The published rule: all channels if the block is larger, their greatest common divisor if it does not divide."""
@@ -140,7 +145,7 @@ def sum_blocks(rows: Tensor, outputs: int, partition: Partition) -> Tensor:
 
 def sum_shift(shift: Tensor, partition: Partition) -> Tensor:
     """(S, O / groups) products of `sum_blocks` with something of each set -> (O,)."""
-    return shift.reshape(-1) if partition.groups > 1 else shift.sum(0)
+    return shift.reshape(-1) if partition.groups > 1 or partition.shared else shift.sum(0)
 
 
 def spread_shift(grad: Tensor, partition: Partition) -> Tensor:

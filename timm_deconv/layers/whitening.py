@@ -13,12 +13,18 @@ from .config import DeconvCfg
 from .partition import Partition, split_weight, sum_blocks, sum_shift, unsplit_weight
 
 __all__ = [
+    "apply_whitener",
+    "apply_whitener_backward",
     "count_padding",
     "count_padding_backward",
     "fold",
     "fold_bias",
+    "fold_weight",
+    "fold_weight_backward",
     "regularise",
     "regularise_backward",
+    "subtract_shift_gradient_",
+    "sum_channels",
     "whitener",
 ]
 
@@ -78,17 +84,112 @@ def fold(
     """
     features = partition.features
     dtype = torch.promote_types(weight.dtype, whitener.dtype)
-    rows = split_weight(weight.to(dtype), partition)
     matrix = whitener.to(dtype).reshape(-1, features, features)
+    rows = split_weight(weight.to(dtype), partition) @ matrix
     sums = sum_blocks(rows, weight.shape[0], partition)
-    folded_bias = fold_bias(bias, sums, mean.to(dtype).reshape(-1, features), matrix, partition)
-    folded = unsplit_weight(rows @ matrix, list(weight.shape), partition)
+    folded_bias = fold_bias(bias, sums, mean.to(dtype).reshape(-1, 1, features), partition)
+    folded = unsplit_weight(rows, list(weight.shape), partition)
     if weight.is_contiguous():
         folded = folded.contiguous()
     return folded.to(weight.dtype), folded_bias.to(weight.dtype)
 
 
-def fold_bias(bias: Tensor | None, sums: Tensor, mean: Tensor, whitener: Tensor, partition: Partition) -> Tensor:
-    """Bias b - w D mu (O,) from the weight's `sum_blocks` (S, O / groups, F), mean (S, F) and whitener (S, F, F)."""
-    shift = sum_shift((sums @ (whitener @ mean.unsqueeze(-1))).squeeze(-1), partition)
-    return -shift if bias is None else bias - shift
+def fold_bias(bias: Tensor | None, sums: Tensor, shift: Tensor, partition: Partition) -> Tensor:
+    """Bias (O,) minus the products of `sum_blocks` (S, O / groups, F) of a weight with what it meets, (S, 1, F)."""
+    products = sum_shift((sums @ shift.mT).squeeze(-1), partition)
+    return -products if bias is None else bias - products
+
+
+def fold_weight(weight: Tensor, whitener: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+    """w D in the weight's shape and memory format, which decides in which one a convolution runs; its `sum_blocks`.
+
+    The weight in the whitener's dtype. Unlike `fold`, in the precision of convolutions (TF32 on GPUs, where these are)
+    when D multiplies runs of channels: on many processors libraries multiply faster as a convolution than as matrices.
+    """
+    if partition.pointwise:
+        folded = apply_whitener(weight, whitener)
+        return folded, sum_channels(folded, partition)
+    rows = torch.bmm(split_weight(weight, partition), whitener)
+    folded = unsplit_weight(rows, list(weight.shape), partition)
+    folded = folded.contiguous() if weight.is_contiguous() else folded
+    return folded, sum_blocks(rows, weight.shape[0], partition)
+
+
+def fold_weight_backward(
+    grad_folded: Tensor, grad_outputs: Tensor, shift: Tensor, weight: Tensor, whitener: Tensor, partition: Partition
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and D from that of w D (overwritten) and, (S, O / groups), of the bias with w D mu."""
+    if partition.pointwise:
+        grad_folded = subtract_shift_gradient_(grad_folded, grad_outputs, shift, partition)
+        return apply_whitener_backward(grad_folded, weight, whitener)
+    grad_rows, rows = split_weight(grad_folded, partition), split_weight(weight, partition)
+    of_outputs = grad_rows.unflatten(1, [grad_outputs.shape[1], -1])
+    of_outputs.addcmul_(grad_outputs[..., None, None], shift.unsqueeze(2), value=-1)
+    grad_weight = unsplit_weight(torch.bmm(grad_rows, whitener.mT), list(weight.shape), partition)
+    grad_weight = grad_weight.contiguous() if weight.is_contiguous() else grad_weight
+    return grad_weight, torch.bmm(rows.mT, grad_rows)
+
+
+def sum_channels(weight: Tensor, partition: Partition) -> Tensor:
+    """`sum_blocks` of a weight (O, ...) whose runs of channels meet one mean: (1, O, F)."""
+    blocks = weight.unflatten(1, [-1, partition.features])
+    return blocks.sum([dim for dim in range(1, blocks.ndim) if dim != 2]).unsqueeze(0)
+
+
+def subtract_shift_gradient_(grad: Tensor, grad_outputs: Tensor, shift: Tensor, partition: Partition) -> Tensor:
+    """Subtract from the gradient of such a weight that of its part in the bias: (1, O) outputs times (1, 1, F)."""
+    kernel = [1] * (grad.ndim - 2)
+    of_blocks = grad.unflatten(1, [-1, partition.features])
+    of_blocks.addcmul_(grad_outputs.view(-1, 1, 1, *kernel), shift.view(-1, *kernel), value=-1)
+    return grad
+
+
+def apply_whitener(values: Tensor, whitener: Tensor) -> Tensor:
+    """Every run of F channels times D (1, F, F): of rows (R, K), or, as a 1x1 convolution, of images (N, C, H, W)."""
+    features = whitener.shape[-1]
+    if values.ndim == 2:
+        return (values.reshape(-1, features) @ whitener[0].to(values.dtype)).view(values.shape)
+    last = values.is_contiguous(memory_format=torch.channels_last)
+    whitened = torch.conv2d(_runs_apart(values, features, last), _kernel(whitener, values.dtype))
+    return _runs_together(whitened, values, last)
+
+
+def apply_whitener_backward(grad: Tensor, values: Tensor, whitener: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of values and D from that of `apply_whitener`."""
+    features = whitener.shape[-1]
+    if values.ndim == 2:
+        grad_whitener = values.reshape(-1, features).mT @ grad.reshape(-1, features)
+        return apply_whitener(grad, whitener.mT), grad_whitener.unsqueeze(0).to(whitener.dtype)
+    last = values.is_contiguous(memory_format=torch.channels_last)
+    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    grad_values, grad_kernel, _ = torch.ops.aten.convolution_backward(
+        _runs_apart(grad, features, last),
+        _runs_apart(values, features, last),
+        _kernel(whitener, values.dtype),
+        [0],
+        *geometry,
+        [True, True, False],
+    )
+    grad_whitener = grad_kernel.reshape(features, features).mT.unsqueeze(0)
+    return _runs_together(grad_values, values, last), grad_whitener.to(whitener.dtype)
+
+
+def _kernel(whitener: Tensor, dtype: torch.dtype) -> Tensor:
+    return whitener[0].mT[..., None, None].to(dtype)
+
+
+def _runs_apart(values: Tensor, features: int, last: bool) -> Tensor:
+    """Images of F channels, a view: every run of channels becomes a pixel in channels_last, else an image."""
+    if not last:
+        return values.reshape(-1, features, *values.shape[2:])
+    pixels = values.permute(0, 2, 3, 1)
+    return pixels.reshape(pixels.shape[0], pixels.shape[1], -1, features).permute(0, 3, 1, 2)
+
+
+def _runs_together(images: Tensor, like: Tensor, last: bool) -> Tensor:
+    """The inverse, in the shape and strides of `like`."""
+    if not last:
+        return images.reshape(like.shape)
+    count, channels, height, width = like.shape
+    pixels = images.permute(0, 2, 3, 1).reshape(count, height, width, channels)
+    return pixels.reshape(like.shape) if like.is_contiguous() else pixels.permute(0, 3, 1, 2)

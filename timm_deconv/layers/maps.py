@@ -1,0 +1,91 @@
+"""The linear maps that whitening layers apply: what they see, how that is sampled, and the way back."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import DeconvCfg
+from .partition import Partition
+from .sampling import PIXEL, Window, add_window_columns_, choose_sampling, window_columns
+
+__all__ = ["ConvMap", "LinearMap", "Map"]
+
+MOST_PADDING = 0.01
+"""Most weight of padding in the statistics of blocks of channels: enough to bound what leaves at the border of an image
+without variance, where D mu is near weight ** -0.5. Counting all of it cost a point of accuracy (README)."""
+
+Gradients = tuple[Tensor | None, Tensor, Tensor]
+
+
+class ConvMap(NamedTuple):
+    """A convolution of zero-padded images and the windows that it sees."""
+
+    window: Window
+    groups: int
+    partition: Partition
+    cfg: DeconvCfg
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        window = self.window
+        return torch.conv2d(x, weight, bias, window.stride, window.padding, window.dilation, self.groups)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, with_x: bool) -> Gradients:
+        """Gradients of x (None unless `with_x`), weight and bias."""
+        window, needed = self.window, [with_x, True, True]
+        geometry = (window.stride, window.padding, window.dilation, False, [0, 0], self.groups)
+        return torch.ops.aten.convolution_backward(grad, x, weight, [weight.shape[0]], *geometry, needed)
+
+    @property
+    def sampled(self) -> Window:
+        """The windows that are samples: the convolution's, or single pixels of the image without its padding."""
+        if self.window.pointwise:
+            return self.window._replace(padding=(0, 0))
+        return PIXEL if self._of_pixels else self.window
+
+    @property
+    def _of_pixels(self) -> bool:
+        return self.cfg.layout == "channels" and self.partition.of_channels
+
+    def padding_share(self, x: Tensor) -> float:
+        """The weight in the statistics of padding that the convolution sees but that is not among the samples."""
+        return min(self.window.padding_share((x.shape[2], x.shape[3])), MOST_PADDING) if self._of_pixels else 0.0
+
+    def columns(self, x: Tensor) -> Tensor:
+        """Sampled windows, (..., K)."""
+        return window_columns(x, self.sampled, choose_sampling(x, self.sampled, self.partition, self.cfg))
+
+    def add_columns_(self, grad_x: Tensor, grad_columns: Tensor) -> None:
+        """Add the gradient of `columns(x)` to that of x."""
+        sampling = choose_sampling(grad_x, self.sampled, self.partition, self.cfg)
+        add_window_columns_(grad_x, grad_columns, self.sampled, sampling)
+
+
+class LinearMap(NamedTuple):
+    """A linear layer and the feature vectors (R, K) that it sees, each a sample."""
+
+    partition: Partition
+    cfg: DeconvCfg
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, with_x: bool) -> Gradients:
+        """Gradients of x (None unless `with_x`), weight and bias."""
+        return grad @ weight if with_x else None, grad.mT @ x, grad.sum(0)
+
+    def padding_share(self, x: Tensor) -> float:
+        """Nothing is padded."""
+        return 0.0
+
+    def columns(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def add_columns_(self, grad_x: Tensor, grad_columns: Tensor) -> None:
+        """Add the gradient of `columns(x)` to that of x."""
+        grad_x += grad_columns
+
+
+Map = ConvMap | LinearMap

@@ -1,0 +1,64 @@
+"""Mean and whitener of a batch, and the way back to it by hand.
+
+Rows are gathered again in the backward pass, so that nothing of the size of an unfolded input is kept, and their
+gradient lands in place in that of the input.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from timm_deconv.linalg import covariance, full_precision, isqrt_backward, isqrt_with_iterates
+
+from .maps import Map
+from .partition import split_rows, unsplit_rows
+from .whitening import count_padding, count_padding_backward, regularise, regularise_backward
+
+__all__ = ["Statistics", "add_statistics_gradient_", "batch_statistics"]
+
+
+class Statistics(NamedTuple):
+    """Mean (S, F) and whitener (S, F, F), and what the way back through the whitener needs."""
+
+    mean: Tensor
+    whitener: Tensor
+    iterates: list[Tensor]
+
+
+@torch.no_grad()
+def batch_statistics(x: Tensor, linear_map: Map) -> Statistics:
+    """Statistics of the windows that a map sees in x, without gradient; see `add_statistics_gradient_`."""
+    with full_precision(x):
+        rows = split_rows(linear_map.columns(x), linear_map.partition)
+        mean, cov = covariance(rows)
+        mean, cov = count_padding(mean, cov, linear_map.padding_share(x))
+        cfg = linear_map.cfg
+        return Statistics(mean, *isqrt_with_iterates(regularise(cov, rows.shape[-2], cfg), cfg.n_iter))
+
+
+def add_statistics_gradient_(
+    grad_x: Tensor,
+    x: Tensor,
+    linear_map: Map,
+    mean: Tensor,
+    grad_mean: Tensor,
+    grad_whitener: Tensor,
+    iterates: list[Tensor],
+) -> None:
+    """Add to the gradient of x what reaches it through the mean (S, 1, F) and the whitener (S, F, F)."""
+    columns = linear_map.columns(x)
+    rows = split_rows(columns, linear_map.partition).to(mean.dtype)
+    samples = rows.shape[-2]
+    grad_cov = isqrt_backward(grad_whitener, iterates)
+    grad_cov = regularise_backward(grad_cov, samples, linear_map.cfg)
+    mean, grad_mean, grad_cov = count_padding_backward(mean, grad_mean, grad_cov, linear_map.padding_share(x))
+    grad_rows = _times_symmetric(rows - mean, grad_cov, grad_mean / samples, 2 / samples)
+    linear_map.add_columns_(grad_x, unsplit_rows(grad_rows, list(columns.shape), linear_map.partition).to(grad_x.dtype))
+
+
+def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor, scale: float) -> Tensor:
+    """scale rows M + constant of rows (S, R, F), symmetric M (S, F, F) and constant (S, 1, F), in the rows' layout."""
+    if rows.is_contiguous():
+        return torch.baddbmm(constant, rows, matrices, alpha=scale)
+    return torch.baddbmm(constant.mT, matrices, rows.mT, alpha=scale).mT
