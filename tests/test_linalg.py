@@ -16,6 +16,7 @@ from timm_deconv.linalg import (
     isqrt_backward,
     isqrt_eigh,
     isqrt_newton_schulz,
+    isqrt_newton_schulz_of_rows,
     isqrt_newton_schulz_uncoupled,
     isqrt_with_iterates,
     shrink,
@@ -119,6 +120,27 @@ def test_steps_cost_the_products_that_are_stated(n_iter: int, backward: int) -> 
     with FlopCounterMode(display=False) as counter:
         isqrt_backward(root, saved)
     assert counter.get_total_flops() == backward * 2 * 10**3
+
+
+@pytest.mark.parametrize("n_iter", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
+def test_the_root_of_few_rows_is_that_of_their_covariance(eps: float, n_iter: int) -> None:
+    rows = CASES["photo27.covariance"].unsqueeze(0).repeat(2, 1, 1)[:, :5].mul(3).add(0.1).requires_grad_()
+    cotangent = torch.randn(2, 27, 27, dtype=torch.float64)
+    expected = isqrt_newton_schulz(rows.mT @ rows + eps * torch.eye(27, dtype=torch.float64), n_iter)
+    root = isqrt_newton_schulz_of_rows(rows, eps, n_iter)
+    assert relative_error(root.detach(), expected.detach()) < 1e-7
+    grads = [torch.autograd.grad(values, rows, cotangent)[0] for values in (root, expected)]
+    assert relative_error(*grads) < 1e-7
+
+
+def test_the_root_of_few_rows_costs_the_products_that_are_stated() -> None:
+    rows, n_iter = torch.randn(1, 10, 40), 3
+    with FlopCounterMode(display=False) as counter:
+        root = isqrt_newton_schulz_of_rows(rows, 1e-5, n_iter)
+    assert counter.get_total_flops() == 2 * (10 * 40**2 + 2 * 10**2 * 40 + 6 * (n_iter - 1) * 10**3)
+    expected = isqrt_newton_schulz(rows.mT @ rows + 1e-5 * torch.eye(40), n_iter)
+    assert relative_error(root, expected) < 1e-5
 
 
 @pytest.mark.parametrize("n_iter", [1, 2, 5, 6, 7, 15])

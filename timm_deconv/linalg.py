@@ -17,11 +17,15 @@ __all__ = [
     "full_precision",
     "isqrt_eigh",
     "isqrt_newton_schulz",
+    "isqrt_newton_schulz_of_rows",
     "isqrt_newton_schulz_uncoupled",
     "shrink",
 ]
 
 Norm = Literal["frobenius", "trace"]
+
+Pair = tuple[Tensor, Tensor]
+"""p(eps) (B, 1, 1) and Q (B, R, R), see `isqrt_newton_schulz_of_rows`."""
 
 FEW_STEPS = 6
 """Newton-Schulz steps run in float32: they amplify weak directions at most 1.5 ** 6 times, harmless even in TF32."""
@@ -84,6 +88,50 @@ def isqrt_newton_schulz(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") 
         return (root.reshape(cov.shape) / scale.sqrt()).to(cov.dtype)
 
 
+def isqrt_newton_schulz_of_rows(rows: Tensor, eps: float, n_iter: int = 5) -> Tensor:
+    """`isqrt_newton_schulz` of rows^T rows + eps I, in the Frobenius norm, by products of R x R instead of F x F.
+
+    A polynomial p of that matrix is p(eps) I + rows^T Q rows, where Q is a polynomial of the Gram matrix rows rows^T.
+    The iteration runs on pairs (p(eps), Q).
+
+    Args:
+        rows: (..., R, F), any floating dtype; worth it for R much smaller than F.
+        eps: positive.
+        n_iter: as in `isqrt_newton_schulz`.
+
+    Returns:
+        (..., F, F), in float32 or better; R F^2 + 2 R^2 F + 6 (n_iter - 1) R^3 products.
+    """
+    _check_n_iter(n_iter)
+    with full_precision(rows):
+        wide = _widen(_promote(rows).reshape(-1, *rows.shape[-2:]), n_iter)
+        gram = wide @ wide.mT
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        scale = (_inner(gram, gram) + 2 * eps * trace + rows.shape[-1] * eps**2).sqrt()
+        gram, eye = gram / scale, _eye_like(gram)
+        y = (eps / scale, eye.expand_as(gram))
+        z = t = _newton_schulz_factor(y)
+        for _ in range(n_iter - 1):
+            y = _pair_product(y, t, gram)
+            t = _newton_schulz_factor(_pair_product(z, y, gram))
+            z = _pair_product(t, z, gram)
+        of_eps, core = (part / scale.sqrt() for part in z)
+        root = wide.mT @ (core / scale) @ wide
+        root = torch.addcmul(root, of_eps, _eye_like(root))
+        return root.to(_promote(rows).dtype).reshape(*rows.shape[:-2], *root.shape[-2:])
+
+
+def _newton_schulz_factor(pair: Pair) -> Pair:
+    """T = (3 I - P) / 2 of the pair of P."""
+    return 1.5 - 0.5 * pair[0], -0.5 * pair[1]
+
+
+def _pair_product(left: Pair, right: Pair, gram: Tensor) -> Pair:
+    """The pair (a b, a Q_b + b Q_a + Q_a G Q_b) of a product of polynomials of rows^T rows."""
+    (a, of_a), (b, of_b) = left, right
+    return a * b, torch.baddbmm(a * of_b + b * of_a, torch.bmm(of_a, gram), of_b)
+
+
 def isqrt_with_iterates(cov: Tensor, n_iter: int) -> tuple[Tensor, list[Tensor]]:
     """`isqrt_newton_schulz` of (B, F, F) in the Frobenius norm, with what `isqrt_backward` needs of it."""
     wide = _widen(cov, n_iter)
@@ -109,9 +157,9 @@ def isqrt_backward(grad: Tensor, saved: list[Tensor]) -> Tensor:
 def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Gradient of the last Z with respect to the first Y; `pairs`: (Y, Z) of every step, the last first.
 
-    All iterates are polynomials of one symmetric matrix: they commute, and of cotangents the symmetric part counts. With
-    G_z and G_y the symmetric cotangents of Z' and Y' behind a step, P = G_z Z, Q = Y G_y and G_t = P + Q, the ones
-    before it are the symmetric parts of (3 G_z - (P + G_t) Y) / 2 and (3 G_y - Z (Q + G_t)) / 2.
+    All iterates are polynomials of one symmetric matrix: they commute, and of cotangents the symmetric part counts.
+    With G_z and G_y the symmetric cotangents of Z' and Y' behind a step, P = G_z Z, Q = Y G_y and G_t = P + Q, the
+    ones before it are the symmetric parts of (3 G_z - (P + G_t) Y) / 2 and (3 G_y - Z (Q + G_t)) / 2.
     """
     grad_z, grad_y = _symmetric(grad), None
     for y, z in pairs:

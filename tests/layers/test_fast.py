@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.convert.policy import GUARDED, Role
-from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, maps, operation
+from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, conv_map, operation
 
 Layer = Deconv2d | DeconvLinear
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -39,7 +39,6 @@ SIDES: dict[str, Callable[[], Layer]] = {
     "1x1": lambda: Deconv2d(8, 6, 1, stride=2, dtype=torch.float64, cfg=SMALL),
     "one block": lambda: Deconv2d(8, 6, 3, padding=1, dtype=torch.float64, cfg=SMALL.override({"block": 8})),
     "many steps": lambda: Deconv2d(8, 6, 3, padding=1, dtype=torch.float64, cfg=SMALL.override({"n_iter": 12})),
-    "linear": lambda: DeconvLinear(8, 6, dtype=torch.float64, cfg=SMALL),
 }
 
 
@@ -49,11 +48,8 @@ def test_whitening_the_input_is_whitening_the_weight(
     build: Callable[[], Layer], memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = build()
-    if isinstance(layer, DeconvLinear):
-        x = correlated(20, 8)
-    else:
-        x = correlated(4, 8, 9, 10).contiguous(memory_format=memory_format)
-        layer.to(memory_format=memory_format)
+    x = correlated(4, 8, 9, 10).contiguous(memory_format=memory_format)
+    layer.to(memory_format=memory_format)
     assert layer.partition.of_channels and layer.partition.groups == layer.partition.sets == 1
     results, sides = [], []
     whiten = operation.apply_whitener
@@ -240,8 +236,8 @@ def test_padding_counts_as_often_as_the_convolution_sees_it_but_for_a_cap(
     layer = Deconv2d(8, 6, **geometry, dtype=torch.float64, cfg=cfg)
     x = correlated(20, 8, 1, 1).add(1).expand(-1, -1, 7, 9)  # so that it does not matter which pixels are seen
     padding = [layer.padding[1]] * 2 + [layer.padding[0]] * 2
-    assert layer.padding_share(x) == (maps.MOST_PADDING if any(padding) else 0)
-    monkeypatch.setattr(maps, "MOST_PADDING", 1.0)
+    assert layer.padding_share(x) == (conv_map.MOST_PADDING if any(padding) else 0)
+    monkeypatch.setattr(conv_map, "MOST_PADDING", 1.0)
     windows = F.unfold(F.pad(x, padding), layer.kernel_size, layer.dilation, 0, layer.stride)
     seen = windows.unflatten(1, [8, -1]).transpose(0, 1).flatten(1)
     layer(x)

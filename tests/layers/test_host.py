@@ -81,8 +81,9 @@ def test_no_training_step_reads_the_device(
         forward, backward = watched_step(layer, x)
         frozen = cfg.freeze and 2 <= step < 10
         assert bool(forward["linalg_vector_norm"]) is not frozen  # of the covariance
-        assert bool(backward["baddbmm"]) is not frozen  # the hand-written backward pass of the statistics
-        assert backward["convolution_backward" if len(shape) == 4 else "mm"]
+        of_statistics, of_map = ("baddbmm", "convolution_backward") if len(shape) == 4 else ("masked_fill_", "mm")
+        assert bool(backward[of_statistics]) is not frozen  # by hand; for linear layers by autograd
+        assert backward[of_map]
         if not cfg.freeze and step == 2:
             break
     assert not layer.saw_nonfinite

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from timm_deconv.layers import ChannelDeconv, DeconvCfg, DeconvLinear, compat
+from timm_deconv.layers.whitening import fold, whitener
+from timm_deconv.linalg import covariance
 
 
 def test_linear_output_is_that_of_exactly_whitened_features() -> None:
@@ -14,6 +16,19 @@ def test_linear_output_is_that_of_exactly_whitened_features() -> None:
     values, vectors = torch.linalg.eigh(deviations.T @ deviations / len(x))
     whitened = deviations @ (vectors * values.rsqrt()) @ vectors.T
     torch.testing.assert_close(layer(x), whitened @ layer.weight.T + layer.bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"block": 12}, {"block": 12, "per_block": True}, {"min_rows": 1.0}], ids=str)
+def test_fewer_vectors_than_features_are_whitened_by_their_covariance(options: dict) -> None:
+    layer = DeconvLinear(24, 4, dtype=torch.float64, cfg=DeconvCfg(block=24, n_iter=3).override(options))
+    x = (torch.randn(5, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64) + 1).requires_grad_()
+    mean, cov = covariance(layer.rows(x))
+    folded = fold(layer.weight, layer.bias, mean, whitener(cov, layer.rows(x).shape[-2], layer.cfg), layer.partition)
+    output, expected = layer(x), nn.functional.linear(x, *folded)
+    torch.testing.assert_close(output, expected)
+    cotangent = torch.randn_like(output)
+    ours = torch.autograd.grad(output, [x, *layer.parameters()], cotangent)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, [x, *layer.parameters()], cotangent))
 
 
 def test_linear_layers_take_any_leading_dimensions() -> None:

@@ -42,7 +42,7 @@ CASES = {
 
 
 def by_chain_rule(layer: Deconv2d, x: Tensor) -> Tensor:
-    rows = split_rows(layer.linear_map.columns(layer._padded_batch(x)), layer.partition)
+    rows = split_rows(layer.conv_map.columns(layer._padded_batch(x)), layer.partition)
     mean, cov = covariance(rows)
     mean, cov = count_padding(mean, cov, layer.padding_share(x))
     folded = fold(layer.weight, layer.bias, mean, whitener(cov, rows.shape[-2], layer.cfg), layer.partition)

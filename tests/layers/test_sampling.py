@@ -219,7 +219,7 @@ def test_gathered_are_as_many_as_were_counted() -> None:
 def test_padded_1x1_convolutions_are_sampled_inside_the_image() -> None:
     layer = Deconv2d(8, 8, 1, padding=1, cfg=DeconvCfg(layout="channels", sampling_stride=1, max_rows=100))
     x = torch.randn(9, 8, 5, 5)
-    sampling = choose_sampling(x, layer.linear_map.sampled, layer.partition, layer.cfg)
+    sampling = choose_sampling(x, layer.conv_map.sampled, layer.partition, layer.cfg)
     assert min(sampling.offset) >= 0
     assert 50 <= layer.rows(x).shape[1] <= 100
 

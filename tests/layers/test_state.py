@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvCfg, DeconvLinear
 from timm_deconv.layers import base as layers_base
+from timm_deconv.layers import conv as layers_conv
 
 
 def conv(**options) -> Deconv2d:
@@ -58,7 +59,7 @@ def test_frozen_layers_compute_no_statistics_and_pass_no_gradient_through_them()
     layer = conv(freeze=True, freeze_iter=1)
     live_forwards(layer, 2)
     x = images().requires_grad_()
-    with mock.patch.object(layers_base, "whitened_map", side_effect=AssertionError):
+    with mock.patch.object(layers_conv, "batch_statistics", side_effect=AssertionError):
         output = layer(x)
     cotangent = torch.randn_like(output)
     (grad,) = torch.autograd.grad(output, x, cotangent)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d, DeconvCfg, preset
-from timm_deconv.layers.maps import ConvMap
+from timm_deconv.layers.conv_map import ConvMap
 
 from .baselines import PublishedConv2d
 from .rows import CONDITIONS, Row, conditions, rounded
@@ -193,10 +193,10 @@ def check_whitening(ours: dict[str, Deconv2d], x: Tensor) -> None:
 
 def whitening(layer: Deconv2d, x: Tensor) -> Folded:
     """Everything that a training forward does but its convolution (running values too): what that is given."""
-    convolution = layer.linear_map
-    layer.linear_map = left_out = _LeftOut(*convolution)
+    convolution = layer.conv_map
+    layer.conv_map = left_out = _LeftOut(*convolution)
     layer(x)
-    layer.linear_map = convolution
+    layer.conv_map = convolution
     return left_out.given
 
 

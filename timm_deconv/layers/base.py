@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .maps import Map
-from .operation import whitened_map
 from .partition import Partition
-from .statistics import Statistics, batch_statistics
+from .statistics import Statistics
 from .whitening import fold
 
 __all__ = ["WhiteningMixin", "in_recomputation"]
@@ -50,9 +48,6 @@ class WhiteningMixin(nn.Module):
     _kept: tuple[Source, Folded] | None
     _counted: tuple[Tensor, int, int] | None
 
-    if TYPE_CHECKING:  # at run time TorchScript would compile what is annotated here
-        linear_map: Map
-
     @abstractmethod
     def rows(self, input: Tensor) -> Tensor:
         """Samples of the input that the statistics are taken from, (S, R, F)."""
@@ -60,6 +55,18 @@ class WhiteningMixin(nn.Module):
     @abstractmethod
     def padding_share(self, input: Tensor) -> float:
         """The weight in the statistics of padding that the linear map sees but that is not among the rows."""
+
+    @abstractmethod
+    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The plain layer with another weight and bias; input a batch, padded."""
+
+    @abstractmethod
+    def _statistics(self, input: Tensor) -> Statistics:
+        """Of the batch."""
+
+    @abstractmethod
+    def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
+        """The plain layer of the input whitened; `frozen`, a boolean scalar: the statistics are not the batch's."""
 
     @abstractmethod
     def fuse(self) -> nn.Module:
@@ -105,22 +112,22 @@ class WhiteningMixin(nn.Module):
 
     # Training
 
-    def _live_map(self, input: Tensor) -> Tensor:
-        """The layer's map of whitened windows, with live statistics unless frozen; input as `linear_map` takes it."""
+    def _train_forward(self, input: Tensor) -> Tensor:
+        """The whitened layer with live statistics unless frozen; input a batch, padded."""
         if not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return self.linear_map(input, *self._kept_fold())
+            return self._plain(input, *self._kept_fold())
         recomputing = in_recomputation()
         frozen = self._frozen(recomputing)
         if frozen is True:
-            output = self.linear_map(input, *self._frozen_fold())
+            output = self._plain(input, *self._frozen_fold())
         else:
-            statistics = batch_statistics(input, self.linear_map)
+            statistics = self._statistics(input)
             if not recomputing:
                 self._track(statistics.mean, statistics.whitener, frozen)
             on_device = frozen if isinstance(frozen, Tensor) else None
             if on_device is not None:
                 statistics = self._running_where(on_device, statistics)
-            output = whitened_map(input, self.weight, self.bias, self.linear_map, statistics, on_device)
+            output = self._whitened(input, statistics, on_device)
         if not recomputing:
             self._count_forward()
         return output

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from .base import WhiteningMixin
 from .config import DeconvCfg
-from .maps import ConvMap
+from .conv_map import ConvMap
+from .operation import whitened_conv
 from .partition import partition_conv, split_rows
 from .sampling import Window
+from .statistics import Statistics, batch_statistics
 from .whitening import fold
 
 __all__ = ["Deconv2d"]
@@ -39,7 +41,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     plain = nn.Conv2d
 
     if TYPE_CHECKING:  # at run time TorchScript would compile what is annotated here
-        linear_map: ConvMap
+        conv_map: ConvMap
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         own = padding_mode == "zeros" and left == right and top == bottom
         self.pads = [] if own else [left, right, top, bottom]
         window = Window(self.kernel_size, self.stride, self.dilation, (top, left) if own else (0, 0))  # type: ignore[arg-type]
-        self.linear_map = ConvMap(window, groups, self.partition, cfg)
+        self.conv_map = ConvMap(window, groups, self.partition, cfg)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, cfg: DeconvCfg) -> "Deconv2d":
@@ -101,16 +103,28 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
             self._check_input(input)
             if not self.training or input.numel() == 0:
                 return self._conv_forward(input, *self._kept_fold())
-            output = self._live_map(self._padded_batch(input))
+            output = self._train_forward(self._padded_batch(input))
             return output if input.ndim == 4 else output.squeeze(0)
 
     @torch.jit.unused
     def rows(self, input: Tensor) -> Tensor:
-        return split_rows(self.linear_map.columns(self._padded_batch(input)), self.partition)
+        return split_rows(self.conv_map.columns(self._padded_batch(input)), self.partition)
 
     @torch.jit.unused
     def padding_share(self, input: Tensor) -> float:
-        return self.linear_map.padding_share(self._padded_batch(input))
+        return self.conv_map.padding_share(self._padded_batch(input))
+
+    @torch.jit.unused
+    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self.conv_map(input, weight, bias)
+
+    @torch.jit.unused
+    def _statistics(self, input: Tensor) -> Statistics:
+        return batch_statistics(input, self.conv_map)
+
+    @torch.jit.unused
+    def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
+        return whitened_conv(input, self.weight, self.bias, self.conv_map, statistics, frozen)
 
     @torch.jit.unused
     def _padded_batch(self, input: Tensor) -> Tensor:
@@ -150,7 +164,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         size = (input.shape[-2], input.shape[-1])
         left, right, top, bottom = self.pads or (0, 0, 0, 0)
         padded = (size[0] + top + bottom, size[1] + left + right)
-        if input.numel() and not self.linear_map.window.windows(padded, (1, 1)):
+        if input.numel() and not self.conv_map.window.windows(padded, (1, 1)):
             raise ValueError(
                 f"input of {size[0]}x{size[1]} pixels: smaller than the kernel {self.kernel_size} with dilation"
                 f" {self.dilation} and padding {self.padding!r}; use larger images or more padding"

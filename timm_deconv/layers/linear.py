@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_deconv.linalg import full_precision
+
 from .base import WhiteningMixin
 from .config import DeconvCfg
-from .maps import LinearMap
 from .partition import partition_linear, split_rows
-from .whitening import fold
+from .statistics import Statistics
+from .whitening import fold, whiten_vectors
 
 __all__ = ["DeconvLinear"]
 
@@ -44,7 +46,6 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         super().__init__(in_features, out_features, bias, device, dtype)
         cfg = cfg or DeconvCfg(block=512)
         self._init_statistics(cfg, partition_linear(in_features, cfg))
-        self.linear_map = LinearMap(self.partition, cfg)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, cfg: DeconvCfg) -> "DeconvLinear":
@@ -63,7 +64,8 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
             self._check_input(input)
             if not self.training or input.numel() == 0:
                 return F.linear(input, *self._kept_fold())
-            return self._live_map(input.reshape(-1, self.in_features)).reshape(*input.shape[:-1], self.out_features)
+            vectors = input.reshape(-1, self.in_features)
+            return self._train_forward(vectors).reshape(*input.shape[:-1], self.out_features)
 
     @torch.jit.unused
     def rows(self, input: Tensor) -> Tensor:
@@ -71,7 +73,21 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
 
     @torch.jit.unused
     def padding_share(self, input: Tensor) -> float:
-        return self.linear_map.padding_share(input)
+        return 0.0
+
+    @torch.jit.unused
+    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    @torch.jit.unused
+    def _statistics(self, input: Tensor) -> Statistics:
+        return Statistics(*whiten_vectors(self.rows(input), self.cfg), [])
+
+    @torch.jit.unused
+    def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
+        with full_precision(input):
+            folded = fold(self.weight, self.bias, statistics.mean, statistics.whitener, self.partition)
+        return F.linear(input, *folded)
 
     @torch.jit.unused
     def fuse(self) -> nn.Linear:

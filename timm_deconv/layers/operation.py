@@ -1,4 +1,4 @@
-"""A whitened convolution or linear layer as one differentiable operation.
+"""A whitened convolution as one differentiable operation.
 
 rows of x -> moments -> inverse root -> fold -> convolution, and the way back by hand. Written as separate operations,
 autograd would keep the unfolded input alive until the backward pass, and make a dense, mostly zero gradient of the
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from timm_deconv.linalg import full_precision
 
-from .maps import Map
+from .conv_map import ConvMap
 from .partition import Partition, spread_shift
 from .statistics import Statistics, add_statistics_gradient_
 from .whitening import (
@@ -26,23 +26,23 @@ from .whitening import (
     sum_channels,
 )
 
-__all__ = ["whitened_map"]
+__all__ = ["whitened_conv"]
 
 
-def whitened_map(
+def whitened_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    linear_map: Map,
+    conv_map: ConvMap,
     statistics: Statistics,
     frozen: Tensor | None = None,
 ) -> Tensor:
-    """The map applied to whitened windows of x.
+    """The convolution of whitened windows of x.
 
     Args:
-        x: (N, C, H, W) images or (R, K) feature vectors.
-        weight, bias: of the map; no bias counts as zeros.
-        linear_map: what is applied, and how its input is sampled and divided into blocks.
+        x: (N, C, H, W).
+        weight, bias: of the convolution; no bias counts as zeros.
+        conv_map: its geometry, and how its input is sampled and divided into blocks.
         statistics: what to whiten with: those of x, by `batch_statistics`.
         frozen: a boolean scalar; where it is true, the statistics are not those of x.
 
@@ -51,11 +51,11 @@ def whitened_map(
         backward pass is written by hand.
     """
     mean, whitener, iterates = statistics
-    output: Tensor = _WhitenedMap.apply(x, weight, bias, linear_map, frozen, mean, whitener, *iterates)
+    output: Tensor = _WhitenedConv.apply(x, weight, bias, conv_map, frozen, mean, whitener, *iterates)
     return output
 
 
-class _WhitenedMap(torch.autograd.Function):
+class _WhitenedConv(torch.autograd.Function):
     """Whitening is applied to the weight, w D and b - w D mu, or, the same function, to the input, (x D) w.
 
     `kept` is the weight that meets the input, `shift` what it multiplies in the bias: mu or D mu.
@@ -67,13 +67,13 @@ class _WhitenedMap(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        linear_map: Map,
+        conv_map: ConvMap,
         frozen: Tensor | None,
         mean: Tensor,
         whitener: Tensor,
         *iterates: Tensor,
     ) -> Tensor:
-        partition, dtype = linear_map.partition, _map_dtype(x)
+        partition, dtype = conv_map.partition, _conv_dtype(x)
         input, kept, shift = x.to(dtype), weight.to(whitener.dtype), mean.unsqueeze(-2)
         with full_precision(x):
             if whitens_input(x, weight, partition):
@@ -82,22 +82,22 @@ class _WhitenedMap(torch.autograd.Function):
             else:
                 kept, sums = fold_weight(kept, whitener, partition)
             kept = kept.to(dtype)
-            output = linear_map(input, kept, fold_bias(bias, sums, shift, partition).to(dtype))
+            output = conv_map(input, kept, fold_bias(bias, sums, shift, partition).to(dtype))
         ctx.save_for_backward(x, weight, kept, mean, shift, whitener, sums, frozen, *iterates)
-        ctx.linear_map, ctx.has_bias = linear_map, bias is not None
+        ctx.conv_map, ctx.has_bias = conv_map, bias is not None
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, kept, mean, shift, whitener, sums, frozen, *iterates = ctx.saved_tensors
-        linear_map: Map = ctx.linear_map
-        partition, with_x = linear_map.partition, ctx.needs_input_grad[0]
+        conv_map: ConvMap = ctx.conv_map
+        partition, with_x = conv_map.partition, ctx.needs_input_grad[0]
         input, mean = x.to(kept.dtype), mean.unsqueeze(-2)
         of_input = whitens_input(x, weight, partition)
         with full_precision(x):
             seen = apply_whitener(input, whitener) if of_input else input
-            grad_x, grad_kept, grad_bias = linear_map.backward(grad.to(kept.dtype), seen, kept, with_x)
+            grad_x, grad_kept, grad_bias = conv_map.backward(grad.to(kept.dtype), seen, kept, with_x)
             grad_kept = grad_kept.to(whitener.dtype)
             grad_outputs = spread_shift(grad_bias.to(whitener.dtype), partition)
             if of_input:
@@ -115,7 +115,7 @@ class _WhitenedMap(torch.autograd.Function):
                 if frozen is not None:
                     grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
                 grad_x = grad_x.to(x.dtype)
-                add_statistics_gradient_(grad_x, x, linear_map, mean, grad_mean, grad_whitener, iterates)
+                add_statistics_gradient_(grad_x, x, conv_map, mean, grad_mean, grad_whitener, iterates)
         bias_gradient = grad_bias.to(weight.dtype) if ctx.has_bias else None
         return grad_x, grad_weight.to(weight.dtype), bias_gradient, *[None] * (4 + len(iterates))
 
@@ -128,7 +128,7 @@ def whitens_input(x: Tensor, weight: Tensor, partition: Partition) -> bool:
     return partition.pointwise and 4 * x.numel() < 3 * weight.numel()
 
 
-def _map_dtype(x: Tensor) -> torch.dtype:
-    """What the map itself computes in."""
+def _conv_dtype(x: Tensor) -> torch.dtype:
+    """What the convolution itself computes in."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if not x.is_meta and torch.is_autocast_enabled(device) else x.dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timm_deconv.linalg import covariance, full_precision, isqrt_backward, isqrt_with_iterates
 
-from .maps import Map
+from .conv_map import ConvMap
 from .partition import split_rows, unsplit_rows
 from .whitening import count_padding, count_padding_backward, regularise, regularise_backward
 
@@ -27,34 +27,34 @@ class Statistics(NamedTuple):
 
 
 @torch.no_grad()
-def batch_statistics(x: Tensor, linear_map: Map) -> Statistics:
-    """Statistics of the windows that a map sees in x, without gradient; see `add_statistics_gradient_`."""
+def batch_statistics(x: Tensor, conv_map: ConvMap) -> Statistics:
+    """Statistics of the windows that a convolution sees in x, without gradient; see `add_statistics_gradient_`."""
     with full_precision(x):
-        rows = split_rows(linear_map.columns(x), linear_map.partition)
+        rows = split_rows(conv_map.columns(x), conv_map.partition)
         mean, cov = covariance(rows)
-        mean, cov = count_padding(mean, cov, linear_map.padding_share(x))
-        cfg = linear_map.cfg
+        mean, cov = count_padding(mean, cov, conv_map.padding_share(x))
+        cfg = conv_map.cfg
         return Statistics(mean, *isqrt_with_iterates(regularise(cov, rows.shape[-2], cfg), cfg.n_iter))
 
 
 def add_statistics_gradient_(
     grad_x: Tensor,
     x: Tensor,
-    linear_map: Map,
+    conv_map: ConvMap,
     mean: Tensor,
     grad_mean: Tensor,
     grad_whitener: Tensor,
     iterates: list[Tensor],
 ) -> None:
     """Add to the gradient of x what reaches it through the mean (S, 1, F) and the whitener (S, F, F)."""
-    columns = linear_map.columns(x)
-    rows = split_rows(columns, linear_map.partition).to(mean.dtype)
+    columns = conv_map.columns(x)
+    rows = split_rows(columns, conv_map.partition).to(mean.dtype)
     samples = rows.shape[-2]
     grad_cov = isqrt_backward(grad_whitener, iterates)
-    grad_cov = regularise_backward(grad_cov, samples, linear_map.cfg)
-    mean, grad_mean, grad_cov = count_padding_backward(mean, grad_mean, grad_cov, linear_map.padding_share(x))
+    grad_cov = regularise_backward(grad_cov, samples, conv_map.cfg)
+    mean, grad_mean, grad_cov = count_padding_backward(mean, grad_mean, grad_cov, conv_map.padding_share(x))
     grad_rows = _times_symmetric(rows - mean, grad_cov, grad_mean / samples, 2 / samples)
-    linear_map.add_columns_(grad_x, unsplit_rows(grad_rows, list(columns.shape), linear_map.partition).to(grad_x.dtype))
+    conv_map.add_columns_(grad_x, unsplit_rows(grad_rows, list(columns.shape), conv_map.partition).to(grad_x.dtype))
 
 
 def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor, scale: float) -> Tensor:

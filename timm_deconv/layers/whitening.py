@@ -7,7 +7,7 @@ the approximate inverse root D of their covariance, conv(D (x - mu)) = conv'(x) 
 import torch
 from torch import Tensor
 
-from timm_deconv.linalg import isqrt_newton_schulz, shrink
+from timm_deconv.linalg import covariance, isqrt_newton_schulz, isqrt_newton_schulz_of_rows, shrink
 
 from .config import DeconvCfg
 from .partition import Partition, split_weight, sum_blocks, sum_shift, unsplit_weight
@@ -25,6 +25,7 @@ __all__ = [
     "regularise_backward",
     "subtract_shift_gradient_",
     "sum_channels",
+    "whiten_vectors",
     "whitener",
 ]
 
@@ -32,6 +33,21 @@ __all__ = [
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
     """Approximate inverse root of covariances (..., F, F) estimated from `samples` rows, regularised as configured."""
     return isqrt_newton_schulz(regularise(cov, samples, cfg), cfg.n_iter)
+
+
+def whiten_vectors(rows: Tensor, cfg: DeconvCfg) -> tuple[Tensor, Tensor]:
+    """Mean (S, F) and whitener (S, F, F) of rows (S, R, F) that are all the samples there are; differentiable.
+
+    Of fewer than half as many rows as features no covariance is made, unless it were to be shrunk.
+    """
+    samples, features = rows.shape[-2:]
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if 2 * samples > features or samples < cfg.min_rows * features:
+        mean, cov = covariance(rows)
+        return mean, whitener(cov, samples, cfg)
+    mean = rows.mean(-2, keepdim=True)
+    deviations = (rows - mean) / samples**0.5
+    return mean.squeeze(-2), isqrt_newton_schulz_of_rows(deviations, cfg.eps, cfg.n_iter)
 
 
 def count_padding(mean: Tensor, cov: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -132,23 +148,19 @@ def fold_weight_backward(
 
 def sum_channels(weight: Tensor, partition: Partition) -> Tensor:
     """`sum_blocks` of a weight (O, ...) whose runs of channels meet one mean: (1, O, F)."""
-    blocks = weight.unflatten(1, [-1, partition.features])
-    return blocks.sum([dim for dim in range(1, blocks.ndim) if dim != 2]).unsqueeze(0)
+    return weight.unflatten(1, [-1, partition.features]).sum((1, 3, 4)).unsqueeze(0)
 
 
 def subtract_shift_gradient_(grad: Tensor, grad_outputs: Tensor, shift: Tensor, partition: Partition) -> Tensor:
     """Subtract from the gradient of such a weight that of its part in the bias: (1, O) outputs times (1, 1, F)."""
-    kernel = [1] * (grad.ndim - 2)
     of_blocks = grad.unflatten(1, [-1, partition.features])
-    of_blocks.addcmul_(grad_outputs.view(-1, 1, 1, *kernel), shift.view(-1, *kernel), value=-1)
+    of_blocks.addcmul_(grad_outputs.view(-1, 1, 1, 1, 1), shift.view(-1, 1, 1), value=-1)
     return grad
 
 
 def apply_whitener(values: Tensor, whitener: Tensor) -> Tensor:
-    """Every run of F channels times D (1, F, F): of rows (R, K), or, as a 1x1 convolution, of images (N, C, H, W)."""
+    """Every run of F channels of images or a weight (N, C, H, W) times D (1, F, F), as a 1x1 convolution."""
     features = whitener.shape[-1]
-    if values.ndim == 2:
-        return (values.reshape(-1, features) @ whitener[0].to(values.dtype)).view(values.shape)
     last = values.is_contiguous(memory_format=torch.channels_last)
     whitened = torch.conv2d(_runs_apart(values, features, last), _kernel(whitener, values.dtype))
     return _runs_together(whitened, values, last)
@@ -157,9 +169,6 @@ def apply_whitener(values: Tensor, whitener: Tensor) -> Tensor:
 def apply_whitener_backward(grad: Tensor, values: Tensor, whitener: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of values and D from that of `apply_whitener`."""
     features = whitener.shape[-1]
-    if values.ndim == 2:
-        grad_whitener = values.reshape(-1, features).mT @ grad.reshape(-1, features)
-        return apply_whitener(grad, whitener.mT), grad_whitener.unsqueeze(0).to(whitener.dtype)
     last = values.is_contiguous(memory_format=torch.channels_last)
     geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
     grad_values, grad_kernel, _ = torch.ops.aten.convolution_backward(

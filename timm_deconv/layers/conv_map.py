@@ -1,16 +1,15 @@
-"""The linear maps that whitening layers apply: what they see, how that is sampled, and the way back."""
+"""A convolution as whitening sees it: its windows, how they are sampled, and the way back."""
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import DeconvCfg
 from .partition import Partition
 from .sampling import PIXEL, Window, add_window_columns_, choose_sampling, window_columns
 
-__all__ = ["ConvMap", "LinearMap", "Map"]
+__all__ = ["ConvMap"]
 
 MOST_PADDING = 0.01
 """Most weight of padding in the statistics of blocks of channels: enough to bound what leaves at the border of an image
@@ -60,32 +59,3 @@ class ConvMap(NamedTuple):
         """Add the gradient of `columns(x)` to that of x."""
         sampling = choose_sampling(grad_x, self.sampled, self.partition, self.cfg)
         add_window_columns_(grad_x, grad_columns, self.sampled, sampling)
-
-
-class LinearMap(NamedTuple):
-    """A linear layer and the feature vectors (R, K) that it sees, each a sample."""
-
-    partition: Partition
-    cfg: DeconvCfg
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, with_x: bool) -> Gradients:
-        """Gradients of x (None unless `with_x`), weight and bias."""
-        return grad @ weight if with_x else None, grad.mT @ x, grad.sum(0)
-
-    def padding_share(self, x: Tensor) -> float:
-        """Nothing is padded."""
-        return 0.0
-
-    def columns(self, x: Tensor) -> Tensor:
-        """x itself."""
-        return x
-
-    def add_columns_(self, grad_x: Tensor, grad_columns: Tensor) -> None:
-        """Add the gradient of `columns(x)` to that of x."""
-        grad_x += grad_columns
-
-
-Map = ConvMap | LinearMap
