@@ -60,7 +60,7 @@ def test_every_network_is_whitened_with_the_settings_of_its_layers_roles_alone(n
     stems = [layers[n].cfg for n, role in roles.items() if role == "stem"]
     assert len(stems) == 1 and (stems[0].layout, stems[0].n_iter) == ("window", 15)
     classifiers = [layers[n] for n in classifier_names(model)]
-    assert classifiers and all((layer.cfg.block, layer.cfg.min_rows) == (256, 0.0) for layer in classifiers)
+    assert classifiers and all((layer.cfg.block, layer.cfg.min_rows) == (512, 0.0) for layer in classifiers)
     assert [n for n, role in roles.items() if role == "classifier"] == list(classifier_names(model))
 
 
@@ -92,7 +92,8 @@ def test_what_the_user_asks_for_wins_over_the_preset() -> None:
     assert (model.conv1.cfg.n_iter, model.conv1.cfg.layout, model.conv1.cfg.block) == (4, "window", 16)
     assert type(model.layer1[0].conv1) is nn.Conv2d
     assert model.layer1[0].conv2.cfg == FAST.override({"block": 16})
-    assert model.get_classifier().cfg.block == 256  # of the role, which is more particular
+    assert {layer.partition.features for layer in whitened(model.layer2).values()} == {16}
+    assert model.get_classifier().cfg.block == 512  # of the role, which is more particular
     assert model.requested_policy.to_dict() == deconv
 
 

@@ -69,6 +69,24 @@ def test_whitening_the_input_is_whitening_the_weight(
         assert (by_input - by_weight).norm() <= 1e-9 * by_weight.norm()
 
 
+@pytest.mark.parametrize(
+    ("block", "wide_block", "features"),
+    [
+        (16, 4, {8: 8, 16: 16, 24: 4, 18: 3}),
+        (4, 16, {3: 3, 4: 4, 24: 4}),
+        (8, 0, {3: 3, 8: 8, 24: 8, 18: 6}),
+    ],
+)
+def test_channels_are_whitened_together_up_to_the_block_and_wider_layers_in_smaller_ones(
+    block: int, wide_block: int, features: dict[int, int]
+) -> None:
+    cfg = DeconvCfg(layout="channels", block=block, wide_block=wide_block)
+    found = {channels: Deconv2d(channels, 4, 3, cfg=cfg).partition.features for channels in features}
+    assert found == features
+    assert DeconvLinear(24, 2, cfg=cfg).partition.features == features[24]
+    assert Deconv2d(2, 4, (1, 2), cfg=cfg).partition.features == 4  # a window of that many
+
+
 def test_the_side_with_fewer_products_is_whitened() -> None:
     layer = Deconv2d(64, 128, 3, padding=1, cfg=fast("spatial"))
     for size, of_input in ((4, True), (32, False)):

@@ -272,6 +272,15 @@ def test_the_cap_counts_the_rows_of_all_blocks_that_share_a_covariance() -> None
     assert rows == {False: 1024, True: 512}  # 16 pixels of 16 or of all 32 images
 
 
+@pytest.mark.parametrize(("min_rows", "rows"), [(1.0, 256), (8.0, 512), (100.0, 1024)])
+def test_blocks_larger_than_the_wide_one_are_estimated_from_fewer_rows(min_rows: float, rows: int) -> None:
+    x = torch.empty(64, 64, 4, 4, device="meta")
+    cfg = DeconvCfg(layout="channels", block=64, wide_block=16, sampling_stride=1, max_rows=1024, min_rows=min_rows)
+    for width, wanted in ((16, 1024), (64, rows)):
+        sampling = choose_sampling(x[:, :width], PIXEL, partition_conv(width, 9, 1, cfg), cfg)
+        assert sampled_images(x, sampling) * of_an_image(x, PIXEL, sampling) == wanted
+
+
 def test_the_cap_wins_over_the_least_number_of_rows() -> None:
     x = torch.empty(64, 64, 8, 8, device="meta")
     cfg = DeconvCfg(sampling_stride=2, min_rows=50.0, max_rows=200, layout="channels")

@@ -19,7 +19,8 @@ PRESET_ROLES: Mapping[str, Mapping[str, Options]] = {
         "stem": {"layout": "window", "n_iter": 15, "sampling_stride": 3},
         "depthwise": {"max_rows": 128, "sampling_stride": 3},
         "grouped": {"max_rows": 1024, "sampling_stride": 3},
-        "classifier": {"block": 256, "min_rows": 0.0},
+        "squeeze_excite": {"block": 64},
+        "classifier": {"block": 512, "wide_block": 0, "min_rows": 0.0},
     }
 }
 LINEAR_AS_CONV: Options = {"layout": "flat", "sampling_stride": 1}

@@ -1,5 +1,6 @@
 """Every choice of a whitening layer, in one frozen, JSON-serialisable object."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
@@ -26,7 +27,9 @@ class DeconvCfg:
             'window': the whole windows of `block` neighbouring channels;
             'flat': runs of `block` features of the flattened window, as linear layers have them;
             'channels': `block` neighbouring channels at one pixel, whatever the kernel; or the whole window (of a
-            group) where it has no more than `block` features.
+            group) where it has no more features than the smaller of `block` and `wide_block`.
+        wide_block: of 'channels', 'flat' and linear layers: the block of those with more channels (features) than
+            `block`, if it is smaller; 0 for `block`.
         per_block: one mean and covariance for each block instead of one shared by all blocks of the layer.
         eps: added to the diagonal of the covariance.
         n_iter: coupled Newton-Schulz steps; fewer whiten less (see `timm_deconv.linalg`).
@@ -36,7 +39,8 @@ class DeconvCfg:
         sampling_stride: spacing of the sampled windows, multiplied by the convolution's own stride. Blocks of channels
             are sampled from pixels on a grid of that spacing, whatever the kernel and its stride.
         max_rows: most rows that a covariance is estimated from: sampled windows (or pixels), times the blocks that
-            share it. With more, the spacing grows, down to 4 x 4 an image, then images are passed over. 0 is no limit.
+            share it. With more, the spacing grows, down to 4 x 4 an image, then images are passed over. Of blocks
+            larger than `wide_block` in proportion fewer rows, but `min_rows`. 0 is no limit.
         grid: sample 1x1 convolutions on a two-dimensional grid as larger kernels are, instead of every n-th pixel of
             the batch.
         min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more
@@ -54,6 +58,7 @@ class DeconvCfg:
 
     block: int = 64
     layout: Layout = "interleaved"
+    wide_block: int = 0
     per_block: bool = False
     eps: float = 1e-5
     n_iter: int = 5
@@ -71,7 +76,8 @@ class DeconvCfg:
     def __post_init__(self) -> None:
         for name in ("block", "n_iter", "sampling_stride", "freeze_iter"):
             _check(name, getattr(self, name), _is_positive_int, "a positive whole number")
-        _check("max_rows", self.max_rows, lambda value: value == 0 or _is_positive_int(value), "a whole number")
+        for name in ("wide_block", "max_rows"):
+            _check(name, getattr(self, name), lambda value: value == 0 or _is_positive_int(value), "a whole number")
         for name in ("per_block", "start_corrected", "grid", "freeze", "thaw", "centred"):
             _check(name, getattr(self, name), lambda value: isinstance(value, bool), "True or False")
         _check("layout", self.layout, get_args(Layout).__contains__, f"one of {', '.join(get_args(Layout))}")
@@ -86,6 +92,20 @@ class DeconvCfg:
             if name not in known:
                 raise unknown_name("whitening option", name, known)
         return replace(self, **changes)
+
+    @property
+    def least_block(self) -> int:
+        """The smaller of `block` and `wide_block`."""
+        return min(self.block, self.wide_block or self.block)
+
+    def block_of(self, features: int) -> int:
+        """`block`, or the least where there are more features."""
+        return self.block if features <= self.block else self.least_block
+
+    def most_rows(self, features: int) -> int:
+        """`max_rows` of a block of so many features."""
+        fewer = self.max_rows * min(features, self.least_block) // features
+        return max(fewer, min(self.max_rows, math.ceil(self.min_rows * features)))
 
     def changes(self) -> dict[str, Any]:
         """The fields that differ from the defaults, JSON-serialisable."""
@@ -119,6 +139,13 @@ def _is_real(value: Any) -> bool:
 PRESETS: Mapping[str, DeconvCfg] = {
     "paper": DeconvCfg(),
     "fast": DeconvCfg(
-        layout="channels", n_iter=3, sampling_stride=2, max_rows=4096, min_rows=1.0, start_corrected=True
+        block=256,
+        wide_block=64,
+        layout="channels",
+        n_iter=3,
+        sampling_stride=2,
+        max_rows=4096,
+        min_rows=1.0,
+        start_corrected=True,
     ),
 }

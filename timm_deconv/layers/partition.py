@@ -61,15 +61,15 @@ def effective_block(channels: int, block: int) -> int:
 def partition_conv(in_channels: int, positions: int, groups: int, cfg: DeconvCfg) -> Partition:
     """Blocks of a convolution with `positions` = kernel height * width (reference: paper section 4.3 and its code)."""
     width = in_channels // groups
-    of_channels = cfg.layout == "channels" and width * positions > cfg.block
+    of_channels = cfg.layout == "channels" and width * positions > cfg.least_block
     if groups > 1:
         return Partition(groups, width if of_channels else width * positions, False, False, groups, of_channels)
     if of_channels:
-        features = largest_divisor(width, cfg.block)
+        features = largest_divisor(width, cfg.block_of(width))
     elif cfg.layout == "channels":
         features = width * positions
     elif cfg.layout == "flat":
-        features = effective_block(width * positions, cfg.block)
+        features = effective_block(width * positions, cfg.block_of(width * positions))
     else:
         features = positions * effective_block(width, cfg.block)
     blocks = width * (1 if of_channels else positions) // features
@@ -82,7 +82,7 @@ def partition_conv(in_channels: int, positions: int, groups: int, cfg: DeconvCfg
 
 def partition_linear(in_features: int, cfg: DeconvCfg) -> Partition:
     """Blocks of a linear layer: runs of contiguous features."""
-    features = effective_block(in_features, cfg.block)
+    features = effective_block(in_features, cfg.block_of(in_features))
     blocks = in_features // features
     return Partition(blocks, features, False, not cfg.per_block or blocks == 1, 1, True)
 

@@ -74,7 +74,7 @@ class Sampling(NamedTuple):
 
 def choose_sampling(x: Tensor, window: Window, partition: Partition, cfg: DeconvCfg) -> Sampling:
     """The configured spacing times the convolution's own stride, reduced until there are `cfg.min_rows` * F rows, at
-    most to that stride; or increased, down to FEWEST an image, and images passed over until `cfg.max_rows` are left."""
+    most to that stride; or increased, down to FEWEST an image, and images passed over, to `cfg.most_rows`."""
     flat = window.pointwise and not cfg.grid and cfg.layout != "channels"
     size = (x.shape[2], x.shape[3])
     per_position = partition.blocks // partition.sets
@@ -86,7 +86,7 @@ def choose_sampling(x: Tensor, window: Window, partition: Partition, cfg: Deconv
             positions = x.shape[0] * window.windows(size, step)
         if positions * per_position >= cfg.min_rows * partition.features:
             break
-    most = max(cfg.max_rows // per_position, 1)
+    most = max(cfg.most_rows(partition.features) // per_position, 1)
     if not cfg.max_rows or positions <= most:
         return Sampling(1, step, (0, 0), flat)
     return _sparser(x.shape[0], size, window, step, most)
