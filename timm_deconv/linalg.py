@@ -117,7 +117,7 @@ def isqrt_newton_schulz_of_rows(rows: Tensor, eps: float, n_iter: int = 5) -> Te
             z = _pair_product(t, z, gram)
         of_eps, core = (part / scale.sqrt() for part in z)
         root = wide.mT @ (core / scale) @ wide
-        root = torch.addcmul(root, of_eps, _eye_like(root))
+        root.diagonal(dim1=-2, dim2=-1).add_(of_eps.squeeze(-1))
         return root.to(_promote(rows).dtype).reshape(*rows.shape[:-2], *root.shape[-2:])
 
 
@@ -133,25 +133,25 @@ def _pair_product(left: Pair, right: Pair, gram: Tensor) -> Pair:
 
 
 def isqrt_with_iterates(cov: Tensor, n_iter: int) -> tuple[Tensor, list[Tensor]]:
-    """`isqrt_newton_schulz` of (B, F, F) in the Frobenius norm, with what `isqrt_backward` needs of it."""
+    """`isqrt_newton_schulz` of (B, F, F) in the Frobenius norm, with what `isqrt_backward` needs beside it."""
     wide = _widen(cov, n_iter)
     scale = _norm(wide, "frobenius")
     *iterates, root = _coupled_iterates(wide / scale, n_iter)
-    return (root / scale.sqrt()).to(cov.dtype), [scale, root, *iterates]
+    return (root / scale.sqrt()).to(cov.dtype), [scale, *iterates]
 
 
-def isqrt_backward(grad: Tensor, saved: list[Tensor]) -> Tensor:
-    """Gradient of `isqrt_with_iterates` with respect to cov, symmetric; grad (B, F, F) need not be.
+def isqrt_backward(grad: Tensor, root: Tensor, saved: list[Tensor]) -> Tensor:
+    """Gradient with respect to cov, symmetric, of what `isqrt_with_iterates` gave: `root` (B, F, F) and `saved`.
 
     Up to 6 steps it costs 4 (n_iter - 1) products, beyond, where rounding errors would grow, 6 (n_iter - 1).
     """
-    scale, root, first, *steps = saved
+    scale, first, *steps = saved
     pairs = list(zip(steps[-2::-2], steps[::-2], strict=True))
     backward = _symmetric_backward if len(pairs) < FEW_STEPS else _chain_rule_backward
-    grad_root = grad.to(scale.dtype) / scale.sqrt()
-    grad_first = backward(grad_root, first, pairs)
-    through_scale = _inner(grad_first, first).add(_inner(grad_root, root), alpha=0.5)
-    return (torch.addcmul(grad_first, first, through_scale, value=-1) / scale).to(grad.dtype)
+    grad = grad.to(scale.dtype)
+    grad_first = backward(grad / scale.sqrt(), first, pairs)
+    through_scale = _inner(grad_first, first).add(_inner(grad, root), alpha=0.5)
+    return (torch.addcmul(grad_first, first, through_scale, value=-1) / scale).to(root.dtype)
 
 
 def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -93,7 +93,7 @@ class _WhitenedConv(torch.autograd.Function):
         x, weight, kept, mean, shift, whitener, sums, frozen, *iterates = ctx.saved_tensors
         conv_map: ConvMap = ctx.conv_map
         partition, with_x = conv_map.partition, ctx.needs_input_grad[0]
-        input, mean = x.to(kept.dtype), mean.unsqueeze(-2)
+        input = x.to(kept.dtype)
         of_input = whitens_input(x, weight, partition)
         with full_precision(x):
             seen = apply_whitener(input, whitener) if of_input else input
@@ -110,12 +110,13 @@ class _WhitenedConv(torch.autograd.Function):
                 grad_mean = torch.bmm(grad_outputs.unsqueeze(-2), sums).neg()
                 if of_input:
                     grad_x, grad_whitener = apply_whitener_backward(grad_x, input, whitener)
-                    grad_whitener = torch.baddbmm(grad_whitener, grad_mean.mT, mean)
+                    grad_whitener = torch.baddbmm(grad_whitener, grad_mean.mT, mean.unsqueeze(-2))
                     grad_mean = torch.bmm(grad_mean, whitener)
                 if frozen is not None:
                     grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
                 grad_x = grad_x.to(x.dtype)
-                add_statistics_gradient_(grad_x, x, conv_map, mean, grad_mean, grad_whitener, iterates)
+                statistics = Statistics(mean, whitener, iterates)
+                add_statistics_gradient_(grad_x, x, conv_map, statistics, grad_mean, grad_whitener)
         bias_gradient = grad_bias.to(weight.dtype) if ctx.has_bias else None
         return grad_x, grad_weight.to(weight.dtype), bias_gradient, *[None] * (4 + len(iterates))
 

@@ -41,17 +41,17 @@ def add_statistics_gradient_(
     grad_x: Tensor,
     x: Tensor,
     conv_map: ConvMap,
-    mean: Tensor,
+    statistics: Statistics,
     grad_mean: Tensor,
     grad_whitener: Tensor,
-    iterates: list[Tensor],
 ) -> None:
-    """Add to the gradient of x what reaches it through the mean (S, 1, F) and the whitener (S, F, F)."""
+    """Add to the gradient of x what reaches it through the mean, (S, 1, F), and the whitener."""
     columns = conv_map.columns(x)
-    rows = split_rows(columns, conv_map.partition).to(mean.dtype)
+    rows = split_rows(columns, conv_map.partition).to(grad_mean.dtype)
     samples = rows.shape[-2]
-    grad_cov = isqrt_backward(grad_whitener, iterates)
+    grad_cov = isqrt_backward(grad_whitener, statistics.whitener, statistics.iterates)
     grad_cov = regularise_backward(grad_cov, samples, conv_map.cfg)
+    mean = statistics.mean.unsqueeze(-2)
     mean, grad_mean, grad_cov = count_padding_backward(mean, grad_mean, grad_cov, conv_map.padding_share(x))
     grad_rows = _times_symmetric(rows - mean, grad_cov, grad_mean / samples, 2 / samples)
     conv_map.add_columns_(grad_x, unsplit_rows(grad_rows, list(columns.shape), conv_map.partition).to(grad_x.dtype))
