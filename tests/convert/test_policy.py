@@ -25,6 +25,11 @@ def test_the_particular_wins_over_the_general() -> None:
     assert other is not None and (other.n_iter, other.block, other.eps) == (2, 2, 0.1)
 
 
+def test_channel_whitening_has_the_blocks_of_wide_layers() -> None:
+    assert DeconvPolicy(preset="fast", classifier="channel").channel_cfg().block == 64
+    assert DeconvPolicy(preset="fast", options={"block": 16}).channel_cfg().block == 16
+
+
 def test_none_leaves_plain_and_a_later_pattern_takes_it_back() -> None:
     policy = DeconvPolicy(roles={"spatial": None}, patterns={"a*": {}, "ab": None})
     assert policy.cfg("c", "spatial") is None

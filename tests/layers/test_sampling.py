@@ -281,6 +281,12 @@ def test_blocks_larger_than_the_wide_one_are_estimated_from_fewer_rows(min_rows:
         assert sampled_images(x, sampling) * of_an_image(x, PIXEL, sampling) == wanted
 
 
+def test_windows_and_blocks_without_a_wide_one_are_estimated_from_all_the_rows_allowed() -> None:
+    assert DeconvCfg(max_rows=4096).most_rows(576) == 4096
+    assert DeconvCfg(layout="channels", block=256, max_rows=4096).most_rows(256) == 4096
+    assert preset("fast").override({"layout": "window"}).most_rows(147) == 4096  # of a 7x7 stem
+
+
 def test_the_cap_wins_over_the_least_number_of_rows() -> None:
     x = torch.empty(64, 64, 8, 8, device="meta")
     cfg = DeconvCfg(sampling_stride=2, min_rows=50.0, max_rows=200, layout="channels")

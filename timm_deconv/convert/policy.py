@@ -86,7 +86,8 @@ class DeconvPolicy:
 
     def channel_cfg(self) -> DeconvCfg:
         """The configuration of channel whitening before the pooling; eps is 1e-2 (published) unless `options` say."""
-        return preset(self.preset).override({"eps": 1e-2} | dict(self.options))
+        base = preset(self.preset)
+        return base.override({"eps": 1e-2, "block": base.least_block} | dict(self.options))
 
     def over(self, family: "DeconvPolicy") -> "DeconvPolicy":
         """This policy on top of a family's own: its options, roles and patterns win where both speak."""

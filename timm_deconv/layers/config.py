@@ -40,7 +40,7 @@ class DeconvCfg:
             are sampled from pixels on a grid of that spacing, whatever the kernel and its stride.
         max_rows: most rows that a covariance is estimated from: sampled windows (or pixels), times the blocks that
             share it. With more, the spacing grows, down to 4 x 4 an image, then images are passed over. Of blocks
-            larger than `wide_block` in proportion fewer rows, but `min_rows`. 0 is no limit.
+            of more channels than `wide_block` in proportion fewer rows, but `min_rows`. 0 is no limit.
         grid: sample 1x1 convolutions on a two-dimensional grid as larger kernels are, instead of every n-th pixel of
             the batch.
         min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more
@@ -104,7 +104,9 @@ class DeconvCfg:
 
     def most_rows(self, features: int) -> int:
         """`max_rows` of a block of so many features."""
-        fewer = self.max_rows * min(features, self.least_block) // features
+        if self.layout != "channels" or not 0 < self.wide_block < features:
+            return self.max_rows
+        fewer = self.max_rows * self.wide_block // features
         return max(fewer, min(self.max_rows, math.ceil(self.min_rows * features)))
 
     def changes(self) -> dict[str, Any]:

@@ -21,8 +21,8 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     """`nn.Linear` of whitened input features, in runs of `cfg.block` contiguous ones that share one mean and
     covariance.
 
-    Every feature vector of the batch is a sample. Freezing, running averages and regularisation as in `Deconv2d`;
-    the layout and sampling options do not apply.
+    Every feature vector of the batch is a sample. Freezing, running averages, regularisation and `wide_block` as in
+    `Deconv2d`; the layout and sampling options do not apply. For the backward pass about as much as the input is kept.
 
     Args:
         cfg: how to whiten; by default the published settings with blocks of 512 features.

@@ -126,7 +126,7 @@ def whitens_input(x: Tensor, weight: Tensor, partition: Partition) -> bool:
 
     F products an element each: 3 times the weight (fold, two gradients), or 4 times x (as it is not kept).
     """
-    return partition.pointwise and 4 * x.numel() < 3 * weight.numel()
+    return partition.one_whitener and 4 * x.numel() < 3 * weight.numel()
 
 
 def _conv_dtype(x: Tensor) -> torch.dtype:

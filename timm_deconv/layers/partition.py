@@ -48,7 +48,7 @@ class Partition(NamedTuple):
         return 1 if self.shared else self.blocks
 
     @property
-    def pointwise(self) -> bool:
+    def one_whitener(self) -> bool:
         """Whether one D multiplies every run of F channels, so that applying it is a 1x1 convolution."""
         return self.of_channels and self.groups == self.sets == 1
 

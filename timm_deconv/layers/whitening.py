@@ -38,7 +38,7 @@ def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
 def whiten_vectors(rows: Tensor, cfg: DeconvCfg) -> tuple[Tensor, Tensor]:
     """Mean (S, F) and whitener (S, F, F) of rows (S, R, F) that are all the samples there are; differentiable.
 
-    Of fewer than half as many rows as features no covariance is made, unless it were to be shrunk.
+    Of at most half as many rows as features no covariance is made, unless it were to be shrunk.
     """
     samples, features = rows.shape[-2:]
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -122,7 +122,7 @@ def fold_weight(weight: Tensor, whitener: Tensor, partition: Partition) -> tuple
     The weight in the whitener's dtype. Unlike `fold`, in the precision of convolutions (TF32 on GPUs, where these are)
     when D multiplies runs of channels: on many processors libraries multiply faster as a convolution than as matrices.
     """
-    if partition.pointwise:
+    if partition.one_whitener:
         folded = apply_whitener(weight, whitener)
         return folded, sum_channels(folded, partition)
     rows = torch.bmm(split_weight(weight, partition), whitener)
@@ -135,7 +135,7 @@ def fold_weight_backward(
     grad_folded: Tensor, grad_outputs: Tensor, shift: Tensor, weight: Tensor, whitener: Tensor, partition: Partition
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and D from that of w D (overwritten) and, (S, O / groups), of the bias with w D mu."""
-    if partition.pointwise:
+    if partition.one_whitener:
         grad_folded = subtract_shift_gradient_(grad_folded, grad_outputs, shift, partition)
         return apply_whitener_backward(grad_folded, weight, whitener)
     grad_rows, rows = split_weight(grad_folded, partition), split_weight(weight, partition)
@@ -196,7 +196,7 @@ def _runs_apart(values: Tensor, features: int, last: bool) -> Tensor:
 
 
 def _runs_together(images: Tensor, like: Tensor, last: bool) -> Tensor:
-    """The inverse, in the shape and strides of `like`."""
+    """The inverse, in the shape and memory format of `like`."""
     if not last:
         return images.reshape(like.shape)
     count, channels, height, width = like.shape
