@@ -1,5 +1,6 @@
 """Pictures of measurements."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,10 +65,10 @@ def pareto_picture(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="seconds a training step", ylabel="accuracy in %")
     axes.set_title(f"{first['network']} x {first['width']}, {first['recipe']}, {first['hardware']}", fontsize="small")
-    for row in rows:
-        axes.errorbar(row["seconds"], row["top1"], yerr=row["top1_deviation"] or 0, fmt="o", capsize=3)
-        at = {"xytext": (4, 4), "textcoords": "offset points"}
-        axes.annotate(row["variant"], (row["seconds"], row["top1"]), fontsize="x-small", **at)
+    for row, marker in zip(rows, itertools.cycle("os^vDP*X")):
+        deviation = row["top1_deviation"] or 0
+        axes.errorbar(row["seconds"], row["top1"], deviation, fmt=marker, capsize=3, label=row["variant"])
+    axes.legend(fontsize="x-small", loc="center right")
     front = unbeaten(rows)
     axes.plot([row["seconds"] for row in front], [row["top1"] for row in front], ":", color="grey")
     path.parent.mkdir(parents=True, exist_ok=True)
