@@ -19,6 +19,7 @@ __all__ = [
     "isqrt_newton_schulz",
     "isqrt_newton_schulz_of_rows",
     "isqrt_newton_schulz_uncoupled",
+    "promote",
     "shrink",
 ]
 
@@ -42,7 +43,7 @@ def covariance(rows: Tensor, *, centred: bool = True) -> tuple[Tensor, Tensor]:
         mean (..., F) and covariance (..., F, F), divided by R, in float32 or better. One product of R F^2.
     """
     with full_precision(rows):
-        rows = _promote(rows)
+        rows = promote(rows)
         mean = rows.mean(-2, keepdim=True)
         deviations = rows - mean if centred else rows
         cov = (deviations.mT @ deviations) / rows.shape[-2]
@@ -81,7 +82,7 @@ def isqrt_newton_schulz(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") 
     _check_square(cov)
     _check_n_iter(n_iter)
     with full_precision(cov):
-        cov = _promote(cov)
+        cov = promote(cov)
         wide = _widen(cov, n_iter)
         scale = _norm(wide, norm)
         *_, root = _coupled_iterates((wide / scale).reshape(-1, *cov.shape[-2:]), n_iter)
@@ -104,7 +105,7 @@ def isqrt_newton_schulz_of_rows(rows: Tensor, eps: float, n_iter: int = 5) -> Te
     """
     _check_n_iter(n_iter)
     with full_precision(rows):
-        wide = _widen(_promote(rows).reshape(-1, *rows.shape[-2:]), n_iter)
+        wide = _widen(promote(rows).reshape(-1, *rows.shape[-2:]), n_iter)
         gram = wide @ wide.mT
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         scale = (_inner(gram, gram) + 2 * eps * trace + rows.shape[-1] * eps**2).sqrt()
@@ -118,7 +119,7 @@ def isqrt_newton_schulz_of_rows(rows: Tensor, eps: float, n_iter: int = 5) -> Te
         of_eps, core = (part / scale.sqrt() for part in z)
         root = wide.mT @ (core / scale) @ wide
         root.diagonal(dim1=-2, dim2=-1).add_(of_eps.squeeze(-1))
-        return root.to(_promote(rows).dtype).reshape(*rows.shape[:-2], *root.shape[-2:])
+        return root.to(promote(rows).dtype).reshape(*rows.shape[:-2], *root.shape[-2:])
 
 
 def _newton_schulz_factor(pair: Pair) -> Pair:
@@ -221,7 +222,7 @@ def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "fr
     _check_square(cov)
     _check_n_iter(n_iter)
     with full_precision(cov):
-        cov = _promote(cov)
+        cov = promote(cov)
         scale = _norm(cov, norm)
         a = cov / scale
         z = 1.5 * _eye_like(a) - 0.5 * a
@@ -238,7 +239,7 @@ def isqrt_eigh(cov: Tensor) -> Tensor:
     """
     _check_square(cov)
     with full_precision(cov):
-        values, vectors = torch.linalg.eigh(_promote(cov))
+        values, vectors = torch.linalg.eigh(promote(cov))
         return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
 
 
@@ -264,7 +265,8 @@ def _eye_like(matrices: Tensor) -> Tensor:
     return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
-def _promote(tensor: Tensor) -> Tensor:
+def promote(tensor: Tensor) -> Tensor:
+    """In float32 or better."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

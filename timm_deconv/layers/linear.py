@@ -11,8 +11,8 @@ from timm_deconv.linalg import full_precision
 from .base import WhiteningMixin
 from .config import DeconvCfg
 from .partition import partition_linear, split_rows
-from .statistics import Statistics
-from .whitening import fold, whiten_vectors
+from .statistics import Statistics, vector_statistics
+from .whitening import fold
 
 __all__ = ["DeconvLinear"]
 
@@ -81,7 +81,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
 
     @torch.jit.unused
     def _statistics(self, input: Tensor) -> Statistics:
-        return Statistics(*whiten_vectors(self.rows(input), self.cfg), [])
+        return vector_statistics(self.rows(input), self.cfg)
 
     @torch.jit.unused
     def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:

@@ -9,13 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_deconv.linalg import covariance, full_precision, isqrt_backward, isqrt_with_iterates
+from timm_deconv.linalg import (
+    covariance,
+    full_precision,
+    isqrt_backward,
+    isqrt_newton_schulz_of_rows,
+    isqrt_with_iterates,
+    promote,
+)
 
+from .config import DeconvCfg
 from .conv_map import ConvMap
 from .partition import split_rows, unsplit_rows
-from .whitening import count_padding, count_padding_backward, regularise, regularise_backward
+from .whitening import count_padding, count_padding_backward, regularise, regularise_backward, whitener
 
-__all__ = ["Statistics", "add_statistics_gradient_", "batch_statistics"]
+__all__ = ["Statistics", "add_statistics_gradient_", "batch_statistics", "vector_statistics"]
 
 
 class Statistics(NamedTuple):
@@ -35,6 +43,20 @@ def batch_statistics(x: Tensor, conv_map: ConvMap) -> Statistics:
         mean, cov = count_padding(mean, cov, conv_map.padding_share(x))
         cfg = conv_map.cfg
         return Statistics(mean, *isqrt_with_iterates(regularise(cov, rows.shape[-2], cfg), cfg.n_iter))
+
+
+def vector_statistics(rows: Tensor, cfg: DeconvCfg) -> Statistics:
+    """Statistics of rows (S, R, F) that are all the samples there are; differentiable by autograd.
+
+    Of at most half as many rows as features no covariance is made, unless it were to be shrunk.
+    """
+    rows, (samples, features) = promote(rows), rows.shape[-2:]
+    if 2 * samples > features or samples < cfg.min_rows * features:
+        mean, cov = covariance(rows)
+        return Statistics(mean, whitener(cov, samples, cfg), [])
+    mean = rows.mean(-2, keepdim=True)
+    deviations = (rows - mean) / samples**0.5
+    return Statistics(mean.squeeze(-2), isqrt_newton_schulz_of_rows(deviations, cfg.eps, cfg.n_iter), [])
 
 
 def add_statistics_gradient_(
