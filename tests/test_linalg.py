@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,12 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden_files import golden_folder, relative_error, tolerance
 from timm_deconv.linalg import (
+    QUARTICS,
     covariance,
     isqrt_backward,
     isqrt_eigh,
     isqrt_newton_schulz,
-    isqrt_newton_schulz_of_rows,
     isqrt_newton_schulz_uncoupled,
+    isqrt_of_rows,
+    isqrt_quartic,
     isqrt_with_iterates,
     shrink,
 )
@@ -118,17 +121,60 @@ def test_steps_cost_the_products_that_are_stated(n_iter: int, backward: int) -> 
         root, saved = isqrt_with_iterates(cov, n_iter)
     assert counter.get_total_flops() == 3 * (n_iter - 1) * 2 * 10**3
     with FlopCounterMode(display=False) as counter:
-        isqrt_backward(root, root, saved)
+        isqrt_backward(root, root, saved, n_iter)
     assert counter.get_total_flops() == backward * 2 * 10**3
+
+
+@pytest.mark.parametrize("n_iter", QUARTICS)
+def test_the_quartic_costs_five_products(n_iter: int) -> None:
+    cov = torch.eye(10).unsqueeze(0)
+    with FlopCounterMode(display=False) as counter:
+        root, saved = isqrt_with_iterates(cov, n_iter, quartic=True)
+        isqrt_backward(root, root, saved, n_iter, quartic=True)
+    assert counter.get_total_flops() == 5 * 2 * 10**3
+
+
+def newton_schulz_of_numbers(values: np.ndarray, n_iter: int) -> np.ndarray:
+    y, z = values, np.ones_like(values)
+    for _ in range(n_iter):
+        t = (3 - z * y) / 2
+        y, z = y * t, z * t
+    return z
+
+
+@pytest.mark.parametrize("n_iter", QUARTICS)
+def test_the_quartics_are_those_of_least_squares(n_iter: int) -> None:
+    nodes = (1 - np.cos((np.arange(400) + 0.5) * np.pi / 400)) / 2
+    steps = newton_schulz_of_numbers(nodes, n_iter)
+    powers = np.vander(nodes, 5, increasing=True) / steps[:, None]
+    expected = np.linalg.lstsq(powers, np.ones(400), rcond=None)[0]
+    np.testing.assert_allclose(QUARTICS[n_iter], expected, atol=1e-6)
+    assert abs(powers @ QUARTICS[n_iter] - 1).max() < 0.007
+
+
+@pytest.mark.parametrize(("n_iter", "tolerance"), [(2, 1e-12), (3, 0.007)])
+@pytest.mark.parametrize("matrix", ["random24", "photo27", "condition1e6_32"])
+def test_the_quartic_follows_the_steps(matrix: str, n_iter: int, tolerance: float) -> None:
+    cov = CASES[f"{matrix}.covariance"].repeat(2, 1, 1)
+    cov[1] *= 1e-6  # the root knows no scale
+    for root, steps in zip(isqrt_quartic(cov, n_iter), isqrt_newton_schulz(cov, n_iter), strict=True):
+        assert relative_error(root, steps) < tolerance
+
+
+def test_other_numbers_of_steps_are_no_quartics() -> None:
+    cov = CASES["photo27.covariance"]
+    for n_iter in (1, 4, 15):
+        assert torch.equal(isqrt_quartic(cov, n_iter), isqrt_newton_schulz(cov, n_iter))
 
 
 @pytest.mark.parametrize("n_iter", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
-def test_the_root_of_few_rows_is_that_of_their_covariance(eps: float, n_iter: int) -> None:
+@pytest.mark.parametrize("exact", [isqrt_newton_schulz, isqrt_quartic])
+def test_the_root_of_few_rows_is_that_of_their_covariance(eps: float, n_iter: int, exact) -> None:
     rows = CASES["photo27.covariance"].unsqueeze(0).repeat(2, 1, 1)[:, :5].mul(3).add(0.1).requires_grad_()
     cotangent = torch.randn(2, 27, 27, dtype=torch.float64)
-    expected = isqrt_newton_schulz(rows.mT @ rows + eps * torch.eye(27, dtype=torch.float64), n_iter)
-    root = isqrt_newton_schulz_of_rows(rows, eps, n_iter)
+    expected = exact(rows.mT @ rows + eps * torch.eye(27, dtype=torch.float64), n_iter)
+    root = isqrt_of_rows(rows, eps, n_iter, exact is isqrt_quartic)
     assert relative_error(root.detach(), expected.detach()) < 1e-7
     grads = [torch.autograd.grad(values, rows, cotangent)[0] for values in (root, expected)]
     assert relative_error(*grads) < 1e-7
@@ -137,7 +183,7 @@ def test_the_root_of_few_rows_is_that_of_their_covariance(eps: float, n_iter: in
 def test_the_root_of_few_rows_costs_the_products_that_are_stated() -> None:
     rows, n_iter = torch.randn(1, 10, 40), 3
     with FlopCounterMode(display=False) as counter:
-        root = isqrt_newton_schulz_of_rows(rows, 1e-5, n_iter)
+        root = isqrt_of_rows(rows, 1e-5, n_iter)
     assert counter.get_total_flops() == 2 * (10 * 40**2 + 2 * 10**2 * 40 + 6 * (n_iter - 1) * 10**3)
     expected = isqrt_newton_schulz(rows.mT @ rows + 1e-5 * torch.eye(40), n_iter)
     assert relative_error(root, expected) < 1e-5
@@ -145,13 +191,16 @@ def test_the_root_of_few_rows_costs_the_products_that_are_stated() -> None:
 
 @pytest.mark.parametrize("n_iter", [1, 2, 5, 6, 7, 15])
 @pytest.mark.parametrize("matrix", ["random24", "photo27", "condition1e6_32"])
-def test_the_root_is_differentiated_by_hand_as_by_the_chain_rule(matrix: str, n_iter: int) -> None:
+@pytest.mark.parametrize("exact", [isqrt_newton_schulz, isqrt_quartic])
+def test_the_root_is_differentiated_by_hand_as_by_the_chain_rule(matrix: str, n_iter: int, exact) -> None:
     cov = CASES[f"{matrix}.covariance"].unsqueeze(0).requires_grad_()
     cotangent = CASES[f"{matrix}.cotangent"].unsqueeze(0)
-    (expected,) = torch.autograd.grad(isqrt_newton_schulz(cov, n_iter), cov, cotangent)
-    root, saved = isqrt_with_iterates(cov.detach(), n_iter)
-    assert torch.equal(root, isqrt_newton_schulz(cov.detach(), n_iter))
-    assert relative_error(isqrt_backward(cotangent, root, saved), (expected + expected.mT) / 2) < 1e-7
+    (expected,) = torch.autograd.grad(exact(cov, n_iter), cov, cotangent)
+    quartic = exact is isqrt_quartic
+    root, saved = isqrt_with_iterates(cov.detach(), n_iter, quartic)
+    assert torch.equal(root, exact(cov.detach(), n_iter))
+    grad = isqrt_backward(cotangent, root, saved, n_iter, quartic)
+    assert relative_error(grad, (expected + expected.mT) / 2) < 1e-7
 
 
 @pytest.mark.parametrize("root", [isqrt_newton_schulz, isqrt_newton_schulz_uncoupled])
@@ -186,16 +235,16 @@ class LowPrecision(TorchFunctionMode):
         return ((bits + half) >> self.dropped << self.dropped).view(torch.float32)
 
 
-@pytest.mark.parametrize("n_iter", [3, 5, 6, 15])
-def test_roots_and_gradients_bear_products_of_ten_bits(n_iter: int) -> None:
+@pytest.mark.parametrize(("n_iter", "quartic"), [(3, False), (3, True), (5, False), (6, False), (15, False)])
+def test_roots_and_gradients_bear_products_of_ten_bits(n_iter: int, quartic: bool) -> None:
     rows = torch.randn(4096, 27) @ torch.diag(torch.logspace(0, -3, 27)) @ torch.linalg.qr(torch.randn(27, 27))[0]
     cov = covariance(rows[None])[1] + 1e-6 * torch.eye(27)  # of condition 10^6
     grad = torch.randn(1, 27, 27)
-    root, saved = isqrt_with_iterates(cov, n_iter)
-    expected = (root, isqrt_backward(grad, root, saved))
+    root, saved = isqrt_with_iterates(cov, n_iter, quartic)
+    expected = (root, isqrt_backward(grad, root, saved, n_iter, quartic))
     with LowPrecision(10):
-        rounded, saved = isqrt_with_iterates(cov, n_iter)
-        found = (rounded, isqrt_backward(grad, rounded, saved))
+        rounded, saved = isqrt_with_iterates(cov, n_iter, quartic)
+        found = (rounded, isqrt_backward(grad, rounded, saved, n_iter, quartic))
     assert not torch.equal(rounded, root) or n_iter > 6
     for ours, exact in zip(found, expected, strict=True):
         assert ours.dtype == torch.float32

@@ -39,6 +39,7 @@ SIDES: dict[str, Callable[[], Layer]] = {
     "1x1": lambda: Deconv2d(8, 6, 1, stride=2, dtype=torch.float64, cfg=SMALL),
     "one block": lambda: Deconv2d(8, 6, 3, padding=1, dtype=torch.float64, cfg=SMALL.override({"block": 8})),
     "many steps": lambda: Deconv2d(8, 6, 3, padding=1, dtype=torch.float64, cfg=SMALL.override({"n_iter": 12})),
+    "quartic": lambda: Deconv2d(8, 6, 3, padding=1, dtype=torch.float64, cfg=SMALL.override({"quartic": True})),
 }
 
 

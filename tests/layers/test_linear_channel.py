@@ -18,9 +18,12 @@ def test_linear_output_is_that_of_exactly_whitened_features() -> None:
     torch.testing.assert_close(layer(x), whitened @ layer.weight.T + layer.bias, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"block": 12}, {"block": 12, "per_block": True}, {"min_rows": 1.0}], ids=str)
-def test_fewer_vectors_than_features_are_whitened_by_their_covariance(options: dict) -> None:
-    layer = DeconvLinear(24, 4, dtype=torch.float64, cfg=DeconvCfg(block=24, n_iter=3).override(options))
+@pytest.mark.parametrize("outputs", [4, 7])
+@pytest.mark.parametrize(
+    "options", [{}, {"block": 12}, {"block": 12, "per_block": True}, {"min_rows": 1.0}, {"quartic": True}], ids=str
+)
+def test_fewer_vectors_than_features_are_whitened_by_their_covariance(options: dict, outputs: int) -> None:
+    layer = DeconvLinear(24, outputs, dtype=torch.float64, cfg=DeconvCfg(block=24, n_iter=3).override(options))
     x = (torch.randn(5, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64) + 1).requires_grad_()
     mean, cov = covariance(layer.rows(x))
     folded = fold(layer.weight, layer.bias, mean, whitener(cov, layer.rows(x).shape[-2], layer.cfg), layer.partition)

@@ -24,6 +24,8 @@ CASES = {
     "depthwise": (dict(kernel_size=(3, 1), groups=8), DeconvCfg(n_iter=1)),
     "shrunk": (dict(kernel_size=3), DeconvCfg(min_rows=40.0)),
     "many steps": (dict(kernel_size=3), DeconvCfg(block=4, n_iter=9)),
+    "quartic": (dict(kernel_size=3, padding=1), DeconvCfg(block=4, n_iter=3, quartic=True)),
+    "quartic of two steps, grouped": (dict(kernel_size=3, groups=2), DeconvCfg(n_iter=2, quartic=True)),
     "same, even": (dict(kernel_size=2, padding="same"), DeconvCfg(block=4)),
     "circular": (dict(kernel_size=3, padding=1, padding_mode="circular"), DeconvCfg(block=4)),
     "channels": (dict(kernel_size=3, padding=1), DeconvCfg(layout="channels", block=4, sampling_stride=2)),

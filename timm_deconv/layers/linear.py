@@ -12,7 +12,7 @@ from .base import WhiteningMixin
 from .config import DeconvCfg
 from .partition import partition_linear, split_rows
 from .statistics import Statistics, vector_statistics
-from .whitening import fold
+from .whitening import fold, whiten_vectors
 
 __all__ = ["DeconvLinear"]
 
@@ -85,9 +85,15 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
 
     @torch.jit.unused
     def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
+        """By whitening the vectors or, if they are not fewer than the outputs, the weight: the same function."""
+        mean, whitener, _ = statistics
         with full_precision(input):
-            folded = fold(self.weight, self.bias, statistics.mean, statistics.whitener, self.partition)
-        return F.linear(input, *folded)
+            if input.shape[0] < self.out_features:
+                input = whiten_vectors(input, mean, whitener, self.partition).to(input.dtype)
+                weight, bias = self.weight, self.bias
+            else:
+                weight, bias = fold(self.weight, self.bias, mean, whitener, self.partition)
+        return F.linear(input, weight, bias)
 
     @torch.jit.unused
     def fuse(self) -> nn.Linear:

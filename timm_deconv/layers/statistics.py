@@ -13,7 +13,7 @@ from timm_deconv.linalg import (
     covariance,
     full_precision,
     isqrt_backward,
-    isqrt_newton_schulz_of_rows,
+    isqrt_of_rows,
     isqrt_with_iterates,
     promote,
 )
@@ -42,7 +42,8 @@ def batch_statistics(x: Tensor, conv_map: ConvMap) -> Statistics:
         mean, cov = covariance(rows)
         mean, cov = count_padding(mean, cov, conv_map.padding_share(x))
         cfg = conv_map.cfg
-        return Statistics(mean, *isqrt_with_iterates(regularise(cov, rows.shape[-2], cfg), cfg.n_iter))
+        cov = regularise(cov, rows.shape[-2], cfg)
+        return Statistics(mean, *isqrt_with_iterates(cov, cfg.n_iter, cfg.quartic))
 
 
 def vector_statistics(rows: Tensor, cfg: DeconvCfg) -> Statistics:
@@ -56,7 +57,7 @@ def vector_statistics(rows: Tensor, cfg: DeconvCfg) -> Statistics:
         return Statistics(mean, whitener(cov, samples, cfg), [])
     mean = rows.mean(-2, keepdim=True)
     deviations = (rows - mean) / samples**0.5
-    return Statistics(mean.squeeze(-2), isqrt_newton_schulz_of_rows(deviations, cfg.eps, cfg.n_iter), [])
+    return Statistics(mean.squeeze(-2), isqrt_of_rows(deviations, cfg.eps, cfg.n_iter, cfg.quartic), [])
 
 
 def add_statistics_gradient_(
@@ -71,8 +72,9 @@ def add_statistics_gradient_(
     columns = conv_map.columns(x)
     rows = split_rows(columns, conv_map.partition).to(grad_mean.dtype)
     samples = rows.shape[-2]
-    grad_cov = isqrt_backward(grad_whitener, statistics.whitener, statistics.iterates)
-    grad_cov = regularise_backward(grad_cov, samples, conv_map.cfg)
+    cfg = conv_map.cfg
+    grad_cov = isqrt_backward(grad_whitener, statistics.whitener, statistics.iterates, cfg.n_iter, cfg.quartic)
+    grad_cov = regularise_backward(grad_cov, samples, cfg)
     mean = statistics.mean.unsqueeze(-2)
     mean, grad_mean, grad_cov = count_padding_backward(mean, grad_mean, grad_cov, conv_map.padding_share(x))
     grad_rows = _times_symmetric(rows - mean, grad_cov, grad_mean / samples, 2 / samples)

@@ -7,10 +7,10 @@ the approximate inverse root D of their covariance, conv(D (x - mu)) = conv'(x) 
 import torch
 from torch import Tensor
 
-from timm_deconv.linalg import isqrt_newton_schulz, shrink
+from timm_deconv.linalg import isqrt_newton_schulz, isqrt_quartic, shrink
 
 from .config import DeconvCfg
-from .partition import Partition, split_weight, sum_blocks, sum_shift, unsplit_weight
+from .partition import Partition, split_rows, split_weight, sum_blocks, sum_shift, unsplit_rows, unsplit_weight
 
 __all__ = [
     "apply_whitener",
@@ -25,13 +25,20 @@ __all__ = [
     "regularise_backward",
     "subtract_shift_gradient_",
     "sum_channels",
+    "whiten_vectors",
     "whitener",
 ]
 
 
+IMAGES = 16
+"""Images that the pixels of a 1x1 convolution are divided into, where they can be: a processor was seen to take a
+quarter of the time so for as many images of one pixel, and half of it for one image."""
+
+
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
     """Approximate inverse root of covariances (..., F, F) estimated from `samples` rows, regularised as configured."""
-    return isqrt_newton_schulz(regularise(cov, samples, cfg), cfg.n_iter)
+    root = isqrt_quartic if cfg.quartic else isqrt_newton_schulz
+    return root(regularise(cov, samples, cfg), cfg.n_iter)
 
 
 def count_padding(mean: Tensor, cov: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -90,6 +97,12 @@ def fold(
     folded_bias = fold_bias(bias, sums, mean.to(dtype).reshape(-1, 1, features), partition)
     folded = _unsplit_like(rows, weight, partition)
     return folded.to(weight.dtype), folded_bias.to(weight.dtype)
+
+
+def whiten_vectors(vectors: Tensor, mean: Tensor, whitener: Tensor, partition: Partition) -> Tensor:
+    """D (x - mu) of vectors (R, P F), with mean (S, F) and whitener (S, F, F), in the statistics' dtype."""
+    rows = split_rows(vectors.to(whitener.dtype), partition)
+    return unsplit_rows((rows - mean.unsqueeze(-2)) @ whitener, list(vectors.shape), partition)
 
 
 def fold_bias(bias: Tensor | None, sums: Tensor, shift: Tensor, partition: Partition) -> Tensor:
@@ -176,8 +189,9 @@ def _runs_apart(values: Tensor, features: int, last: bool) -> Tensor:
     """Images of F channels, a view: every run of channels becomes a pixel in channels_last, else an image."""
     if not last:
         return values.reshape(-1, features, *values.shape[2:])
-    pixels = values.permute(0, 2, 3, 1)
-    return pixels.reshape(pixels.shape[0], pixels.shape[1], -1, features).permute(0, 3, 1, 2)
+    runs = values.numel() // features
+    images = IMAGES if runs % IMAGES == 0 else 1
+    return values.permute(0, 2, 3, 1).reshape(images, 1, runs // images, features).permute(0, 3, 1, 2)
 
 
 def _runs_together(images: Tensor, like: Tensor, last: bool) -> Tensor:
