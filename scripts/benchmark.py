@@ -6,6 +6,7 @@
     python scripts/benchmark.py layer --rows 1 5 16                           layers of the paper's table 3, forward
     python scripts/benchmark.py kernels                                       launches of a layer, eager and compiled
     python scripts/benchmark.py memory --batch 32                             peak memory of a training step
+    python scripts/benchmark.py profile --network resnet18_cifar              operations of a training step
     python scripts/benchmark.py scaling --axis batch --values 16 32 64        share of whitening, with a picture
 
 Prints a table; the rows go to --output, and with --record to hub_configs/results of the checkout too.

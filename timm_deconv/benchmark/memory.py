@@ -12,7 +12,7 @@ from timm_deconv.layers import preset
 from .rows import CONDITIONS, Row, conditions, rounded
 from .step import MEMORY_FORMATS, Step, StepSettings, check_training, random_batch, training_step
 
-__all__ = ["COLUMNS", "SHOWN", "MemorySettings", "memory_rows", "peak_bytes"]
+__all__ = ["COLUMNS", "SHOWN", "MemorySettings", "describe", "memory_rows", "peak_bytes"]
 
 COLUMNS = [
     *"network width form preset memory_format batch image_size amp state_bytes peak_bytes ratio_to_none".split(),
@@ -65,7 +65,7 @@ def memory_rows(settings: MemorySettings, progress: Callable[[str], object] = pr
         for (form, name), (state, peak) in measured.items():
             ratio = rounded(peak / none[1]) if none else ""
             found = {"state_bytes": state, "peak_bytes": peak, "ratio_to_none": ratio}
-            rows.append({**_described(form, name, memory_format, settings), **found, **conditions(settings.device)})
+            rows.append({**describe(form, name, memory_format, settings), **found, **conditions(settings.device)})
     return rows
 
 
@@ -106,7 +106,8 @@ def _measure(form: str, name: str, memory_format: str, settings: MemorySettings)
     return state, peak_bytes(step, settings.device)
 
 
-def _described(form: str, name: str, memory_format: str, settings: MemorySettings) -> Row:
+def describe(form: str, name: str, memory_format: str, settings: MemorySettings) -> Row:
+    """The part of a row that says which network is measured."""
     return {
         "network": settings.network,
         "width": settings.width,

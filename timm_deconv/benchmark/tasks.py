@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import kernels, layer, memory, rows, scaling, step
+from . import kernels, layer, memory, operations, rows, scaling, step
 
 __all__ = ["OPTIONS", "TASKS", "Task"]
 
@@ -88,6 +88,15 @@ TASKS = {
         memory.SHOWN,
         "benchmark_memory.csv",
         {"batch": 32, "width": 0.25},
+    ),
+    "profile": Task(
+        operations.ProfileSettings,
+        operations.profile_rows,
+        f"{NETWORK} presets forms",
+        operations.COLUMNS,
+        operations.SHOWN,
+        "benchmark_profile.csv",
+        {"batch": 16, "width": 0.25},
     ),
     "scaling": Task(
         scaling.ScalingSettings,
