@@ -58,7 +58,7 @@ def test_every_network_is_whitened_with_the_settings_of_its_layers_roles_alone(n
         assert layer.cfg == expected_cfg(roles[layer_name], layer_name in as_convs), layer_name
         assert not layer.cfg.freeze and layer.cfg.start_corrected
     stems = [layers[n].cfg for n, role in roles.items() if role == "stem"]
-    assert len(stems) == 1 and (stems[0].layout, stems[0].n_iter) == ("window", 15)
+    assert len(stems) == 1 and (stems[0].layout, stems[0].n_iter) == ("window", 3)
     classifiers = [layers[n] for n in classifier_names(model)]
     assert classifiers and all((layer.cfg.block, layer.cfg.min_rows) == (512, 0.0) for layer in classifiers)
     assert [n for n, role in roles.items() if role == "classifier"] == list(classifier_names(model))

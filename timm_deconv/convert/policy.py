@@ -16,7 +16,7 @@ Options = Mapping[str, Any]
 DEFAULT_PRESET = "paper"
 PRESET_ROLES: Mapping[str, Mapping[str, Options]] = {
     "fast": {
-        "stem": {"layout": "window", "n_iter": 15, "sampling_stride": 3},
+        "stem": {"layout": "window", "sampling_stride": 3},
         "depthwise": {"max_rows": 128, "sampling_stride": 3},
         "grouped": {"max_rows": 1024, "sampling_stride": 3},
         "squeeze_excite": {"block": 64},
