@@ -23,7 +23,7 @@ from .whitening import (
     fold_weight,
     fold_weight_backward,
     subtract_shift_gradient_,
-    sum_channels,
+    sum_weight,
 )
 
 __all__ = ["whitened_conv"]
@@ -58,7 +58,8 @@ def whitened_conv(
 class _WhitenedConv(torch.autograd.Function):
     """Whitening is applied to the weight, w D and b - w D mu, or, the same function, to the input, (x D) w.
 
-    `kept` is the weight that meets the input, `shift` what it multiplies in the bias: mu or D mu.
+    `met` is the weight that meets the input, `shift` what it multiplies in the bias: mu or D mu. For the backward pass
+    D is applied again: nothing of the size of the input or the weight is kept but these themselves.
     """
 
     @staticmethod
@@ -74,37 +75,40 @@ class _WhitenedConv(torch.autograd.Function):
         *iterates: Tensor,
     ) -> Tensor:
         partition, dtype = conv_map.partition, _conv_dtype(x)
-        input, kept, shift = x.to(dtype), weight.to(whitener.dtype), mean.unsqueeze(-2)
+        input, met, shift = x.to(dtype), weight.to(whitener.dtype), mean.unsqueeze(-2)
         with full_precision(x):
             if whitens_input(x, weight, partition):
-                sums = sum_channels(kept, partition)
                 input, shift = apply_whitener(input, whitener), torch.bmm(shift, whitener.mT)
             else:
-                kept, sums = fold_weight(kept, whitener, partition)
-            kept = kept.to(dtype)
-            output = conv_map(input, kept, fold_bias(bias, sums, shift, partition).to(dtype))
-        ctx.save_for_backward(x, weight, kept, mean, shift, whitener, sums, frozen, *iterates)
-        ctx.conv_map, ctx.has_bias = conv_map, bias is not None
+                met = fold_weight(met, whitener, partition)
+            sums = sum_weight(met, partition)
+            output = conv_map(input, met.to(dtype), fold_bias(bias, sums, shift, partition).to(dtype))
+        ctx.save_for_backward(x, weight, mean, shift, whitener, sums, frozen, *iterates)
+        ctx.conv_map, ctx.has_bias, ctx.dtype = conv_map, bias is not None, dtype
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, kept, mean, shift, whitener, sums, frozen, *iterates = ctx.saved_tensors
+        x, weight, mean, shift, whitener, sums, frozen, *iterates = ctx.saved_tensors
         conv_map: ConvMap = ctx.conv_map
-        partition, with_x = conv_map.partition, ctx.needs_input_grad[0]
-        input = x.to(kept.dtype)
+        partition, with_x, dtype = conv_map.partition, ctx.needs_input_grad[0], ctx.dtype
+        input, wide = x.to(dtype), weight.to(whitener.dtype)
         of_input = whitens_input(x, weight, partition)
         with full_precision(x):
-            seen = apply_whitener(input, whitener) if of_input else input
-            grad_x, grad_kept, grad_bias = conv_map.backward(grad.to(kept.dtype), seen, kept, with_x)
-            grad_kept = grad_kept.to(whitener.dtype)
+            seen, met = input, wide
+            if of_input:
+                seen = apply_whitener(input, whitener)
+            elif with_x:
+                met = fold_weight(wide, whitener, partition)
+            grad_x, grad_met, grad_bias = conv_map.backward(grad.to(dtype), seen, met.to(dtype), with_x)
+            grad_met = grad_met.to(whitener.dtype)
             grad_outputs = spread_shift(grad_bias.to(whitener.dtype), partition)
             if of_input:
-                grad_weight = subtract_shift_gradient_(grad_kept, grad_outputs, shift, partition)
+                grad_weight = subtract_shift_gradient_(grad_met, grad_outputs, shift, partition)
             else:
                 grad_weight, grad_whitener = fold_weight_backward(
-                    grad_kept, grad_outputs, shift, weight.to(whitener.dtype), whitener, partition
+                    grad_met, grad_outputs, shift, wide, whitener, partition
                 )
             if grad_x is not None:
                 grad_mean = torch.bmm(grad_outputs.unsqueeze(-2), sums).neg()

@@ -24,7 +24,7 @@ __all__ = [
     "regularise",
     "regularise_backward",
     "subtract_shift_gradient_",
-    "sum_channels",
+    "sum_weight",
     "whiten_vectors",
     "whitener",
 ]
@@ -111,17 +111,15 @@ def fold_bias(bias: Tensor | None, sums: Tensor, shift: Tensor, partition: Parti
     return -products if bias is None else bias - products
 
 
-def fold_weight(weight: Tensor, whitener: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
-    """w D in the weight's shape and memory format, which decides in which one a convolution runs; its `sum_blocks`.
+def fold_weight(weight: Tensor, whitener: Tensor, partition: Partition) -> Tensor:
+    """w D in the weight's shape and memory format, which decides in which one a convolution runs.
 
     The weight in the whitener's dtype. Unlike `fold`, in the precision of convolutions (TF32 on GPUs, where these are)
     when D multiplies runs of channels: a processor was seen to multiply up to 3 times as fast so as by matrix products.
     """
     if partition.one_whitener:
-        folded = apply_whitener(weight, whitener)
-        return folded, sum_channels(folded, partition)
-    rows = torch.bmm(split_weight(weight, partition), whitener)
-    return _unsplit_like(rows, weight, partition), sum_blocks(rows, weight.shape[0], partition)
+        return apply_whitener(weight, whitener)
+    return _unsplit_like(torch.bmm(split_weight(weight, partition), whitener), weight, partition)
 
 
 def fold_weight_backward(
@@ -144,13 +142,18 @@ def _unsplit_like(rows: Tensor, weight: Tensor, partition: Partition) -> Tensor:
     return values.contiguous() if weight.is_contiguous() else values
 
 
-def sum_channels(weight: Tensor, partition: Partition) -> Tensor:
-    """`sum_blocks` of a weight (O, ...) whose runs of channels meet one mean: (1, O, F)."""
-    return weight.unflatten(1, [-1, partition.features]).sum((1, 3, 4)).unsqueeze(0)
+def sum_weight(weight: Tensor, partition: Partition) -> Tensor:
+    """`sum_blocks` of a convolution's weight: (S, O / groups, F)."""
+    if partition.one_whitener:
+        return weight.unflatten(1, [-1, partition.features]).sum((1, 3, 4)).unsqueeze(0)
+    return sum_blocks(split_weight(weight, partition), weight.shape[0], partition)
 
 
 def subtract_shift_gradient_(grad: Tensor, grad_outputs: Tensor, shift: Tensor, partition: Partition) -> Tensor:
-    """Subtract from the gradient of such a weight that of its part in the bias: (1, O) outputs times (1, 1, F)."""
+    """Subtract from the gradient of a weight whose runs of channels meet one mean that of its part in the bias.
+
+    That is (1, O) outputs times a shift (1, 1, F).
+    """
     of_blocks = grad.unflatten(1, [-1, partition.features])
     of_blocks.addcmul_(grad_outputs.view(-1, 1, 1, 1, 1), shift.view(-1, 1, 1), value=-1)
     return grad
