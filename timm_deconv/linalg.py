@@ -205,7 +205,7 @@ def isqrt_backward(grad: Tensor, root: Tensor, saved: list[Tensor], n_iter: int,
         pairs = list(zip(iterates[-2::-2], iterates[::-2], strict=True))
         backward = _symmetric_backward if n_iter <= FEW_STEPS else _chain_rule_backward
         grad_first = backward(scaled, first, pairs)
-    through_scale = _inner(grad_first, first).add(_inner(grad, root), alpha=0.5)
+    through_scale = _inner(grad_first, first).add(_inner(grad, root.to(grad.dtype)), alpha=0.5)
     return (torch.addcmul(grad_first, first, through_scale, value=-1) / scale).to(root.dtype)
 
 
@@ -293,7 +293,7 @@ def _symmetric(matrices: Tensor) -> Tensor:
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Frobenius products of (B, F, F), (B, 1, 1)."""
-    return (a * b).sum((-2, -1), keepdim=True)
+    return torch.bmm(a.reshape(a.shape[0], 1, -1), b.reshape(b.shape[0], -1, 1))
 
 
 def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") -> Tensor:
