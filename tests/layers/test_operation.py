@@ -78,19 +78,33 @@ def test_gradients_of_a_linear_layer_are_right(cfg: DeconvCfg) -> None:
     assert torch.autograd.gradcheck(call, (weight,))
 
 
-def test_nothing_of_the_size_of_an_unfolded_input_is_kept_for_the_backward_pass() -> None:
-    layer = Deconv2d(16, 4, 3, padding=1, cfg=DeconvCfg(block=2, sampling_stride=1))
-    x = torch.randn(8, 16, 16, 16, requires_grad=True)
-    kept: list[int] = []
+def kept_for_backward(layer: Deconv2d, x: Tensor) -> list[Tensor]:
+    kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
+        kept.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
-    assert max(kept) == x.numel()
-    assert sum(kept) < 1.5 * x.numel()
+    return kept
+
+
+def test_nothing_of_the_size_of_an_unfolded_input_is_kept_for_the_backward_pass() -> None:
+    layer = Deconv2d(16, 4, 3, padding=1, cfg=DeconvCfg(block=2, sampling_stride=1))
+    x = torch.randn(8, 16, 16, 16, requires_grad=True)
+    sizes = [tensor.numel() for tensor in kept_for_backward(layer, x)]
+    assert max(sizes) == x.numel()
+    assert sum(sizes) < 1.5 * x.numel()
+
+
+@pytest.mark.parametrize("size", [2, 32])
+def test_no_folded_weight_and_no_whitened_input_is_kept_for_the_backward_pass(size: int) -> None:
+    layer = Deconv2d(32, 64, 3, padding=1, cfg=DeconvCfg(layout="channels", block=8, n_iter=3))
+    x = torch.randn(4, 32, size, size, requires_grad=True)
+    own = {t.untyped_storage().data_ptr() for t in (x, layer.weight)}
+    others = [t for t in kept_for_backward(layer, x) if t.untyped_storage().data_ptr() not in own]
+    assert others and sum(t.numel() for t in others) < 0.2 * layer.weight.numel()
 
 
 def test_a_second_derivative_is_refused_not_wrong() -> None:
