@@ -1,6 +1,7 @@
 """Inverse square roots: the published numbers, the oracle, precision, and the stated amplification bound."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_other_numbers_of_steps_are_no_quartics() -> None:
 @pytest.mark.parametrize("n_iter", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
 @pytest.mark.parametrize("exact", [isqrt_newton_schulz, isqrt_quartic])
-def test_the_root_of_few_rows_is_that_of_their_covariance(eps: float, n_iter: int, exact) -> None:
+def test_the_root_of_few_rows_is_that_of_their_covariance(eps: float, n_iter: int, exact: Callable) -> None:
     rows = CASES["photo27.covariance"].unsqueeze(0).repeat(2, 1, 1)[:, :5].mul(3).add(0.1).requires_grad_()
     cotangent = torch.randn(2, 27, 27, dtype=torch.float64)
     expected = exact(rows.mT @ rows + eps * torch.eye(27, dtype=torch.float64), n_iter)
@@ -181,19 +182,21 @@ def test_the_root_of_few_rows_is_that_of_their_covariance(eps: float, n_iter: in
     assert relative_error(*grads) < 1e-7
 
 
-def test_the_root_of_few_rows_costs_the_products_that_are_stated() -> None:
+@pytest.mark.parametrize("quartic", [False, True])
+def test_the_root_of_few_rows_costs_the_products_that_are_stated(quartic: bool) -> None:
     rows, n_iter = torch.randn(1, 10, 40), 3
     with FlopCounterMode(display=False) as counter:
-        root = isqrt_of_rows(rows, 1e-5, n_iter)
-    assert counter.get_total_flops() == 2 * (10 * 40**2 + 2 * 10**2 * 40 + 6 * (n_iter - 1) * 10**3 + 10**2)
-    expected = isqrt_newton_schulz(rows.mT @ rows + 1e-5 * torch.eye(40), n_iter)
+        root = isqrt_of_rows(rows, 1e-5, n_iter, quartic)
+    of_gram = 2 if quartic else 6 * (n_iter - 1)
+    assert counter.get_total_flops() == 2 * (10 * 40**2 + 2 * 10**2 * 40 + of_gram * 10**3 + 10**2)
+    expected = (isqrt_quartic if quartic else isqrt_newton_schulz)(rows.mT @ rows + 1e-5 * torch.eye(40), n_iter)
     assert relative_error(root, expected) < 1e-5
 
 
 @pytest.mark.parametrize("n_iter", [1, 2, 5, 6, 7, 15])
 @pytest.mark.parametrize("matrix", ["random24", "photo27", "condition1e6_32"])
 @pytest.mark.parametrize("exact", [isqrt_newton_schulz, isqrt_quartic])
-def test_the_root_is_differentiated_by_hand_as_by_the_chain_rule(matrix: str, n_iter: int, exact) -> None:
+def test_the_root_is_differentiated_by_hand_as_by_the_chain_rule(matrix: str, n_iter: int, exact: Callable) -> None:
     cov = CASES[f"{matrix}.covariance"].unsqueeze(0).requires_grad_()
     cotangent = CASES[f"{matrix}.cotangent"].unsqueeze(0)
     (expected,) = torch.autograd.grad(exact(cov, n_iter), cov, cotangent)

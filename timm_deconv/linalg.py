@@ -1,9 +1,9 @@
 """Covariances and their inverse square roots.
 
 Coupled Newton-Schulz iteration: Ye et al., Network Deconvolution, ICLR 2020, section 4.5.3; Higham, Functions of
-Matrices, eq. 6.35. Two or three of its steps are followed by a polynomial of fourth degree at a third of the products.
-Everything is a pure function of tensors, batched over leading dimensions, differentiable, free
-of host synchronisation, and computed in float32 or better whatever the autocast mode.
+Matrices, eq. 6.35. In place of two or three of its steps there is a polynomial of fourth degree. Everything is a pure
+function of tensors, batched over leading dimensions, differentiable, free of host synchronisation, and computed in
+float32 or better whatever the autocast mode.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -110,7 +110,11 @@ def isqrt_quartic(cov: Tensor, n_iter: int = 3) -> Tensor:
 
     Returns:
         (..., F, F), in float32 or better; 2 products instead of 3 (n_iter - 1).
+
+    Raises:
+        ValueError: n_iter < 1, or the last two dimensions differ.
     """
+    _check_n_iter(n_iter)
     if n_iter not in QUARTICS:
         return isqrt_newton_schulz(cov, n_iter)
     _check_square(cov)
@@ -131,7 +135,7 @@ def isqrt_of_rows(rows: Tensor, eps: float, n_iter: int = 5, quartic: bool = Fal
         n_iter, quartic: which root.
 
     Returns:
-        (..., F, F), in float32 or better; R F^2 + 2 R^2 F + 6 (n_iter - 1) R^3 products, of the quartic 4 R^3.
+        (..., F, F), in float32 or better; R F^2 + 2 R^2 F + 6 (n_iter - 1) R^3 products, of the quartic 2 R^3.
     """
     _check_n_iter(n_iter)
     with full_precision(rows):
@@ -165,11 +169,13 @@ def _newton_schulz_factor(pair: Pair) -> Pair:
 
 
 def _quartic_of_pair(first: Pair, gram: Tensor, coefficients: Quartic) -> Pair:
+    """Of A itself, whose pair is (eps, I); that of A^2 is (eps^2, 2 eps I + G)."""
     c0, c1, c2, c3, c4 = coefficients
-    square = _pair_product(first, first, gram)
-    upper = c2 + c3 * first[0] + c4 * square[0], c3 * first[1] + c4 * square[1]
+    eps, eye = first
+    square = eps**2, 2 * eps * eye + gram
+    upper = c2 + c3 * eps + c4 * square[0], c3 * eye + c4 * square[1]
     product = _pair_product(square, upper, gram)
-    return c0 + c1 * first[0] + product[0], c1 * first[1] + product[1]
+    return c0 + c1 * eps + product[0], c1 * eye + product[1]
 
 
 def _pair_product(left: Pair, right: Pair, gram: Tensor) -> Pair:
@@ -293,7 +299,7 @@ def _symmetric(matrices: Tensor) -> Tensor:
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Frobenius products of (B, F, F), (B, 1, 1)."""
-    return torch.bmm(a.reshape(a.shape[0], 1, -1), b.reshape(b.shape[0], -1, 1))
+    return torch.bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2))
 
 
 def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") -> Tensor:

@@ -1,9 +1,13 @@
 """Operations of a step are counted and timed, on examples that can be counted by hand."""
 
 import time
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import torch
+from torch.autograd import DeviceType
 
+from timm_deconv.benchmark import operations
 from timm_deconv.benchmark.operations import COLUMNS, OTHER, ProfileSettings, operation_seconds, profile_rows
 
 SMALL = ProfileSettings(width=0.125, batch=4, forms=("none", "deconv"))
@@ -28,9 +32,21 @@ def test_rows_are_the_operations_of_each_form() -> None:
     rows = profile_rows(SMALL, lambda message: None)
     assert all(set(row) == set(COLUMNS) for row in rows)
     by_form = {form: {row["operation"]: row for row in rows if row["form"] == form} for form in ("none", "deconv")}
-    assert by_form["none"]["aten::mkldnn_convolution"]["calls"] == 20  # the convolutions of ResNet-18
+    assert by_form["none"]["aten::convolution_backward"]["calls"] == 20  # the convolutions of ResNet-18
     assert "_WhitenedConvBackward" in by_form["deconv"] and "_WhitenedConvBackward" not in by_form["none"]
     assert {row["preset"] for row in by_form["deconv"].values()} == {"fast"}
+
+
+def test_a_kernels_time_counts_once(monkeypatch) -> None:
+    def event(key: str, device_type: DeviceType) -> SimpleNamespace:
+        return SimpleNamespace(key=key, device_type=device_type, count=2, self_device_time_total=100.0)
+
+    events = [event("aten::mm", DeviceType.CPU), event("sgemm", DeviceType.CUDA)]
+    profiler = MagicMock()
+    profiler.return_value.__enter__.return_value.key_averages.return_value = events
+    monkeypatch.setattr(operations, "profile", profiler)
+    found = operation_seconds(lambda: torch.zeros(()), ProfileSettings(device="cuda", steps=2))
+    assert found == {"aten::mm": (1.0, 50e-6)}
 
 
 def test_short_operations_are_summed_up() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_deconv.layers import ChannelDeconv, DeconvCfg, DeconvLinear, compat
 from timm_deconv.layers.whitening import fold, whitener
@@ -32,6 +33,16 @@ def test_fewer_vectors_than_features_are_whitened_by_their_covariance(options: d
     cotangent = torch.randn_like(output)
     ours = torch.autograd.grad(output, [x, *layer.parameters()], cotangent)
     torch.testing.assert_close(ours, torch.autograd.grad(expected, [x, *layer.parameters()], cotangent))
+
+
+@pytest.mark.parametrize(("vectors", "products"), [(5, 5 * 24**2 + 5 * 24 * 7), (7, 7 * 24**2 + 7 * 24 + 7 * 24 * 7)])
+def test_the_fewer_of_vectors_and_outputs_are_whitened(vectors: int, products: int) -> None:
+    layer = DeconvLinear(24, 7, cfg=DeconvCfg(block=24))
+    x = torch.randn(vectors, 24)
+    statistics = layer._statistics(x)
+    with FlopCounterMode(display=False) as counter:
+        layer._whitened(x, statistics, None)
+    assert counter.get_total_flops() == 2 * products
 
 
 def test_linear_layers_take_any_leading_dimensions() -> None:

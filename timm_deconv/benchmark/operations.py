@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .memory import MemorySettings, describe
@@ -18,7 +19,7 @@ COLUMNS = [
     *CONDITIONS,
 ]
 
-SHOWN = "form preset operation calls milliseconds".split()
+SHOWN = "form preset memory_format operation calls milliseconds".split()
 
 LEAST_SHARE = 0.01
 """An operation that takes less of the step is counted among the others."""
@@ -60,7 +61,7 @@ def profile_rows(settings: ProfileSettings, progress: Callable[[str], object] = 
 
 
 def operation_seconds(step: Step, settings: ProfileSettings) -> dict[str, tuple[float, float]]:
-    """Calls and seconds of each operation in a step, means of `settings.steps`; on CUDA those of its kernels."""
+    """Calls and seconds of each operation in a step, means of `settings.steps`; on CUDA the seconds of its kernels."""
     on_device = torch.device(settings.device).type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
     with profile(activities=activities, acc_events=True) as profiler:
@@ -69,6 +70,7 @@ def operation_seconds(step: Step, settings: ProfileSettings) -> dict[str, tuple[
     return {
         event.key: (event.count / settings.steps, _microseconds(event, on_device) / settings.steps / 1e6)
         for event in profiler.key_averages()
+        if event.device_type == DeviceType.CPU  # kernels, listed too, are in the time of what launches them
     }
 
 

@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "layers": {"nargs": "+", "help": f"of {', '.join(kernels.LAYERS)}; default all"},
     "network": {"help": "a registered pair, without _deconv; default resnet18_cifar"},
     "preset": {"help": "of the form deconv; default paper"},
-    "presets": {"nargs": "+", "help": "of the form deconv; default fast paper"},
+    "presets": {"nargs": "+", "help": "of the form deconv; default fast paper, of profile fast"},
     "forms": {"nargs": "+", "help": "of none, twin, deconv, published, in inference fused too; default all"},
     "memory-formats": {"nargs": "+", "help": "of contiguous, channels_last"},
     "width": {"type": float, "help": "multiplies the channels, in networks that have the argument"},

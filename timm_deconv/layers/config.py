@@ -33,8 +33,8 @@ class DeconvCfg:
         per_block: one mean and covariance for each block instead of one shared by all blocks of the layer.
         eps: added to the diagonal of the covariance.
         n_iter: coupled Newton-Schulz steps; fewer whiten less (see `timm_deconv.linalg`).
-        quartic: the nearest polynomial of fourth degree in place of 2 or 3 steps, 5 products instead of 7 or 14 in a
-            training step; of more steps, or one, nothing changes.
+        quartic: the nearest polynomial of fourth degree in place of 2 or 3 steps, in a convolution's training step 5
+            products instead of 7 or 14; of more steps, or one, nothing changes.
         momentum: weight of the newest batch in the running mean and whitener, in (0, 1].
         start_corrected: weigh the first batches so that running values do not lean towards the initial mean 0 and
             whitener I.

@@ -22,7 +22,8 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     covariance.
 
     Every feature vector of the batch is a sample. Freezing, running averages, regularisation and `wide_block` as in
-    `Deconv2d`; the layout and sampling options do not apply. For the backward pass about as much as the input is kept.
+    `Deconv2d`; the layout and sampling options do not apply. For the backward pass whitener
+    and root are kept, and three times the input if it is whitened.
 
     Args:
         cfg: how to whiten; by default the published settings with blocks of 512 features.

@@ -59,7 +59,7 @@ class _WhitenedConv(torch.autograd.Function):
     """Whitening is applied to the weight, w D and b - w D mu, or, the same function, to the input, (x D) w.
 
     `met` is the weight that meets the input, `shift` what it multiplies in the bias: mu or D mu. For the backward pass
-    D is applied again: nothing of the size of the input or the weight is kept but these themselves.
+    D is applied again: of the input no copy is kept, of the folded weight its sum over the kernel.
     """
 
     @staticmethod
@@ -128,9 +128,9 @@ class _WhitenedConv(torch.autograd.Function):
 def whitens_input(x: Tensor, weight: Tensor, partition: Partition) -> bool:
     """Whether D is applied to x and not to the weight, the same function: where that is fewer products.
 
-    F products an element each: 3 times the weight (fold, two gradients), or 4 times x (as it is not kept).
+    F products an element either way, 4 times: in the forward and the backward pass, and for the gradients of both.
     """
-    return partition.one_whitener and 4 * x.numel() < 3 * weight.numel()
+    return partition.one_whitener and x.numel() < weight.numel()
 
 
 def _conv_dtype(x: Tensor) -> torch.dtype:

@@ -31,8 +31,8 @@ __all__ = [
 
 
 IMAGES = 16
-"""Images that the pixels of a 1x1 convolution are divided into, where they can be: a processor was seen to take a
-quarter of the time so for as many images of one pixel, and half of it for one image."""
+"""Images into which the pixels of a 1x1 convolution are divided, where they can be: a processor was seen to take half
+the time that it takes for one image, and a quarter of that for as many images as there are pixels."""
 
 
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
