@@ -44,12 +44,13 @@ matrix of norm 1. What two steps compute is one; of three it is that of least sq
 nodes of [0, 1], where it is at most 0.7 %."""
 
 
-def covariance(rows: Tensor, *, centred: bool = True) -> tuple[Tensor, Tensor]:
+def covariance(rows: Tensor, *, centred: bool = True, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and covariance of sampled rows.
 
     Args:
         rows: (..., R, F), R samples of F features; any floating dtype.
         centred: False leaves the second moment uncentred, as the published channel whitening does.
+        overwrite: centre the rows in place: fresh memory can cost more than all of the arithmetic.
 
     Returns:
         mean (..., F) and covariance (..., F, F), divided by R, in float32 or better. One product of R F^2.
@@ -57,7 +58,7 @@ def covariance(rows: Tensor, *, centred: bool = True) -> tuple[Tensor, Tensor]:
     with full_precision(rows):
         rows = promote(rows)
         mean = rows.mean(-2, keepdim=True)
-        deviations = rows - mean if centred else rows
+        deviations = (rows.sub_(mean) if overwrite else rows - mean) if centred else rows
         cov = (deviations.mT @ deviations) / rows.shape[-2]
         return mean.squeeze(-2), cov
 

@@ -47,6 +47,11 @@ class ConvMap(NamedTuple):
     def _of_pixels(self) -> bool:
         return self.cfg.layout == "channels" and self.partition.of_channels
 
+    @property
+    def copies(self) -> bool:
+        """Whether the samples are copies for certain, and no view of the input."""
+        return not self.sampled.pointwise
+
     def padding_share(self, x: Tensor) -> float:
         """The weight in the statistics of padding that the convolution sees but that is not among the samples."""
         return min(self.window.padding_share((x.shape[2], x.shape[3])), MOST_PADDING) if self._of_pixels else 0.0

@@ -38,8 +38,8 @@ class Statistics(NamedTuple):
 def batch_statistics(x: Tensor, conv_map: ConvMap) -> Statistics:
     """Statistics of the windows that a convolution sees in x, without gradient; see `add_statistics_gradient_`."""
     with full_precision(x):
-        rows = split_rows(conv_map.columns(x), conv_map.partition)
-        mean, cov = covariance(rows)
+        rows, _ = _rows(x, conv_map)
+        mean, cov = covariance(rows, overwrite=conv_map.copies)
         mean, cov = count_padding(mean, cov, conv_map.padding_share(x))
         cfg = conv_map.cfg
         cov = regularise(cov, rows.shape[-2], cfg)
@@ -69,16 +69,22 @@ def add_statistics_gradient_(
     grad_whitener: Tensor,
 ) -> None:
     """Add to the gradient of x what reaches it through the mean, (S, 1, F), and the whitener."""
-    columns = conv_map.columns(x)
-    rows = split_rows(columns, conv_map.partition).to(grad_mean.dtype)
+    rows, shape = _rows(x, conv_map)
     samples = rows.shape[-2]
     cfg = conv_map.cfg
     grad_cov = isqrt_backward(grad_whitener, statistics.whitener, statistics.iterates, cfg.n_iter, cfg.quartic)
     grad_cov = regularise_backward(grad_cov, samples, cfg)
     mean = statistics.mean.unsqueeze(-2)
     mean, grad_mean, grad_cov = count_padding_backward(mean, grad_mean, grad_cov, conv_map.padding_share(x))
-    grad_rows = _times_symmetric(rows - mean, grad_cov, grad_mean / samples, 2 / samples)
-    conv_map.add_columns_(grad_x, unsplit_rows(grad_rows, list(columns.shape), conv_map.partition).to(grad_x.dtype))
+    rows = rows.sub_(mean) if conv_map.copies else rows - mean
+    grad_rows = _times_symmetric(rows, grad_cov, grad_mean / samples, 2 / samples)
+    conv_map.add_columns_(grad_x, unsplit_rows(grad_rows, shape, conv_map.partition).to(grad_x.dtype))
+
+
+def _rows(x: Tensor, conv_map: ConvMap) -> tuple[Tensor, list[int]]:
+    """Rows (S, R, F) in float32 or better, and the shape of the columns that they are made of."""
+    columns = conv_map.columns(x)
+    return promote(split_rows(columns, conv_map.partition)), list(columns.shape)
 
 
 def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor, scale: float) -> Tensor:
