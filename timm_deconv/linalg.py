@@ -145,8 +145,8 @@ def isqrt_of_rows(rows: Tensor, eps: float, n_iter: int = 5, quartic: bool = Fal
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         scale = (_inner(gram, gram) + 2 * eps * trace + rows.shape[-1] * eps**2).sqrt()
         gram, first = gram / scale, (eps / scale, _eye_like(gram).expand_as(gram))
-        if quartic and n_iter in QUARTICS:
-            root = _quartic_of_pair(first, gram, QUARTICS[n_iter])
+        if coefficients := _coefficients(n_iter, quartic):
+            root = _quartic_of_pair(first, gram, coefficients)
         else:
             root = _newton_schulz_of_pair(first, gram, n_iter)
         of_eps, core = (part / scale.sqrt() for part in root)
@@ -190,8 +190,8 @@ def isqrt_with_iterates(cov: Tensor, n_iter: int, quartic: bool = False) -> tupl
     wide = _widen(cov, n_iter)
     scale = _norm(wide, "frobenius")
     first = wide / scale
-    if quartic and n_iter in QUARTICS:
-        *iterates, root = _quartic_iterates(first, QUARTICS[n_iter])
+    if coefficients := _coefficients(n_iter, quartic):
+        *iterates, root = _quartic_iterates(first, coefficients)
     else:
         *iterates, root = _coupled_iterates(first, n_iter)
     return (root / scale.sqrt()).to(cov.dtype), [scale, *iterates]
@@ -206,14 +206,19 @@ def isqrt_backward(grad: Tensor, root: Tensor, saved: list[Tensor], n_iter: int,
     scale, first, *iterates = saved
     grad = grad.to(scale.dtype)
     scaled = grad / scale.sqrt()
-    if quartic and n_iter in QUARTICS:
-        grad_first = _quartic_backward(scaled, first, iterates, QUARTICS[n_iter])
+    if coefficients := _coefficients(n_iter, quartic):
+        grad_first = _quartic_backward(scaled, first, iterates, coefficients)
     else:
         pairs = list(zip(iterates[-2::-2], iterates[::-2], strict=True))
         backward = _symmetric_backward if n_iter <= FEW_STEPS else _chain_rule_backward
         grad_first = backward(scaled, first, pairs)
     through_scale = _inner(grad_first, first).add(_inner(grad, root.to(grad.dtype)), alpha=0.5)
     return (torch.addcmul(grad_first, first, through_scale, value=-1) / scale).to(root.dtype)
+
+
+def _coefficients(n_iter: int, quartic: bool) -> Quartic | None:
+    """Of the polynomial that is computed in place of the steps; None: the steps."""
+    return QUARTICS.get(n_iter) if quartic else None
 
 
 def _quartic_iterates(a: Tensor, coefficients: Quartic) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Where the time of a training step goes: the operations of the forms of one network, by torch's profiler."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +34,7 @@ class ProfileSettings(MemorySettings):
     The defaults show a step before, by the published operation sequence, and after.
     """
 
-    forms: tuple[str, ...] = ("none", "twin", "deconv", "published")
-    presets: tuple[str, ...] = ("fast",)
+    presets: Sequence[str] = ("fast",)
     steps: int = 3
 
 
