@@ -31,10 +31,15 @@ class ConvMap(NamedTuple):
         return torch.conv2d(x, weight, bias, window.stride, window.padding, window.dilation, self.groups)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, with_x: bool) -> Gradients:
-        """Gradients of x (None unless `with_x`), weight and bias."""
-        window, needed = self.window, [with_x, True, True]
+        """Gradients of x (None unless `with_x`), weight and bias.
+
+        That of the bias is summed apart: a processor was seen to take 5 ms for it in the convolution's own backward
+        pass, and 0.8 ms for the sum.
+        """
+        window, needed = self.window, [with_x, True, False]
         geometry = (window.stride, window.padding, window.dilation, False, [0, 0], self.groups)
-        return torch.ops.aten.convolution_backward(grad, x, weight, [weight.shape[0]], *geometry, needed)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, [0], *geometry, needed)
+        return grad_x, grad_weight, grad.sum((0, 2, 3))
 
     @property
     def sampled(self) -> Window:
