@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from timm_deconv.products import inner_products
+
 __all__ = [
     "Norm",
     "covariance",
@@ -59,8 +61,9 @@ def covariance(rows: Tensor, *, centred: bool = True, overwrite: bool = False) -
         rows = promote(rows)
         mean = rows.mean(-2, keepdim=True)
         deviations = (rows.sub_(mean) if overwrite else rows - mean) if centred else rows
-        cov = (deviations.mT @ deviations) / rows.shape[-2]
-        return mean.squeeze(-2), cov
+        samples = deviations.reshape(-1, *rows.shape[-2:])
+        cov = inner_products(samples, samples).div_(rows.shape[-2])
+        return mean.squeeze(-2), cov.reshape(*rows.shape[:-2], *cov.shape[-2:])
 
 
 def shrink(cov: Tensor, share: float) -> Tensor:

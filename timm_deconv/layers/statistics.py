@@ -17,6 +17,7 @@ from timm_deconv.linalg import (
     isqrt_with_iterates,
     promote,
 )
+from timm_deconv.products import rows_times
 
 from .config import DeconvCfg
 from .conv_map import ConvMap
@@ -90,5 +91,5 @@ def _rows(x: Tensor, conv_map: ConvMap) -> tuple[Tensor, list[int]]:
 def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor, scale: float) -> Tensor:
     """scale rows M + constant of rows (S, R, F), symmetric M (S, F, F) and constant (S, 1, F), in the rows' layout."""
     if rows.is_contiguous():
-        return torch.baddbmm(constant, rows, matrices, alpha=scale)
+        return rows_times(rows, scale * matrices, constant)
     return torch.baddbmm(constant.mT, matrices, rows.mT, alpha=scale).mT

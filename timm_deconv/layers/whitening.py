@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from timm_deconv.linalg import isqrt_newton_schulz, isqrt_quartic, shrink
+from timm_deconv.products import POINTWISE, as_images, inner_products, rows_times
 
 from .config import DeconvCfg
 from .partition import Partition, split_rows, split_weight, sum_blocks, sum_shift, unsplit_rows, unsplit_weight
@@ -28,11 +29,6 @@ __all__ = [
     "whiten_vectors",
     "whitener",
 ]
-
-
-IMAGES = 16
-"""Images into which the pixels of a 1x1 convolution are divided, where they can be: a processor was seen to take half
-the time that it takes for one image, and a quarter of that for as many images as there are pixels."""
 
 
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
@@ -119,7 +115,7 @@ def fold_weight(weight: Tensor, whitener: Tensor, partition: Partition) -> Tenso
     """
     if partition.one_whitener:
         return apply_whitener(weight, whitener)
-    return _unsplit_like(torch.bmm(split_weight(weight, partition), whitener), weight, partition)
+    return _unsplit_like(rows_times(split_weight(weight, partition), whitener), weight, partition)
 
 
 def fold_weight_backward(
@@ -132,8 +128,8 @@ def fold_weight_backward(
     grad_rows, rows = split_weight(grad_folded, partition), split_weight(weight, partition)
     of_outputs = grad_rows.unflatten(1, [grad_outputs.shape[1], -1])
     of_outputs.addcmul_(grad_outputs[..., None, None], shift.unsqueeze(2), value=-1)
-    grad_weight = _unsplit_like(torch.bmm(grad_rows, whitener.mT), weight, partition)
-    return grad_weight, torch.bmm(rows.mT, grad_rows)
+    grad_weight = _unsplit_like(rows_times(grad_rows, whitener.mT), weight, partition)
+    return grad_weight, inner_products(rows, grad_rows)
 
 
 def _unsplit_like(rows: Tensor, weight: Tensor, partition: Partition) -> Tensor:
@@ -171,13 +167,12 @@ def apply_whitener_backward(grad: Tensor, values: Tensor, whitener: Tensor) -> t
     """Gradients of values and D from that of `apply_whitener`."""
     features = whitener.shape[-1]
     last = values.is_contiguous(memory_format=torch.channels_last)
-    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
     grad_values, grad_kernel, _ = torch.ops.aten.convolution_backward(
         _runs_apart(grad, features, last),
         _runs_apart(values, features, last),
         _kernel(whitener, values.dtype),
         [0],
-        *geometry,
+        *POINTWISE,
         [True, True, False],
     )
     grad_whitener = grad_kernel.reshape(features, features).mT.unsqueeze(0)
@@ -192,9 +187,7 @@ def _runs_apart(values: Tensor, features: int, last: bool) -> Tensor:
     """Images of F channels, a view: every run of channels becomes a pixel in channels_last, else an image."""
     if not last:
         return values.reshape(-1, features, *values.shape[2:])
-    runs = values.numel() // features
-    images = IMAGES if runs % IMAGES == 0 else 1
-    return values.permute(0, 2, 3, 1).reshape(images, 1, runs // images, features).permute(0, 3, 1, 2)
+    return as_images(values.permute(0, 2, 3, 1).reshape(-1, features))
 
 
 def _runs_together(images: Tensor, like: Tensor, last: bool) -> Tensor:
