@@ -17,7 +17,7 @@ DEFAULT_PRESET = "paper"
 PRESET_ROLES: Mapping[str, Mapping[str, Options]] = {
     "fast": {
         "stem": {"layout": "window", "sampling_stride": 3},
-        "depthwise": {"max_rows": 256, "sampling_stride": 3},
+        "depthwise": {"n_iter": 1, "max_rows": 256, "sampling_stride": 3},
         "grouped": {"max_rows": 1024, "sampling_stride": 3},
         "squeeze_excite": {"block": 64},
         "classifier": {"block": 512, "wide_block": 0, "min_rows": 0.0},
