@@ -86,18 +86,19 @@ def rates_picture(rows: Sequence[Row], path: Path) -> None:
 
     kinds = "network width data recipe epochs opt amp figure".split()
     panels = sorted({tuple(row[kind] for kind in kinds) for row in rows})
+    names = list(dict.fromkeys(row["variant"] for row in rows))
     figure = Figure(figsize=(5 * len(panels), 4.5), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         shown = [row for row in rows if tuple(row[kind] for kind in kinds) == panel]
         network, _, data, recipe, epochs, *_, figure_name = panel
         axes.set(xscale="log", xlabel="rate", ylabel=f"{figure_name} in %")
         axes.set_title(f"{network}, {data}, {recipe}, {epochs} epochs", fontsize="small")
-        for name in dict.fromkeys(row["variant"] for row in shown):
+        for colour, name in enumerate(names):
             line = sorted((row for row in shown if row["variant"] == name), key=lambda row: row["lr"])
             deviations = [row["deviation"] or 0 for row in line]
             x, y = [row["lr"] for row in line], [row["value"] for row in line]
-            axes.errorbar(x, y, yerr=deviations, fmt="o-", capsize=3, label=name)
-        axes.legend(fontsize="x-small")
+            axes.errorbar(x, y, yerr=deviations, fmt="o-", capsize=3, label=name, color=f"C{colour}")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
