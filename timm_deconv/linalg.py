@@ -342,8 +342,11 @@ def isqrt_eigh(cov: Tensor) -> Tensor:
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast on the tensor's device."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    """A context without autocast on the tensor's device; entering one where there is none to leave takes time."""
+    device = tensor.device.type
+    if tensor.is_meta or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _norm(matrices: Tensor, norm: Norm) -> Tensor:

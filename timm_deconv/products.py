@@ -8,7 +8,7 @@ matter, stays a matrix product.
 import torch
 from torch import Tensor
 
-__all__ = ["POINTWISE", "as_images", "inner_products", "rows_times"]
+__all__ = ["POINTWISE", "as_images", "few_products", "inner_products", "rows_times"]
 
 IMAGES = 16
 """Images into which the rows are divided, where they can be: a processor was seen to take half the time that it takes
@@ -43,6 +43,11 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     return products.view(1, a.shape[-1], b.shape[-1])
 
 
+def few_products(values: Tensor, outputs: int) -> bool:
+    """Whether products of all values with so many columns are too few for a convolution to be faster."""
+    return values.numel() * outputs <= FEW_PRODUCTS
+
+
 def as_images(rows: Tensor) -> Tensor:
     """Contiguous rows (R, F) as the pixels of images (N, F, 1, R / N), a view in channels_last."""
     count, features = rows.shape
@@ -56,6 +61,6 @@ def _by_convolution(rows: Tensor, outputs: int) -> bool:
         and rows.device.type == "cpu"
         and rows.dtype == torch.float32
         and rows.is_contiguous()
-        and rows.numel() * outputs > FEW_PRODUCTS
+        and not few_products(rows, outputs)
         and torch.backends.mkldnn.is_available()
     )

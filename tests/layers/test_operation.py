@@ -9,6 +9,7 @@ from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear
 from timm_deconv.layers.partition import split_rows
 from timm_deconv.layers.whitening import count_padding, fold, whitener
 from timm_deconv.linalg import covariance
+from timm_deconv.products import FEW_PRODUCTS
 
 CASES = {
     "interleaved": (dict(kernel_size=3, padding=1), DeconvCfg(block=4)),
@@ -53,10 +54,12 @@ def by_chain_rule(layer: Deconv2d, x: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # a remark of torch's about speed
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("few", [FEW_PRODUCTS, 0], ids=["matrix products", "convolutions"])
 @pytest.mark.parametrize(("options", "cfg"), CASES.values(), ids=CASES.keys())
 def test_gradients_of_a_convolution_are_those_of_the_chain_rule(
-    options: dict, cfg: DeconvCfg, memory_format: torch.memory_format
+    options: dict, cfg: DeconvCfg, few: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("timm_deconv.products.FEW_PRODUCTS", few)
     layer = Deconv2d(8, 6 if options.get("groups", 1) < 8 else 8, **options, dtype=torch.float64, cfg=cfg)
     x = F.avg_pool2d(torch.randn(4, 8, 11, 12, dtype=torch.float64), 3, 1, 1) + 0.2
     x = x.contiguous(memory_format=memory_format).requires_grad_()

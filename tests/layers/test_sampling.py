@@ -86,6 +86,16 @@ def test_wider_spacing_takes_a_part_of_the_windows_of_the_convolution(window: Wi
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+def test_samples_last_is_a_layout_of_the_same_columns(window: Window, memory_format: torch.memory_format) -> None:
+    for size, step in itertools.product(SIZES, STEPS):
+        x, sampling = images(memory_format, size), Sampling(1, step, (0, 0), False)
+        columns = window_columns(x, window, sampling, samples_last=True)
+        assert torch.equal(columns, window_columns(x, window, sampling))
+        assert columns.numel() == 0 or columns.permute(2, 0, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("sampling", PIXELS, ids=str)
 def test_pixels_are_on_a_grid_from_the_offset_or_every_nth_of_the_batch(
     sampling: Sampling, memory_format: torch.memory_format

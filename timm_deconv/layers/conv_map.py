@@ -62,8 +62,9 @@ class ConvMap(NamedTuple):
         return min(self.window.padding_share((x.shape[2], x.shape[3])), MOST_PADDING) if self._of_pixels else 0.0
 
     def columns(self, x: Tensor) -> Tensor:
-        """Sampled windows, (..., K)."""
-        return window_columns(x, self.sampled, choose_sampling(x, self.sampled, self.partition, self.cfg))
+        """Sampled windows, (..., K), laid out as `split_rows` wants them."""
+        sampling = choose_sampling(x, self.sampled, self.partition, self.cfg)
+        return window_columns(x, self.sampled, sampling, samples_last=not self.partition.shared)
 
     def add_columns_(self, grad_x: Tensor, grad_columns: Tensor) -> None:
         """Add the gradient of `columns(x)` to that of x."""

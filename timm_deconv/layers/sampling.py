@@ -104,11 +104,15 @@ def _sparser(images: int, size: Pair, window: Window, step: Pair, most: int) -> 
     return Sampling(math.ceil(images / wanted), step, offset, False)
 
 
-def window_columns(x: Tensor, window: Window, sampling: Sampling) -> Tensor:
-    """Windows of images (N, C, H, W), zero padding counted as data: (..., K) features each, channel-major."""
+def window_columns(x: Tensor, window: Window, sampling: Sampling, *, samples_last: bool = False) -> Tensor:
+    """Windows of images (N, C, H, W), zero padding counted as data: (..., K) features each, channel-major.
+
+    Args:
+        samples_last: gather windows of more than a pixel into memory where all samples of a feature follow one another.
+    """
     x = x[:: sampling.images]
     if not window.pointwise:
-        return _gather_windows(x, window, sampling.step)
+        return _gather_windows(x, window, sampling.step, samples_last)
     if not sampling.flat:
         return _pixel_grid(x, sampling)
     pixels = x.permute(0, 2, 3, 1)
@@ -139,10 +143,14 @@ def _pixel_grid(x: Tensor, sampling: Sampling) -> Tensor:
     return x[:, :, top::rows, left::cols].permute(0, 2, 3, 1)
 
 
-def _gather_windows(x: Tensor, window: Window, step: Pair) -> Tensor:
+def _gather_windows(x: Tensor, window: Window, step: Pair, samples_last: bool) -> Tensor:
     """(N, windows, K); `F.unfold` does the same, several times slower where windows are sparse or in channels_last."""
-    rows, cols = window.grid((x.shape[2], x.shape[3]), step)
-    columns = x.new_zeros(x.shape[0], rows, cols, x.shape[1], *window.kernel_size)
+    samples = (x.shape[0], *window.grid((x.shape[2], x.shape[3]), step))
+    features = (x.shape[1], *window.kernel_size)
+    if samples_last:
+        columns = x.new_zeros(*features, *samples).permute(3, 4, 5, 0, 1, 2)
+    else:
+        columns = x.new_zeros(*samples, *features)
     for of_columns, of_x in _kernel_positions(x, window, step):
         columns[of_columns] = x[of_x].permute(0, 2, 3, 1)
     return columns.flatten(3).flatten(1, 2)

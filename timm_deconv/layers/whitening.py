@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from timm_deconv.linalg import isqrt_newton_schulz, isqrt_quartic, shrink
-from timm_deconv.products import POINTWISE, as_images, inner_products, rows_times
+from timm_deconv.products import POINTWISE, as_images, few_products, inner_products, rows_times
 
 from .config import DeconvCfg
 from .partition import Partition, split_rows, split_weight, sum_blocks, sum_shift, unsplit_rows, unsplit_weight
@@ -111,7 +111,8 @@ def fold_weight(weight: Tensor, whitener: Tensor, partition: Partition) -> Tenso
     """w D in the weight's shape and memory format, which decides in which one a convolution runs.
 
     The weight in the whitener's dtype. Unlike `fold`, in the precision of convolutions (TF32 on GPUs, where these are)
-    when D multiplies runs of channels: a processor was seen to multiply up to 3 times as fast so as by matrix products.
+    when D multiplies runs of channels, unless the products are few: a processor was seen to multiply up to 3 times as
+    fast so as by matrix products.
     """
     if partition.one_whitener:
         return apply_whitener(weight, whitener)
@@ -156,8 +157,13 @@ def subtract_shift_gradient_(grad: Tensor, grad_outputs: Tensor, shift: Tensor, 
 
 
 def apply_whitener(values: Tensor, whitener: Tensor) -> Tensor:
-    """Every run of F channels of images or a weight (N, C, H, W) times D (1, F, F), as a 1x1 convolution."""
+    """Every run of F channels of images or a weight (N, C, H, W) times D (1, F, F).
+
+    As a 1x1 convolution, unless the products are so few that this takes longer to begin than it saves.
+    """
     features = whitener.shape[-1]
+    if few_products(values, features):
+        return _in_format(torch.bmm(_pixels(values, features), whitener.to(values.dtype)), values)
     last = values.is_contiguous(memory_format=torch.channels_last)
     whitened = torch.conv2d(_runs_apart(values, features, last), _kernel(whitener, values.dtype))
     return _runs_together(whitened, values, last)
@@ -166,6 +172,11 @@ def apply_whitener(values: Tensor, whitener: Tensor) -> Tensor:
 def apply_whitener_backward(grad: Tensor, values: Tensor, whitener: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of values and D from that of `apply_whitener`."""
     features = whitener.shape[-1]
+    if few_products(values, features):
+        pixels = _pixels(grad, features)
+        grad_values = torch.bmm(pixels, whitener.mT.to(grad.dtype))
+        grad_whitener = torch.bmm(_pixels(values, features).mT, pixels)
+        return _in_format(grad_values, values), grad_whitener.to(whitener.dtype)
     last = values.is_contiguous(memory_format=torch.channels_last)
     grad_values, grad_kernel, _ = torch.ops.aten.convolution_backward(
         _runs_apart(grad, features, last),
@@ -183,17 +194,27 @@ def _kernel(whitener: Tensor, dtype: torch.dtype) -> Tensor:
     return whitener[0].mT[..., None, None].to(dtype)
 
 
+def _pixels(values: Tensor, features: int) -> Tensor:
+    """Runs of F channels as rows (1, R, F), a view in channels_last."""
+    return values.permute(0, 2, 3, 1).reshape(1, -1, features)
+
+
+def _in_format(pixels: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_pixels`, in the shape and memory format of `like`."""
+    count, channels, height, width = like.shape
+    if height * width == 1 and like.is_contiguous():
+        return pixels.reshape(like.shape)
+    values = pixels.reshape(count, height, width, channels).permute(0, 3, 1, 2)
+    return values.contiguous() if like.is_contiguous() else values
+
+
 def _runs_apart(values: Tensor, features: int, last: bool) -> Tensor:
     """Images of F channels, a view: every run of channels becomes a pixel in channels_last, else an image."""
     if not last:
         return values.reshape(-1, features, *values.shape[2:])
-    return as_images(values.permute(0, 2, 3, 1).reshape(-1, features))
+    return as_images(_pixels(values, features)[0])
 
 
 def _runs_together(images: Tensor, like: Tensor, last: bool) -> Tensor:
     """The inverse, in the shape and memory format of `like`."""
-    if not last:
-        return images.reshape(like.shape)
-    count, channels, height, width = like.shape
-    pixels = images.permute(0, 2, 3, 1).reshape(count, height, width, channels)
-    return pixels.reshape(like.shape) if like.is_contiguous() else pixels.permute(0, 3, 1, 2)
+    return _in_format(images.permute(0, 2, 3, 1), like) if last else images.reshape(like.shape)
