@@ -91,7 +91,8 @@ def test_what_the_user_asks_for_wins_over_the_preset() -> None:
         model = timm.create_model("resnet18_cifar_deconv", deconv=deconv)
     assert (model.conv1.cfg.n_iter, model.conv1.cfg.layout, model.conv1.cfg.block) == (4, "window", 16)
     assert type(model.layer1[0].conv1) is nn.Conv2d
-    assert model.layer1[0].conv2.cfg == FAST.override({"block": 16})
+    assert model.layer1[0].conv2.cfg == FAST.override({"block": 16, "n_iter": 1})
+    assert model.layer2[0].conv1.cfg == FAST.override({"block": 16})
     assert {layer.partition.features for layer in whitened(model.layer2).values()} == {16}
     assert model.get_classifier().cfg.block == 512  # of the role, which is more particular
     assert model.requested_policy.to_dict() == deconv

@@ -10,7 +10,9 @@ from timm_deconv.layers import DeconvCfg, preset
 
 __all__ = ["DEFAULT_PRESET", "GUARDED", "ClassifierKind", "DeconvPolicy", "Role", "resolve_policy"]
 
-Role = Literal["stem", "pointwise", "spatial", "depthwise", "grouped", "squeeze_excite", "linear", "classifier"]
+Role = Literal[
+    "stem", "pointwise", "spatial", "block_end", "depthwise", "grouped", "squeeze_excite", "linear", "classifier"
+]
 ClassifierKind = Literal["linear", "channel", "plain"]
 Options = Mapping[str, Any]
 DEFAULT_PRESET = "paper"
@@ -19,6 +21,7 @@ PRESET_ROLES: Mapping[str, Mapping[str, Options]] = {
         "stem": {"layout": "window", "sampling_stride": 3},
         "depthwise": {"n_iter": 1, "max_rows": 256, "sampling_stride": 3},
         "grouped": {"max_rows": 1024, "sampling_stride": 3},
+        "block_end": {"n_iter": 1},
         "squeeze_excite": {"block": 64},
         "classifier": {"block": 512, "wide_block": 0, "min_rows": 0.0},
     }
@@ -34,9 +37,10 @@ class DeconvPolicy:
         preset: name of the configuration to start from.
         options: fields of `DeconvCfg` for all layers.
         roles: role -> fields for the layers of that role, or None to leave them plain. Roles: stem (first convolution),
-            classifier (last layer), squeeze_excite, depthwise, grouped, pointwise (1x1), spatial (other convolutions),
-            linear (hidden ones). Hidden linear layers of networks with other norms than batch norm, such as transformer
-            blocks, are whitened only if this role is named.
+            classifier (last layer), squeeze_excite, depthwise, grouped, block_end (last convolution of a residual
+            branch or dense layer), pointwise (other 1x1), spatial (other convolutions), linear (hidden ones). Hidden
+            linear layers of networks with other norms than batch norm, such as transformer blocks, are whitened only if
+            this role is named.
         patterns: shell pattern of layer names ('layer4.*') -> fields, or None to leave the layers plain. A pattern that
             matches no layer is an error.
         classifier: 'linear' whitens the classifier's input features; 'channel' keeps it plain and whitens channels in

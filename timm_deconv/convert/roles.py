@@ -11,10 +11,27 @@ from torch.nn.modules.conv import _ConvNd
 
 from .policy import Role
 
-__all__ = ["LINEAR_TYPES", "classifier_names", "find_roles", "linear_layers_as_convs", "other_norms", "token_linears"]
+__all__ = [
+    "LINEAR_TYPES",
+    "block_ends",
+    "classifier_names",
+    "find_roles",
+    "linear_layers_as_convs",
+    "other_norms",
+    "token_linears",
+]
 
 LINEAR_TYPES = (nn.Linear, TimmLinear)
 """The classes whose instances are linear layers and nothing more."""
+
+RESIDUAL_SIGNS = ("downsample", "shortcut", "skip", "drop_path")
+"""What the residual blocks of timm, torchvision and most others have as a submodule or attribute, be it None."""
+
+DENSE_LAYER = "DenseLayer"
+"""In the class name of DenseNet's blocks everywhere."""
+
+BESIDE_THE_BRANCH = ("downsample", "shortcut", "skip", "se", "attn")
+"""Submodules of a residual block that its branch does not end with."""
 
 SQUEEZE_EXCITES = ("SEModule", "SqueezeExcite", "SqueezeExcitation", "EffectiveSE")
 
@@ -22,7 +39,7 @@ SQUEEZE_EXCITES = ("SEModule", "SqueezeExcite", "SqueezeExcitation", "EffectiveS
 def find_roles(model: nn.Module) -> dict[str, Role]:
     """Role of every layer with a weight matrix by name, in network order; a module used twice is named once."""
     stems, classifiers = _stem_names(model), classifier_names(model)
-    excites = _prefixes(model, SQUEEZE_EXCITES)
+    excites, ends = _prefixes(model, SQUEEZE_EXCITES), block_ends(model)
     hidden = {name for name in linear_layers_as_convs(model) if name not in classifiers}
     roles: dict[str, Role] = {}
     for name, module in _weighted_layers(model):
@@ -35,8 +52,24 @@ def find_roles(model: nn.Module) -> dict[str, Role]:
         elif name.startswith(excites):
             roles[name] = "squeeze_excite"
         else:
-            roles[name] = _role_by_shape(module)
+            role = _role_by_shape(module)
+            roles[name] = "block_end" if name in ends and role in ("pointwise", "spatial") else role
     return roles
+
+
+def block_ends(model: nn.Module) -> set[str]:
+    """Names of the last convolutions of residual branches and dense layers: what is added or appended to an input.
+
+    A block is a module of several convolutions with one of `RESIDUAL_SIGNS`, or a `DENSE_LAYER`, and no such block
+    inside. Its branch is all but its squeeze-excite modules and what is `BESIDE_THE_BRANCH`.
+    """
+    branches = {
+        prefix: convs
+        for prefix, module in model.named_modules()
+        if _is_block(module) and len(convs := _branch(prefix, module)) > 1
+    }
+    outer = {prefix for prefix in branches if any(_is_inside(other, prefix) for other in branches)}
+    return {convs[-1] for prefix, convs in branches.items() if prefix not in outer}
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -92,6 +125,21 @@ def other_norms(model: nn.Module) -> list[tuple[str, str]]:
         for name, module in model.named_modules()
         if "Norm" in type(module).__name__ and not isinstance(module, _BatchNorm) and _has_own_state(module)
     ]
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(hasattr(module, sign) for sign in RESIDUAL_SIGNS) or DENSE_LAYER in type(module).__name__
+
+
+def _is_inside(name: str, prefix: str) -> bool:
+    return name != prefix and (not prefix or name.startswith(f"{prefix}."))
+
+
+def _branch(prefix: str, block: nn.Module) -> list[str]:
+    """Names of a block's convolutions, without those of squeeze-excite modules and beside the branch."""
+    aside = (*_prefixes(block, SQUEEZE_EXCITES), *(f"{name}." for name in BESIDE_THE_BRANCH))
+    names = [name for name, module in block.named_modules() if isinstance(module, nn.Conv2d)]
+    return [f"{prefix}.{name}".lstrip(".") for name in names if not f"{name}.".startswith(aside)]
 
 
 def _weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
