@@ -62,6 +62,7 @@ LAYERS = {
     "stem": _conv("stem", 3, 64, 3, padding=1, shape=(8, 3, 32, 32)),
     "spatial": _conv("spatial", 64, 64, 3, padding=1, shape=(8, 64, 32, 32)),
     "spatial, small image": _conv("spatial", 256, 256, 3, padding=1, shape=(8, 256, 4, 4)),
+    "block end": _conv("block_end", 64, 64, 3, padding=1, shape=(8, 64, 32, 32)),
     "pointwise": _conv("pointwise", 128, 64, 1, shape=(8, 128, 16, 16)),
     "depthwise": _conv("depthwise", 64, 64, 3, padding=1, groups=64, shape=(8, 64, 16, 16)),
     "grouped": _conv("grouped", 64, 64, 3, padding=1, groups=4, shape=(8, 64, 16, 16)),
