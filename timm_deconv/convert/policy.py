@@ -15,7 +15,7 @@ Role = Literal[
 ]
 ClassifierKind = Literal["linear", "channel", "plain"]
 Options = Mapping[str, Any]
-DEFAULT_PRESET = "paper"
+DEFAULT_PRESET = "fast"
 PRESET_ROLES: Mapping[str, Mapping[str, Options]] = {
     "fast": {
         "stem": {"layout": "window", "sampling_stride": 3},
