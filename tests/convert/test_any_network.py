@@ -94,7 +94,7 @@ def test_same_padding_is_seen_by_convolution_and_statistics(size: int, kernel: i
     model = nn.Sequential(conv)
     x = images(size=size).double()
     expected = conv(x).detach()
-    convert_deconv_model(model, {"sampling_stride": 1})
+    convert_deconv_model(model, {"preset": "paper", "sampling_stride": 1})
     assert type(model[0]) is Deconv2dSame
     same(model.eval()(x), expected)
     assert model[0].rows(x).shape[1] == 4 * expected.shape[2] * expected.shape[3]
@@ -230,7 +230,7 @@ def test_a_converted_network_is_saved_and_loaded(name: str, kwargs: dict[str, An
         config = saved(model, folder)
         again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert config["architecture"] == "deconv" and config["model_args"]["base"] == name
-    assert config["model_args"]["deconv"] == {"preset": "paper", **policy}
+    assert config["model_args"]["deconv"] == {"preset": "fast", **policy}
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
     source = timm.get_pretrained_cfg(name).to_dict()
     for key in ("crop_pct", "classifier", "first_conv", "interpolation"):

@@ -217,14 +217,14 @@ def test_modes_hooks_and_gradients_are_as_before_also_after_an_error() -> None:
 def test_too_few_samples_name_the_layer_and_what_it_needs_and_change_nothing() -> None:
     net = timm.create_model("resnet18_cifar_deconv", width=0.25)
     before = state(net)
-    with pytest.raises(InputError, match=r"calibrate layer\S+: it saw \d+ rows and needs at least 288"):
+    with pytest.raises(InputError, match=r"calibrate layer\S+: it saw \d+ rows and needs at least 128"):
         calibrate(net, [torch.randn(4, 3, 32, 32)])
     assert_unchanged(net, before)
     assert net.training
 
 
 def test_layers_that_evaluation_does_not_use_and_channel_whitening_stay_as_they_are() -> None:
-    net = timm.create_model("fcn_resnet50_deconv", layers=(1, 1, 1, 1), aux_head=True, drop_rate=0.0)
+    net = timm.create_model("fcn_resnet50_deconv", layers=(1, 1, 1, 1), aux_head=True, drop_rate=0.0, deconv="paper")
     before = state(net.aux_decoder)
     counts = calibrate(net, [torch.randn(2, 3, 65, 65) for _ in range(4)])
     assert_unchanged(net.aux_decoder, before)

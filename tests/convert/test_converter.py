@@ -128,7 +128,9 @@ def test_copies_and_pickles_are_converted_networks() -> None:
 
 
 def test_the_report_is_a_table() -> None:
-    report = convert_deconv_model(Tiny(), {"patterns": {"grouped": None}, "roles": {"stem": {"n_iter": 9}}})
+    report = convert_deconv_model(
+        Tiny(), {"preset": "paper", "patterns": {"grouped": None}, "roles": {"stem": {"n_iter": 9}}}
+    )
     lines = str(report).splitlines()
     assert lines[0].split("  ")[0] == "layer" and set(lines[1]) <= {"-", " "}
     assert lines[2].split()[:6] == ["stem", "stem", "Deconv2d", "1", "x", "27"]

@@ -61,11 +61,11 @@ def test_a_policy_survives_json(policy: DeconvPolicy) -> None:
 
 
 def test_the_written_form_names_the_preset() -> None:
-    assert DeconvPolicy().to_dict()["preset"] == "paper"
+    assert DeconvPolicy().to_dict()["preset"] == "fast"
 
 
 def test_deconv_is_a_preset_a_dictionary_or_a_policy() -> None:
-    assert resolve_policy(None) == resolve_policy("paper") == resolve_policy({}) == DeconvPolicy()
+    assert resolve_policy(None) == resolve_policy("fast") == resolve_policy({}) == DeconvPolicy()
     policy = DeconvPolicy(options={"block": 16}, classifier="plain")
     assert resolve_policy({"block": 16, "classifier": "plain"}) == policy
     assert resolve_policy(policy) is policy

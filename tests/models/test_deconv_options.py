@@ -111,7 +111,7 @@ def test_what_the_user_asks_for_wins_over_the_family() -> None:
 )
 def test_projections_take_one_step_in_blocks_as_wide_as_their_block_s_input(name: str, kwargs: dict[str, Any]) -> None:
     with torch.device("meta"):
-        model = timm.create_model(name, **kwargs)
+        model = timm.create_model(name, deconv="paper", **kwargs)
     projections = [(block.expand.conv, block.project.conv) for block in layers(model, InvertedResidual)]
     projections += [(block.conv_pw, block.conv_pwl) for block in layers(model, timm_blocks.InvertedResidual)]
     projections += [(block.conv_exp, block.conv_pwl) for block in layers(model, timm_blocks.EdgeResidual)]
