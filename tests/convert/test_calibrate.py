@@ -92,8 +92,8 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 POLICIES = [
     None,
-    {"min_rows": 0.0, "roles": {"stem": {"n_iter": 15, "freeze": True}}},
-    {"layout": "window", "block": 16, "per_block": True, "grid": True},
+    {"preset": "paper", "min_rows": 0.0, "roles": {"stem": {"n_iter": 15, "freeze": True}}},
+    {"preset": "paper", "layout": "window", "block": 16, "per_block": True, "grid": True},
 ]
 
 

@@ -27,7 +27,7 @@ from timm_deconv import Deconv2d, DeconvLinear
 
 Check = Callable[[Subject], None]
 
-QUICK: dict[str, Any] = {"deconv": {"block": 16}}
+QUICK: dict[str, Any] = {"deconv": {"preset": "paper", "block": 16}}
 CIFAR = [name for name in timm_deconv.list_models() if name.endswith("_cifar_deconv")]
 DENSE = ["deeplabv3_resnet50_deconv", "deeplabv3_resnet101_deconv", "fcn_resnet50_deconv"]
 SHALLOW: dict[str, Any] = {"layers": (1, 1, 1, 1)}

@@ -26,7 +26,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def recipe_from(weights: Path | None, form: str = "_deconv", **settings: object) -> Recipe:
-    arguments = {"width": 0.25, **({"deconv": "fast"} if form else {})}
+    arguments = {"width": 0.25}
     start = {} if weights is None else {"pretrained_path": str(weights)}
     chosen = {"model": f"resnet18_cifar{form}", "model_kwargs": arguments, "batch_size": 64, "epochs": 1}
     return load_recipe("digits").merged(chosen | start | settings)
