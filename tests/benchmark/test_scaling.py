@@ -19,6 +19,7 @@ from timm_deconv.benchmark.scaling import (
 from timm_deconv.benchmark.step import StepSettings
 from timm_deconv.benchmark.timing import Timings
 from timm_deconv.errors import InputError
+from timm_deconv.layers import Deconv2d
 
 SMALL = {"width": 0.125, "values": (4, 8, 16), "memory_formats": ("contiguous", "channels_last")}
 
@@ -94,6 +95,19 @@ def test_both_forms_are_timed_along_every_axis() -> None:
         (1.5, 128, ("none", "deconv")),
     ]
     assert [point.batch for point in ScalingSettings(points=3).all_settings()] == [16, 32, 64]
+
+
+def test_along_the_block_the_network_stays_and_the_exponent_is_that_of_the_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scaling, "time_training", lambda point, progress: timings(0.01 * point.block**2))
+    settings = ScalingSettings(axis="block", values=(2, 4, 8), width=0.125, preset="fast", rounds=3)
+    rows = scaling_rows(settings, silent)
+    assert [row["block"] for row in rows] == [2, 4, 8] and len({row["operations"] for row in rows}) == 1
+    assert [row["exponent"] for row in rows] == pytest.approx([2.0] * 3)
+    assert scaling_summary(rows) == "the whitening share goes with the block to the power of 2"
+    model = settings.all_settings()[1].build("deconv")
+    assert {layer.partition.features for layer in model.layer1.modules() if isinstance(layer, Deconv2d)} == {4}
 
 
 def test_what_makes_no_sense_is_refused() -> None:

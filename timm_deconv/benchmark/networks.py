@@ -4,7 +4,7 @@ none: no norm at all, the same biases (what is left in deployment); twin: batch 
 published: whitened by the published operation sequence, with the settings of the preset 'paper'.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -23,13 +23,13 @@ __all__ = ["FORMS", "build", "with_iterative_norm", "with_published_layers"]
 FORMS = ("none", "twin", "deconv", "published")
 
 
-def build(form: str, network: str, preset: str = "paper", **arguments: Any) -> nn.Module:
+def build(form: str, network: str, preset: str | Mapping[str, Any] = "paper", **arguments: Any) -> nn.Module:
     """A form of a registered pair, e.g. 'resnet18_cifar', in training mode, from the same random numbers each time.
 
     Args:
         form: one of FORMS.
         network: the name without '_deconv'.
-        preset: of the form 'deconv'.
+        preset: of the form 'deconv', a name or a dictionary of options over one.
         arguments: the network's own, such as `width`.
 
     Raises:

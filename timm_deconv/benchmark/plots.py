@@ -7,10 +7,16 @@ from pathlib import Path
 from timm_deconv.errors import InputError
 
 from .rows import Row
+from .scaling import fitted_to
 
 __all__ = ["need_matplotlib", "pareto_picture", "rates_picture", "share_picture"]
 
-LABELS = {"batch": "images a batch", "image_size": "pixels on a side", "width": "width"}
+LABELS = {
+    "batch": "images a batch",
+    "image_size": "pixels on a side",
+    "width": "width",
+    "block": "channels whitened together",
+}
 
 
 def need_matplotlib() -> None:
@@ -40,7 +46,7 @@ def share_picture(rows: Sequence[Row], path: Path) -> None:
         values, shares = [row[first["axis"]] for row in shown], [row["share"] for row in shown]
         below = [row["share"] - max(row["share_lower"], 1e-3 * row["share"]) for row in shown]
         above = [row["share_upper"] - row["share"] for row in shown]
-        label = "" if first["exponent"] == "" else f"(work)^{first['exponent']:.2g}"
+        label = "" if first["exponent"] == "" else f"({fitted_to(first['axis'])})^{first['exponent']:.2g}"
         axes.errorbar(values, shares, yerr=(below, above), fmt="o-", capsize=3, label=label)
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.xaxis.minorticks_off()

@@ -1,11 +1,13 @@
-"""How the whitening share of a training step changes with the batch, the image size or the width of a network."""
+"""How the whitening share of a training step changes with batch, image size, width of the network or block."""
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_deconv.errors import InputError, unknown_name
@@ -14,22 +16,33 @@ from .rows import CONDITIONS, Row, conditions, rounded
 from .step import StepSettings, random_batch, time_training
 from .timing import Timings
 
-__all__ = ["AXES", "COLUMNS", "SHOWN", "ScalingSettings", "exponent", "operations", "scaling_rows", "scaling_summary"]
+__all__ = [
+    "AXES",
+    "COLUMNS",
+    "SHOWN",
+    "ScalingSettings",
+    "exponent",
+    "fitted_to",
+    "operations",
+    "scaling_rows",
+    "scaling_summary",
+]
 
 AXES: dict[str, tuple[float, ...]] = {
     "batch": (16, 32, 64, 128, 256, 512, 1024),
     "image_size": (32, 64, 96, 128, 160, 192, 224),
     "width": (0.5, 0.75, 1.0, 1.5, 2.0),
+    "block": (2, 4, 8, 16, 32, 64, 128),
 }
 """What may change, and its values where none are asked for."""
 
 COLUMNS = [
-    *"axis network preset width batch image_size amp compile operations none_seconds deconv_seconds".split(),
+    *"axis network preset width batch image_size block amp compile operations none_seconds deconv_seconds".split(),
     *"share share_lower share_upper exponent rounds".split(),
     *CONDITIONS,
 ]
 
-SHOWN = "width batch image_size operations none_seconds deconv_seconds share share_lower share_upper".split()
+SHOWN = "width batch image_size block operations none_seconds deconv_seconds share share_lower share_upper".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +53,8 @@ class ScalingSettings(StepSettings):
         axis: the setting that changes, one of AXES.
         values: what it takes one after the other; empty takes those of AXES.
         points: take only the first so many of the values; 0 takes all.
+        block: channels whitened together, in place of the preset's own; its layout decides how many features they are, 9
+            a channel in the 3x3 windows of 'paper'.
 
     Raises:
         InputError: an axis or a value that makes no sense.
@@ -48,6 +63,7 @@ class ScalingSettings(StepSettings):
     axis: str = "batch"
     values: Sequence[float] = ()
     points: int = 0
+    block: int | None = None
     forms: Sequence[str] = ("none", "deconv")
 
     def __post_init__(self) -> None:
@@ -58,6 +74,11 @@ class ScalingSettings(StepSettings):
             if not 0 < value < math.inf or (self.axis != "width" and value != int(value)):
                 wanted = "positive" if self.axis == "width" else "a positive whole number"
                 raise InputError(f"{self.axis}={value:g}: must be {wanted}")
+
+    def build(self, form: str, preset: str | Mapping[str, Any] | None = None) -> nn.Module:
+        """As `StepSettings.build`, in blocks of `block` channels."""
+        preset = preset or self.preset
+        return super().build(form, preset if self.block is None else {"preset": preset, "block": self.block})
 
     def all_settings(self) -> list["ScalingSettings"]:
         """The settings of each point."""
@@ -71,7 +92,7 @@ def scaling_rows(settings: ScalingSettings, progress: Callable[[str], object] = 
 
     `share` is the median over rounds of (deconv - none) / none, seconds of a training step, each form in its faster
     memory format; `_lower` and `_upper` are quartiles. `operations` is the work of the network without norms, see
-    `operations`; `exponent`, the same in all rows, is that of the share against it, see `exponent`.
+    `operations`; `exponent`, the same in all rows, is that of the share against it (or the block), see `exponent`.
 
     Raises:
         RuntimeError, NonFiniteError: a network does not compute what it should.
@@ -81,7 +102,8 @@ def scaling_rows(settings: ScalingSettings, progress: Callable[[str], object] = 
         title = f"{settings.axis} {getattr(point, settings.axis)}"
         timings = time_training(point, lambda message, title=title: progress(f"{title}: {message}"))
         rows.append(_measured(point, timings))
-    slope = exponent([row["operations"] for row in rows], [row["share"] for row in rows])
+    work = [row["block" if settings.axis == "block" else "operations"] for row in rows]
+    slope = exponent(work, [row["share"] for row in rows])
     return [{**row, "exponent": "" if slope is None else rounded(slope)} for row in rows]
 
 
@@ -90,7 +112,12 @@ def scaling_summary(rows: Sequence[Row]) -> str:
     slope = rows[0]["exponent"]
     if slope == "":
         return "no exponent: it takes two positive shares at different work"
-    return f"the whitening share goes with the work to the power of {slope:.3g}"
+    return f"the whitening share goes with the {fitted_to(rows[0]['axis'])} to the power of {slope:.3g}"
+
+
+def fitted_to(axis: str) -> str:
+    """What the exponent of an axis is of, in words: the work of the network, unless that stays the same."""
+    return "block" if axis == "block" else "work"
 
 
 def exponent(work: Sequence[float], shares: Sequence[float]) -> float | None:
@@ -127,6 +154,7 @@ def _measured(point: ScalingSettings, timings: Timings) -> Row:
         "width": point.width,
         "batch": point.batch,
         "image_size": point.image_size or "",
+        "block": point.block or "",
         "amp": point.amp or "",
         "compile": point.compile,
         "operations": operations(point),

@@ -1,8 +1,8 @@
 """Training and evaluation steps of the forms of one network, timed interleaved, and the price of whitening."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -81,8 +81,8 @@ class StepSettings:
         """The labels of a form's timings, one a memory format."""
         return [f"{form} {memory_format}" for memory_format in self.memory_formats]
 
-    def build(self, form: str, preset: str | None = None) -> nn.Module:
-        """The network in a form, on the device; the preset may be another one than that of the settings."""
+    def build(self, form: str, preset: str | Mapping[str, Any] | None = None) -> nn.Module:
+        """The network in a form, on the device; `preset`, a name or options over one, instead of that of the settings."""
         sizes = {} if self.width == 1 else {"width": self.width}
         return build(form, self.network, preset or self.preset, **sizes).to(self.device)
 

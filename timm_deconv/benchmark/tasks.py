@@ -25,7 +25,11 @@ class Task:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "axis": {"choices": scaling.AXES, "help": "what changes; default batch"},
-    "values": {"nargs": "+", "type": float, "help": "what it takes; default 16 ... 1024, 32 ... 224, 0.5 ... 2"},
+    "values": {
+        "nargs": "+",
+        "type": float,
+        "help": "what it takes; default 16 ... 1024, 32 ... 224, 0.5 ... 2, 2 ... 128",
+    },
     "rows": {"nargs": "+", "type": int, "help": "numbers of rows of the table, from 1; default all"},
     "layers": {"nargs": "+", "help": f"of {', '.join(kernels.LAYERS)}; default all"},
     "network": {"help": "a registered pair, without _deconv; default resnet18_cifar"},
