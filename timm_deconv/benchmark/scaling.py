@@ -53,8 +53,8 @@ class ScalingSettings(StepSettings):
         axis: the setting that changes, one of AXES.
         values: what it takes one after the other; empty takes those of AXES.
         points: take only the first so many of the values; 0 takes all.
-        block: channels whitened together, in place of the preset's own; its layout decides how many features they are, 9
-            a channel in the 3x3 windows of 'paper'.
+        block: channels whitened together, in place of the preset's own. Its layout decides how many features they are:
+            9 a channel in the 3x3 windows of 'paper'.
 
     Raises:
         InputError: an axis or a value that makes no sense.

@@ -82,7 +82,7 @@ class StepSettings:
         return [f"{form} {memory_format}" for memory_format in self.memory_formats]
 
     def build(self, form: str, preset: str | Mapping[str, Any] | None = None) -> nn.Module:
-        """The network in a form, on the device; `preset`, a name or options over one, instead of that of the settings."""
+        """The network in a form, on the device; `preset`, a name or options over one, instead of the settings'."""
         sizes = {} if self.width == 1 else {"width": self.width}
         return build(form, self.network, preset or self.preset, **sizes).to(self.device)
 
