@@ -23,6 +23,7 @@ def ends(model: nn.Module) -> list[str]:
         ("dpn92_cifar", "conv3.conv"),
         ("densenet121", "conv2"),
         ("densenet121_cifar", "conv2"),
+        ("dpn68", "c1x1_c.conv"),
     ],
 )
 def test_every_residual_block_ends_with_its_last_convolution(network: str, last: str) -> None:
@@ -41,8 +42,8 @@ def test_those_of_torchvision_are_found_too() -> None:
     assert ends(torchvision.models.resnet18()) == [f"layer{i}.{j}.conv2" for i in (1, 2, 3, 4) for j in (0, 1)]
 
 
-@pytest.mark.parametrize("network", ["vgg11_bn", "inception_v4"])
-def test_networks_that_add_and_append_nothing_have_no_blocks(network: str) -> None:
+@pytest.mark.parametrize("network", ["vgg11_bn", "inception_v4", "repvgg_a0", "mobileone_s0"])
+def test_networks_of_plain_or_parallel_convolutions_have_no_blocks(network: str) -> None:
     assert not block_ends(timm.create_model(network))
 
 
@@ -51,6 +52,12 @@ class Residual(nn.Module):
         super().__init__()
         self.branch = nn.Sequential(*layers)
         self.shortcut = nn.Conv2d(8, 8, 1)
+
+
+def test_a_stage_is_no_block() -> None:
+    stage = Residual(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    stage.blocks = stage.branch
+    assert not block_ends(stage)
 
 
 def test_a_block_of_blocks_is_none_and_a_network_may_be_a_block() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.convert.policy import GUARDED, Role
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, conv_map, operation
+from timm_deconv.products import FEW_PRODUCTS
 
 Layer = Deconv2d | DeconvLinear
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -127,9 +128,11 @@ def test_every_block_of_channels_leaves_with_unit_covariance(
         (1, torch.contiguous_format),
     ],
 )
+@pytest.mark.parametrize("few", [FEW_PRODUCTS, 0], ids=["matrix products", "convolutions"])
 def test_activations_keep_the_memory_format_that_a_plain_convolution_gives_them(
-    kernel: int, memory_format: torch.memory_format
+    few: int, kernel: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("timm_deconv.products.FEW_PRODUCTS", few)
     layer = Deconv2d(16, 8, kernel, cfg=SMALL).to(memory_format=memory_format)
     x = torch.randn(4, 16, 9, 10).contiguous(memory_format=memory_format).requires_grad_()
     output = layer(x)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import timm_deconv.models  # noqa: F401 (registers the networks)
+from timm_deconv.convert.policy import DEFAULT_PRESET
 from timm_deconv.errors import unknown_name
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvLinear
 
@@ -23,7 +24,7 @@ __all__ = ["FORMS", "build", "with_iterative_norm", "with_published_layers"]
 FORMS = ("none", "twin", "deconv", "published")
 
 
-def build(form: str, network: str, preset: str | Mapping[str, Any] = "paper", **arguments: Any) -> nn.Module:
+def build(form: str, network: str, preset: str | Mapping[str, Any] = DEFAULT_PRESET, **arguments: Any) -> nn.Module:
     """A form of a registered pair, e.g. 'resnet18_cifar', in training mode, from the same random numbers each time.
 
     Args:

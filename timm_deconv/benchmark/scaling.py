@@ -53,7 +53,8 @@ class ScalingSettings(StepSettings):
         axis: the setting that changes, one of AXES.
         values: what it takes one after the other; empty takes those of AXES.
         points: take only the first so many of the values; 0 takes all.
-        block: channels whitened together, in place of the preset's own. Its layout decides how many features they are:
+        block: channels whitened together, in wide layers too, in place of the preset's own; where roles have blocks of
+            their own, such as stems and classifiers, these stay. The layout decides how many features they are:
             9 a channel in the 3x3 windows of 'paper'.
 
     Raises:
@@ -78,7 +79,10 @@ class ScalingSettings(StepSettings):
     def build(self, form: str, preset: str | Mapping[str, Any] | None = None) -> nn.Module:
         """As `StepSettings.build`, in blocks of `block` channels."""
         preset = preset or self.preset
-        return super().build(form, preset if self.block is None else {"preset": preset, "block": self.block})
+        if self.block is None:
+            return super().build(form, preset)
+        options = preset if isinstance(preset, Mapping) else {"preset": preset}
+        return super().build(form, {**options, "block": self.block, "wide_block": 0})
 
     def all_settings(self) -> list["ScalingSettings"]:
         """The settings of each point."""

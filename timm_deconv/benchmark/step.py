@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.convert import fuse
+from timm_deconv.convert.policy import DEFAULT_PRESET
 from timm_deconv.errors import NonFiniteError, unknown_name
 
 from .networks import FORMS, build
@@ -56,7 +57,7 @@ class StepSettings:
     """
 
     network: str = "resnet18_cifar"
-    preset: str = "paper"
+    preset: str = DEFAULT_PRESET
     forms: Sequence[str] = FORMS
     memory_formats: Sequence[str] = tuple(MEMORY_FORMATS)
     width: float = 1.0

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from timm_deconv.convert.policy import DEFAULT_PRESET
+
 from . import kernels, layer, memory, operations, rows, scaling, step
 
 __all__ = ["OPTIONS", "TASKS", "Task"]
@@ -33,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rows": {"nargs": "+", "type": int, "help": "numbers of rows of the table, from 1; default all"},
     "layers": {"nargs": "+", "help": f"of {', '.join(kernels.LAYERS)}; default all"},
     "network": {"help": "a registered pair, without _deconv; default resnet18_cifar"},
-    "preset": {"help": "of the form deconv; default paper"},
+    "preset": {"help": f"of the form deconv; default {DEFAULT_PRESET}"},
     "presets": {"nargs": "+", "help": "of the form deconv; default fast paper, of profile fast"},
     "forms": {"nargs": "+", "help": "of none, twin, deconv, published, in inference fused too; default all"},
     "memory-formats": {"nargs": "+", "help": "of contiguous, channels_last"},

@@ -128,8 +128,8 @@ class DeconvPolicy:
 
 
 GUARDED = DeconvPolicy(options={"min_rows": 1.0, "start_corrected": True})
-"""What lies under the policy of a converted network: layers that see fewer rows than features are kept in bounds, and
-evaluation is sound from the first step on."""
+"""What lies under the preset 'paper' in converted networks: layers that see fewer rows than features are kept in
+bounds, and evaluation is sound from the first step on."""
 
 
 def resolve_policy(deconv: "str | Options | DeconvPolicy | None" = None) -> DeconvPolicy:

@@ -24,11 +24,14 @@ __all__ = [
 LINEAR_TYPES = (nn.Linear, TimmLinear)
 """The classes whose instances are linear layers and nothing more."""
 
-RESIDUAL_SIGNS = ("downsample", "shortcut", "skip", "drop_path")
+RESIDUAL_SIGNS = ("downsample", "shortcut", "skip", "drop_path", "drop_path1")
 """What the residual blocks of timm, torchvision and most others have as a submodule or attribute, be it None."""
 
-DENSE_LAYER = "DenseLayer"
-"""In the class name of DenseNet's blocks everywhere."""
+NO_BLOCK = ("blocks", "reparameterize")
+"""What stages of blocks have, and blocks of parallel convolutions, such as those of RepVGG."""
+
+WITHOUT_A_SIGN = ("DenseLayer", "DualPathBlock")
+"""In the class names of blocks that have none of the signs: DenseNet's everywhere and timm's of DPN."""
 
 BESIDE_THE_BRANCH = ("downsample", "shortcut", "skip", "se", "attn")
 """Submodules of a residual block that its branch does not end with."""
@@ -60,8 +63,10 @@ def find_roles(model: nn.Module) -> dict[str, Role]:
 def block_ends(model: nn.Module) -> set[str]:
     """Names of the last convolutions of residual branches and dense layers: what is added or appended to an input.
 
-    A block is a module of several convolutions with one of `RESIDUAL_SIGNS`, or a `DENSE_LAYER`, and no such block
-    inside. Its branch is all but its squeeze-excite modules and what is `BESIDE_THE_BRANCH`.
+    A block is a module of several convolutions with one of `RESIDUAL_SIGNS` and not `NO_BLOCK`, or of a class
+    `WITHOUT_A_SIGN`, with no such block inside. Its branch is all but its squeeze-excite modules and what is
+    `BESIDE_THE_BRANCH`, in the order in which they were made. Where that is not the order of computation, or blocks
+    have no sign, another convolution or none is found.
     """
     branches = {
         prefix: convs
@@ -128,7 +133,10 @@ def other_norms(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return any(hasattr(module, sign) for sign in RESIDUAL_SIGNS) or DENSE_LAYER in type(module).__name__
+    if any(hasattr(module, name) for name in NO_BLOCK):
+        return False
+    named = any(name in type(module).__name__ for name in WITHOUT_A_SIGN)
+    return named or any(hasattr(module, sign) for sign in RESIDUAL_SIGNS)
 
 
 def _is_inside(name: str, prefix: str) -> bool:

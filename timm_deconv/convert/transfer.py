@@ -47,7 +47,7 @@ def transfer(
             DPN), stay as a scale and shift of each channel (`ChannelAffine`), instead of refusing.
         input_size: (C, H, W) that the network takes, where timm's configuration does not say it. The network is run
             once, on a tensor without data, to see what each norm follows.
-        family: what holds where `policy` is silent, as in `convert_deconv_model`.
+        family: what holds under the preset 'paper' where `policy` is silent, as in `convert_deconv_model`.
 
     Returns:
         The report; its `affine` names the norms that stayed as scale and shift.

@@ -159,25 +159,24 @@ def subtract_shift_gradient_(grad: Tensor, grad_outputs: Tensor, shift: Tensor, 
 def apply_whitener(values: Tensor, whitener: Tensor) -> Tensor:
     """Every run of F channels of images or a weight (N, C, H, W) times D (1, F, F).
 
-    As a 1x1 convolution, unless the products are so few that this takes longer to begin than it saves.
+    As a 1x1 convolution, unless pixels are rows in memory and the products so few that it takes longer to begin than it
+    saves.
     """
-    features = whitener.shape[-1]
-    if few_products(values, features):
+    features, last = whitener.shape[-1], values.is_contiguous(memory_format=torch.channels_last)
+    if last and few_products(values, features):
         return _in_format(torch.bmm(_pixels(values, features), whitener.to(values.dtype)), values)
-    last = values.is_contiguous(memory_format=torch.channels_last)
     whitened = torch.conv2d(_runs_apart(values, features, last), _kernel(whitener, values.dtype))
     return _runs_together(whitened, values, last)
 
 
 def apply_whitener_backward(grad: Tensor, values: Tensor, whitener: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of values and D from that of `apply_whitener`."""
-    features = whitener.shape[-1]
-    if few_products(values, features):
+    features, last = whitener.shape[-1], values.is_contiguous(memory_format=torch.channels_last)
+    if last and few_products(values, features):
         pixels = _pixels(grad, features)
         grad_values = torch.bmm(pixels, whitener.mT.to(grad.dtype))
         grad_whitener = torch.bmm(_pixels(values, features).mT, pixels)
         return _in_format(grad_values, values), grad_whitener.to(whitener.dtype)
-    last = values.is_contiguous(memory_format=torch.channels_last)
     grad_values, grad_kernel, _ = torch.ops.aten.convolution_backward(
         _runs_apart(grad, features, last),
         _runs_apart(values, features, last),
@@ -200,12 +199,11 @@ def _pixels(values: Tensor, features: int) -> Tensor:
 
 
 def _in_format(pixels: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_pixels`, in the shape and memory format of `like`."""
-    count, channels, height, width = like.shape
-    if height * width == 1 and like.is_contiguous():
+    """The inverse of `_pixels` of values in channels_last, in the shape and memory format of `like`."""
+    if like.is_contiguous():  # too: there is one pixel, or one channel
         return pixels.reshape(like.shape)
-    values = pixels.reshape(count, height, width, channels).permute(0, 3, 1, 2)
-    return values.contiguous() if like.is_contiguous() else values
+    count, channels, height, width = like.shape
+    return pixels.reshape(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _runs_apart(values: Tensor, features: int, last: bool) -> Tensor:

@@ -34,10 +34,11 @@ for _layer in (Deconv2d, Deconv2dSame, DeconvLinear, ChannelDeconv, Conv2dSame):
     register_notrace_module(_layer)
 
 CIFAR_POLICY = DeconvPolicy(roles={"classifier": {"block": 512}})
-"""The 32x32 networks of the paper's Table 1: published behaviour throughout."""
+"""Under the preset 'paper', the 32x32 networks of the paper's Table 1: published behaviour throughout."""
 
 IMAGENET_POLICY = GUARDED
-"""ImageNet networks and converted ones: layers that see fewer rows than features are kept in bounds."""
+"""Under the preset 'paper', ImageNet networks and converted ones: layers that see fewer rows than features are kept in
+bounds."""
 
 # Where nothing is published at ImageNet scale, a family's networks take the exceptions of its 32x32 network.
 
