@@ -177,8 +177,9 @@ def time_layer(geometry: Geometry, settings: LayerSettings) -> Timings:
 def check_whitening(ours: dict[str, Deconv2d], x: Tensor) -> None:
     """A convolution of what whitening alone gives is the layer's output within 1e-4 of the largest value.
 
-    That of the published sequence is within 1e-3 of ours with the same settings, 'paper'. The layers are left as they
-    were.
+    That of the published sequence is within 1e-3 of ours with the same settings, 'paper', on FEW images: its product of
+    15 million rows of 9 features was seen to be wrong by 2.5 % (a BLAS adding up in float32). The layers are left as
+    they were.
 
     Raises:
         RuntimeError: it is not.
@@ -188,7 +189,7 @@ def check_whitening(ours: dict[str, Deconv2d], x: Tensor) -> None:
         _check(label, whitening(copy.deepcopy(layer), x), layer, expected, 1e-4)
         if label == "paper":
             peer = _published(layer)
-            _check("published", published_whitening(peer, x), peer, expected, 1e-3)
+            _check("published", published_whitening(peer, x[:FEW]), peer, copy.deepcopy(layer)(x[:FEW]), 1e-3)
 
 
 def whitening(layer: Deconv2d, x: Tensor) -> Folded:
