@@ -1,6 +1,7 @@
 """Result rows."""
 
 import csv
+import json
 import resource
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,3 +60,20 @@ def test_records_go_to_a_table_a_data_set():
     recipe = load_recipe("cifar10_e20")
     assert results.record_path(recipe).parts[-3:] == ("hub_configs", "results", "cifar10.csv")
     assert results.dataset_name(recipe.merged({"dataset": "", "data_dir": "/data/flowers"})) == "flowers"
+
+
+@pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        (["model=vgg11_cifar_deconv", "model_kwargs={}"], {"deconv": {"preset": "fast"}}),
+        (["model=resnet18_deconv.bn_a1_in1k", "model_kwargs={deconv: paper}"], {"deconv": {"preset": "paper"}}),
+        (
+            ["model=vgg11_cifar_deconv", "model_kwargs={width: 0.5, deconv: {block: 16}}"],
+            {"width": 0.5, "deconv": {"preset": "fast", "block": 16}},
+        ),
+        (["model=vgg11_cifar", "model_kwargs={width: 0.5}"], {"width": 0.5}),
+    ],
+)
+def test_a_row_names_the_preset_of_a_network_of_this_package(settings, recorded):
+    row = results.describe_run(load_recipe("digits", settings))
+    assert json.loads(row["model_kwargs"]) == recorded

@@ -10,11 +10,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 
+from timm_deconv.convert import resolve_policy
 from timm_deconv.errors import InputError
+from timm_deconv.models import list_models
 from timm_deconv.resources import checkout_configs
 
 from .recipe import Recipe
@@ -46,7 +49,7 @@ def describe_run(recipe: Recipe) -> dict[str, object]:
     """The columns that are known before the run."""
     return {
         "model": recipe.model,
-        "model_kwargs": json.dumps(recipe.model_kwargs, sort_keys=True) if recipe.model_kwargs else "",
+        "model_kwargs": json.dumps(kwargs, sort_keys=True) if (kwargs := _model_kwargs(recipe)) else "",
         "recipe": recipe.name,
         "recipe_hash": recipe.hash(),
         "seed": recipe.seed,
@@ -57,6 +60,13 @@ def describe_run(recipe: Recipe) -> dict[str, object]:
         "lr": recipe.lr,
         "weight_decay": recipe.weight_decay,
     }
+
+
+def _model_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's, and in a network of this package the preset by name: a later default changes no old row."""
+    if recipe.model.split(".")[0] not in list_models():
+        return recipe.model_kwargs
+    return recipe.model_kwargs | {"deconv": resolve_policy(recipe.model_kwargs.get("deconv")).to_dict()}
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:
