@@ -4,7 +4,7 @@ none: no norm at all, the same biases (what is left in deployment); twin: batch 
 published: whitened by the published operation sequence, with the settings of the preset 'paper'.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -24,13 +24,13 @@ __all__ = ["FORMS", "build", "with_iterative_norm", "with_published_layers"]
 FORMS = ("none", "twin", "deconv", "published")
 
 
-def build(form: str, network: str, preset: str | Mapping[str, Any] = DEFAULT_PRESET, **arguments: Any) -> nn.Module:
+def build(form: str, network: str, deconv: str | dict[str, Any] = DEFAULT_PRESET, **arguments: Any) -> nn.Module:
     """A form of a registered pair, e.g. 'resnet18_cifar', in training mode, from the same random numbers each time.
 
     Args:
         form: one of FORMS.
         network: the name without '_deconv'.
-        preset: of the form 'deconv', a name or a dictionary of options over one.
+        deconv: of the form 'deconv', a preset's name or a dictionary of options over one.
         arguments: the network's own, such as `width`.
 
     Raises:
@@ -48,8 +48,8 @@ def build(form: str, network: str, preset: str | Mapping[str, Any] = DEFAULT_PRE
         return timm.create_model(twin, **arguments).train()
     if form == "none":
         return timm.create_model(f"{base}_deconv", fused=True, **arguments).train()
-    preset = "paper" if form == "published" else preset
-    model = timm.create_model(f"{base}_deconv", deconv=preset, **arguments)
+    deconv = "paper" if form == "published" else deconv
+    model = timm.create_model(f"{base}_deconv", deconv=deconv, **arguments)
     return (with_published_layers(model) if form == "published" else model).train()
 
 

@@ -2,12 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_deconv.errors import InputError, unknown_name
@@ -76,13 +75,9 @@ class ScalingSettings(StepSettings):
                 wanted = "positive" if self.axis == "width" else "a positive whole number"
                 raise InputError(f"{self.axis}={value:g}: must be {wanted}")
 
-    def build(self, form: str, preset: str | Mapping[str, Any] | None = None) -> nn.Module:
-        """As `StepSettings.build`, in blocks of `block` channels."""
-        preset = preset or self.preset
-        if self.block is None:
-            return super().build(form, preset)
-        options = preset if isinstance(preset, Mapping) else {"preset": preset}
-        return super().build(form, {**options, "block": self.block, "wide_block": 0})
+    def deconv(self, preset: str) -> str | dict[str, Any]:
+        """The preset, in blocks of `block` channels."""
+        return preset if self.block is None else {"preset": preset, "block": self.block, "wide_block": 0}
 
     def all_settings(self) -> list["ScalingSettings"]:
         """The settings of each point."""

@@ -1,6 +1,6 @@
 """Training and evaluation steps of the forms of one network, timed interleaved, and the price of whitening."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -82,10 +82,14 @@ class StepSettings:
         """The labels of a form's timings, one a memory format."""
         return [f"{form} {memory_format}" for memory_format in self.memory_formats]
 
-    def build(self, form: str, preset: str | Mapping[str, Any] | None = None) -> nn.Module:
-        """The network in a form, on the device; `preset`, a name or options over one, instead of the settings'."""
+    def deconv(self, preset: str) -> str | dict[str, Any]:
+        """What the form 'deconv' is made with for a preset."""
+        return preset
+
+    def build(self, form: str, preset: str | None = None) -> nn.Module:
+        """The network in a form, on the device; the preset may be another one than that of the settings."""
         sizes = {} if self.width == 1 else {"width": self.width}
-        return build(form, self.network, preset or self.preset, **sizes).to(self.device)
+        return build(form, self.network, self.deconv(preset or self.preset), **sizes).to(self.device)
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
