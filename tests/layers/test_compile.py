@@ -58,6 +58,7 @@ def test_compiled_training_is_eager_training_in_one_graph(backend: str) -> None:
     torch.testing.assert_close(graph.eval()(x), eager.eval()(x), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, raised while it compiles
 def test_eager_training_goes_on_where_compiled_training_stopped() -> None:
     torch._dynamo.reset()
     net = Net()
