@@ -49,7 +49,8 @@ class StepSettings:
         image_size: height and width in pixels; None takes the network's own.
         device: 'cpu', 'cuda'.
         amp: autocast dtype, 'bfloat16' or 'float16'; None for float32.
-        compile: time `torch.compile` of each network.
+        compile: mode of `torch.compile`, by which each network is compiled: 'default', 'reduce-overhead' (CUDA graphs)
+            and so on; '' for eager mode.
         rounds, warmup: see `timing.interleave`.
 
     Raises:
@@ -65,7 +66,7 @@ class StepSettings:
     image_size: int | None = None
     device: str = "cpu"
     amp: str | None = None
-    compile: bool = False
+    compile: str = ""
     rounds: int = 7
     warmup: int = 2
 
@@ -90,6 +91,10 @@ class StepSettings:
         """The network in a form, on the device; the preset may be another one than that of the settings."""
         sizes = {} if self.width == 1 else {"width": self.width}
         return build(form, self.network, self.deconv(preset or self.preset), **sizes).to(self.device)
+
+    def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The network as it is called: compiled, where that is asked for."""
+        return torch.compile(model, mode=self.compile) if self.compile else model
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
@@ -195,7 +200,7 @@ def random_batch(settings: StepSettings, model: nn.Module, memory_format: str) -
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor, settings: StepSettings) -> Step:
     """Forward pass, cross entropy and backward pass; returns the loss. Gradients of the step before are dropped."""
-    network = torch.compile(model) if settings.compile else model
+    network = settings.compiled(model)
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -209,7 +214,7 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, settings: St
 
 
 def _evaluation_step(model: nn.Module, images: Tensor, settings: StepSettings) -> Step:
-    network = torch.compile(model) if settings.compile else model
+    network = settings.compiled(model)
 
     def step() -> Tensor:
         with torch.inference_mode(), settings.autocast():

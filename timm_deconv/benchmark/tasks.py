@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "threads": {"type": int},
     "device": {"help": "cpu (default) or cuda"},
     "amp": {"choices": ("bfloat16", "float16")},
-    "compile": {"action": "store_true", "help": "time torch.compile of each network"},
+    "compile": {"nargs": "?", "const": "default", "help": "time torch.compile of each network; mode, of default, ..."},
 }
 
 ALL = "device threads batch"
