@@ -25,6 +25,7 @@ from timm_deconv.linalg import (
     isqrt_with_iterates,
     shrink,
 )
+from timm_deconv.products import FEW_PRODUCTS
 
 INDEX = json.loads((golden_folder() / "isqrt" / "index.json").read_text())
 CASES = load_file(golden_folder() / "isqrt" / "cases.safetensors")
@@ -116,7 +117,7 @@ def test_shrinking_moves_eigenvalues_towards_their_mean() -> None:
     torch.testing.assert_close(shrink(cov, 0.25), torch.diag(torch.tensor([3.5, 0.5])))
 
 
-@pytest.mark.parametrize(("n_iter", "backward"), [(1, 0), (3, 8), (5, 16)])
+@pytest.mark.parametrize(("n_iter", "backward"), [(1, 0), (3, 12), (5, 26)])
 def test_steps_cost_the_products_that_are_stated(n_iter: int, backward: int) -> None:
     cov = torch.eye(10).unsqueeze(0)
     with FlopCounterMode(display=False) as counter:
@@ -205,6 +206,20 @@ def test_the_root_is_differentiated_by_hand_as_by_the_chain_rule(matrix: str, n_
     assert torch.equal(root, exact(cov.detach(), n_iter))
     grad = isqrt_backward(cotangent, root, saved, n_iter, quartic)
     assert relative_error(grad, (expected + expected.mT) / 2) < 1e-7
+
+
+@pytest.mark.parametrize(("n_iter", "quartic"), [(1, False), (3, True), (5, False)])
+def test_roots_of_many_features_and_their_gradients_are_those_of_float64(n_iter: int, quartic: bool) -> None:
+    features = 208
+    assert features**3 > FEW_PRODUCTS  # convolutions in float32, matrix products in float64
+    cov = covariance(torch.randn(1, 1000, features) @ torch.randn(features, features))[1]
+    grad = torch.randn_like(cov)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        root, saved = isqrt_with_iterates(cov.to(dtype), n_iter, quartic)
+        found.append((root, isqrt_backward(grad.to(dtype), root, saved, n_iter, quartic)))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours, exact) < 1e-5
 
 
 @pytest.mark.parametrize("root", [isqrt_newton_schulz, isqrt_newton_schulz_uncoupled])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from timm_deconv.products import FEW_PRODUCTS, as_images, inner_products, rows_times
+from timm_deconv.products import FEW_PRODUCTS, as_images, inner_products, rows_times, rows_times_plus
 
 SIZES = [(4096, 64, 64), (4099, 48, 96), (1024, 256, 128), (64, 8, 8)]
 """Rows, features and outputs: many and few products, rows that divide into images and a prime number of them."""
@@ -24,6 +24,16 @@ def test_rows_times_is_the_matrix_product_plus_the_constant(rows, features, outp
     expected = a.double() @ m.double()
     assert_close_to_float64(rows_times(a, m), expected)
     assert_close_to_float64(rows_times(a, m, constant), expected + constant)
+
+
+@pytest.mark.parametrize(("rows", "features", "outputs"), SIZES)
+@pytest.mark.parametrize("sets", [1, 3])
+def test_rows_times_plus_weighs_both_terms(rows, features, outputs, sets):
+    a, m = torch.randn(sets, rows, features), torch.randn(sets, features, outputs)
+    summand = torch.randn(sets, rows, outputs)
+    expected = 1.5 * summand.double() - 0.5 * a.double() @ m.double()
+    assert_close_to_float64(rows_times_plus(a, m, summand, beta=1.5, alpha=-0.5), expected)
+    assert_close_to_float64(rows_times_plus(a, m, summand), summand + a.double() @ m.double())
 
 
 @pytest.mark.parametrize(("rows", "features", "outputs"), SIZES)

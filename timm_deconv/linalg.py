@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timm_deconv.products import inner_products
+from timm_deconv.products import inner_products, rows_times, rows_times_plus
 
 __all__ = [
     "Norm",
@@ -101,7 +101,7 @@ def isqrt_newton_schulz(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") 
         cov = promote(cov)
         wide = _widen(cov, n_iter)
         scale = _norm(wide, norm)
-        *_, root = _coupled_iterates((wide / scale).reshape(-1, *cov.shape[-2:]), n_iter)
+        root = _newton_schulz_root((wide / scale).reshape(-1, *cov.shape[-2:]), n_iter)
         return (root.reshape(cov.shape) / scale.sqrt()).to(cov.dtype)
 
 
@@ -189,22 +189,25 @@ def _pair_product(left: Pair, right: Pair, gram: Tensor) -> Pair:
 
 
 def isqrt_with_iterates(cov: Tensor, n_iter: int, quartic: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """The root of (B, F, F) in the Frobenius norm, of steps or `quartic`, and what `isqrt_backward` needs beside it."""
+    """The root of (B, F, F) in the Frobenius norm, of steps or `quartic`, and what `isqrt_backward` needs beside it.
+
+    Of steps that is not their iterates: they are computed again, as they can be more than the activations.
+    """
     wide = _widen(cov, n_iter)
     scale = _norm(wide, "frobenius")
     first = wide / scale
     if coefficients := _coefficients(n_iter, quartic):
         *iterates, root = _quartic_iterates(first, coefficients)
     else:
-        *iterates, root = _coupled_iterates(first, n_iter)
+        iterates, root = [first], _newton_schulz_root(first, n_iter)
     return (root / scale.sqrt()).to(cov.dtype), [scale, *iterates]
 
 
 def isqrt_backward(grad: Tensor, root: Tensor, saved: list[Tensor], n_iter: int, quartic: bool = False) -> Tensor:
     """Gradient with respect to cov, symmetric, of what `isqrt_with_iterates` gave: `root` (B, F, F) and `saved`.
 
-    Of the quartic it costs 3 products; of up to 6 steps 4 (n_iter - 1), beyond, where rounding errors would grow,
-    6 (n_iter - 1).
+    Of the quartic it costs 3 products; of up to 6 steps 7 (n_iter - 1) - 2, beyond, where rounding errors would grow,
+    9 (n_iter - 1) - 2.
     """
     scale, first, *iterates = saved
     grad = grad.to(scale.dtype)
@@ -212,9 +215,8 @@ def isqrt_backward(grad: Tensor, root: Tensor, saved: list[Tensor], n_iter: int,
     if coefficients := _coefficients(n_iter, quartic):
         grad_first = _quartic_backward(scaled, first, iterates, coefficients)
     else:
-        pairs = list(zip(iterates[-2::-2], iterates[::-2], strict=True))
         backward = _symmetric_backward if n_iter <= FEW_STEPS else _chain_rule_backward
-        grad_first = backward(scaled, first, pairs)
+        grad_first = backward(scaled, first, _coupled_pairs(first, n_iter)[::-1])
     through_scale = _inner(grad_first, first).add(_inner(grad, root.to(grad.dtype)), alpha=0.5)
     return (torch.addcmul(grad_first, first, through_scale, value=-1) / scale).to(root.dtype)
 
@@ -227,9 +229,9 @@ def _coefficients(n_iter: int, quartic: bool) -> Quartic | None:
 def _quartic_iterates(a: Tensor, coefficients: Quartic) -> list[Tensor]:
     """A, A^2, U = c2 I + c3 A + c4 A^2 and the polynomial c0 I + c1 A + A^2 U; (B, F, F)."""
     c0, c1, c2, c3, c4 = coefficients
-    square = torch.bmm(a, a)
+    square = rows_times(a, a)
     upper = _plus_eye((c3 * a).add_(square, alpha=c4), c2)
-    return [a, square, upper, _plus_eye(torch.baddbmm(a, square, upper, beta=c1), c0)]
+    return [a, square, upper, _plus_eye(rows_times_plus(square, upper, a, beta=c1), c0)]
 
 
 def _quartic_backward(grad: Tensor, a: Tensor, iterates: list[Tensor], coefficients: Quartic) -> Tensor:
@@ -241,10 +243,10 @@ def _quartic_backward(grad: Tensor, a: Tensor, iterates: list[Tensor], coefficie
     square, upper = iterates
     _, c1, _, c3, c4 = coefficients
     grad = _symmetric(grad)
-    product = torch.bmm(grad, square)
-    grad_square = _symmetric(torch.baddbmm(product, grad, upper, beta=c4))
+    product = rows_times(grad, square)
+    grad_square = _symmetric(rows_times_plus(grad, upper, product, beta=c4))
     grad = (c1 * grad).add_(product, alpha=c3)
-    return _symmetric(torch.baddbmm(grad, grad_square, a, alpha=2))
+    return _symmetric(rows_times_plus(grad_square, a, grad, alpha=2))
 
 
 def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -256,18 +258,18 @@ def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, T
     """
     grad_z, grad_y = _symmetric(grad), None
     for y, z in pairs:
-        p = torch.bmm(grad_z, z)
+        p = rows_times(grad_z, z)
         if grad_y is None:
-            grad_y = _symmetric(torch.baddbmm(p, z, p, beta=0, alpha=-0.5))
-            grad_z = _symmetric(torch.baddbmm(grad_z, p, y, beta=1.5, alpha=-1))
+            grad_y = _symmetric(rows_times(z, p)).mul_(-0.5)
+            grad_z = _symmetric(rows_times_plus(p, y, grad_z, beta=1.5, alpha=-1))
         else:
-            q = torch.bmm(y, grad_y)
+            q = rows_times(y, grad_y)
             grad_t = p + q
-            grad_y = _symmetric(torch.baddbmm(grad_y, z, q + grad_t, beta=1.5, alpha=-0.5))
-            grad_z = _symmetric(torch.baddbmm(grad_z, p + grad_t, y, beta=1.5, alpha=-0.5))
+            grad_y = _symmetric(rows_times_plus(z, q + grad_t, grad_y, beta=1.5, alpha=-0.5))
+            grad_z = _symmetric(rows_times_plus(p + grad_t, y, grad_z, beta=1.5, alpha=-0.5))
     if grad_y is None:
         return -0.5 * grad_z
-    return _symmetric(torch.baddbmm(grad_y, grad_y, first, beta=1.5, alpha=-1)).sub(grad_z, alpha=0.5)
+    return _symmetric(rows_times_plus(grad_y, first, grad_y, beta=1.5, alpha=-1)).sub(grad_z, alpha=0.5)
 
 
 def _chain_rule_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -283,17 +285,33 @@ def _chain_rule_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, 
     return _symmetric(grad_y @ t - 0.5 * (grad_z + first @ grad_y))
 
 
-def _coupled_iterates(y: Tensor, n_iter: int) -> list[Tensor]:
-    """Y_0, then Y_i and Z_i of every step i = 1 ... n_iter - 1, then Z_n; (B, F, F) of norm 1 each."""
-    eye = _eye_like(y).expand_as(y)
-    z = t = (1.5 * eye).sub(y, alpha=0.5)
-    iterates = [y]
+def _newton_schulz_root(a: Tensor, n_iter: int) -> Tensor:
+    """Z_n of A (B, F, F) of norm 1."""
+    pairs = _coupled_pairs(a, n_iter)
+    return rows_times(_factor(*pairs[-1]), pairs[-1][1]) if pairs else _first_factor(a)
+
+
+def _coupled_pairs(a: Tensor, n_iter: int) -> list[tuple[Tensor, Tensor]]:
+    """(Y_i, Z_i) of every step i = 1 ... n_iter - 1 from Y_0 = A of norm 1; 3 (n_iter - 1) - 2 products."""
+    y, pairs = a, []
+    z = t = _first_factor(a)
     for _ in range(n_iter - 1):
-        y = torch.bmm(y, t)
-        iterates += [y, z]
-        t = torch.baddbmm(eye, z, y, beta=1.5, alpha=-0.5)
-        z = torch.bmm(t, z)
-    return [*iterates, z]
+        if pairs:
+            t = _factor(y, z)
+            z = rows_times(t, z)
+        y = rows_times(y, t)
+        pairs.append((y, z))
+    return pairs
+
+
+def _first_factor(a: Tensor) -> Tensor:
+    """T of Y = A and Z = I."""
+    return (1.5 * _eye_like(a)).sub(a, alpha=0.5)
+
+
+def _factor(y: Tensor, z: Tensor) -> Tensor:
+    """T = (3 I - Z Y) / 2."""
+    return rows_times_plus(z, y, _eye_like(y).expand_as(y), beta=1.5, alpha=-0.5)
 
 
 def _plus_eye(matrices: Tensor, scale: float) -> Tensor:

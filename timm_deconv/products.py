@@ -8,7 +8,7 @@ matter, stays a matrix product.
 import torch
 from torch import Tensor
 
-__all__ = ["POINTWISE", "as_images", "few_products", "inner_products", "rows_times"]
+__all__ = ["POINTWISE", "as_images", "few_products", "inner_products", "rows_times", "rows_times_plus"]
 
 IMAGES = 16
 """Images into which the rows are divided, where they can be: a processor was seen to take half the time that it takes
@@ -28,6 +28,15 @@ def rows_times(rows: Tensor, matrices: Tensor, constant: Tensor | None = None) -
     bias = None if constant is None else constant.reshape(-1)
     product = torch.conv2d(as_images(rows[0]), matrices[0].mT[..., None, None], bias)
     return product.permute(0, 2, 3, 1).reshape(1, rows.shape[1], -1)
+
+
+def rows_times_plus(
+    rows: Tensor, matrices: Tensor, summand: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """beta summand + alpha rows matrices, of rows (S, R, F) and matrices (S, F, G): (S, R, G). Differentiable."""
+    if not _by_convolution(rows, matrices.shape[-1]):
+        return torch.baddbmm(summand, rows, matrices, beta=beta, alpha=alpha)
+    return rows_times(rows, matrices).mul_(alpha).add_(summand, alpha=beta)
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:

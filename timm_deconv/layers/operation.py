@@ -90,39 +90,43 @@ class _WhitenedConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, shift, whitener, sums, frozen, *iterates = ctx.saved_tensors
-        conv_map: ConvMap = ctx.conv_map
-        partition, with_x, dtype = conv_map.partition, ctx.needs_input_grad[0], ctx.dtype
-        input, wide = x.to(dtype), weight.to(whitener.dtype)
-        of_input = whitens_input(x, weight, partition)
+        x, _, mean, _, whitener, _, frozen, *iterates = ctx.saved_tensors
         with full_precision(x):
-            seen, met = input, wide
-            if of_input:
-                seen = apply_whitener(input, whitener)
-            elif with_x:
-                met = fold_weight(wide, whitener, partition)
-            grad_x, grad_met, grad_bias = conv_map.backward(grad.to(dtype), seen, met.to(dtype), with_x)
-            grad_met = grad_met.to(whitener.dtype)
-            grad_outputs = spread_shift(grad_bias.to(whitener.dtype), partition)
-            if of_input:
-                grad_weight = subtract_shift_gradient_(grad_met, grad_outputs, shift, partition)
-            else:
-                grad_weight, grad_whitener = fold_weight_backward(
-                    grad_met, grad_outputs, shift, wide, whitener, partition
-                )
+            grad_x, grad_weight, grad_bias, grad_mean, grad_whitener = _convolution_gradients(ctx, grad)
             if grad_x is not None:
-                grad_mean = torch.bmm(grad_outputs.unsqueeze(-2), sums).neg()
-                if of_input:
-                    grad_x, grad_whitener = apply_whitener_backward(grad_x, input, whitener)
-                    grad_whitener = torch.baddbmm(grad_whitener, grad_mean.mT, mean.unsqueeze(-2))
-                    grad_mean = torch.bmm(grad_mean, whitener)
                 if frozen is not None:
                     grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
-                grad_x = grad_x.to(x.dtype)
                 statistics = Statistics(mean, whitener, iterates)
-                add_statistics_gradient_(grad_x, x, conv_map, statistics, grad_mean, grad_whitener)
-        bias_gradient = grad_bias.to(weight.dtype) if ctx.has_bias else None
-        return grad_x, grad_weight.to(weight.dtype), bias_gradient, *[None] * (4 + len(iterates))
+                add_statistics_gradient_(grad_x, x, ctx.conv_map, statistics, grad_mean, grad_whitener)
+        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *[None] * (4 + len(iterates))
+
+
+def _convolution_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x as if its statistics were constants (None if it needs none), weight, bias, mean and whitener."""
+    x, weight, mean, shift, whitener, sums, *_ = ctx.saved_tensors
+    partition, with_x, dtype = ctx.conv_map.partition, ctx.needs_input_grad[0], ctx.dtype
+    input, wide = x.to(dtype), weight.to(whitener.dtype)
+    of_input = whitens_input(x, weight, partition)
+    seen, met = input, wide
+    if of_input:
+        seen = apply_whitener(input, whitener)
+    elif with_x:
+        met = fold_weight(wide, whitener, partition)
+    grad_x, grad_met, grad_bias = ctx.conv_map.backward(grad.to(dtype), seen, met.to(dtype), with_x)
+    grad_met = grad_met.to(whitener.dtype)
+    grad_outputs = spread_shift(grad_bias.to(whitener.dtype), partition)
+    grad_mean = torch.bmm(grad_outputs.unsqueeze(-2), sums).neg()
+    if not of_input:
+        grad_weight, grad_whitener = fold_weight_backward(grad_met, grad_outputs, shift, wide, whitener, partition)
+    else:
+        grad_weight = subtract_shift_gradient_(grad_met, grad_outputs, shift, partition)
+        grad_whitener = torch.bmm(grad_mean.mT, mean.unsqueeze(-2))
+        if grad_x is not None:
+            grad_x, of_products = apply_whitener_backward(grad_x, input, whitener)
+            grad_whitener += of_products
+        grad_mean = torch.bmm(grad_mean, whitener)
+    grad_x = None if grad_x is None else grad_x.to(x.dtype)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_mean, grad_whitener
 
 
 def whitens_input(x: Tensor, weight: Tensor, partition: Partition) -> bool:
