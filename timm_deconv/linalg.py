@@ -146,7 +146,7 @@ def isqrt_of_rows(rows: Tensor, eps: float, n_iter: int = 5, quartic: bool = Fal
         wide = _widen(promote(rows).reshape(-1, *rows.shape[-2:]), n_iter)
         gram = wide @ wide.mT
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        scale = (_inner(gram, gram) + 2 * eps * trace + rows.shape[-1] * eps**2).sqrt()
+        scale = (gram.square().sum((1, 2), keepdim=True) + 2 * eps * trace + rows.shape[-1] * eps**2).sqrt()
         gram, first = gram / scale, (eps / scale, _eye_like(gram).expand_as(gram))
         if coefficients := _coefficients(n_iter, quartic):
             root = _quartic_of_pair(first, gram, coefficients)
@@ -217,7 +217,7 @@ def isqrt_backward(grad: Tensor, root: Tensor, saved: list[Tensor], n_iter: int,
     else:
         backward = _symmetric_backward if n_iter <= FEW_STEPS else _chain_rule_backward
         grad_first = backward(scaled, first, _coupled_pairs(first, n_iter)[::-1])
-    through_scale = _inner(grad_first, first).add(_inner(grad, root.to(grad.dtype)), alpha=0.5)
+    through_scale = (grad_first * first).addcmul(grad, root.to(grad.dtype), value=0.5).sum((1, 2), keepdim=True)
     return (torch.addcmul(grad_first, first, through_scale, value=-1) / scale).to(root.dtype)
 
 
@@ -293,8 +293,10 @@ def _newton_schulz_root(a: Tensor, n_iter: int) -> Tensor:
 
 def _coupled_pairs(a: Tensor, n_iter: int) -> list[tuple[Tensor, Tensor]]:
     """(Y_i, Z_i) of every step i = 1 ... n_iter - 1 from Y_0 = A of norm 1; 3 (n_iter - 1) - 2 products."""
-    y, pairs = a, []
-    z = t = _first_factor(a)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    if n_iter == 1:
+        return pairs
+    y, z = a, (t := _first_factor(a))
     for _ in range(n_iter - 1):
         if pairs:
             t = _factor(y, z)
@@ -322,11 +324,6 @@ def _plus_eye(matrices: Tensor, scale: float) -> Tensor:
 
 def _symmetric(matrices: Tensor) -> Tensor:
     return torch.lerp(matrices, matrices.mT, 0.5)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Frobenius products of (B, F, F), (B, 1, 1)."""
-    return torch.bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2))
 
 
 def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") -> Tensor:

@@ -8,7 +8,7 @@ matter, stays a matrix product.
 import torch
 from torch import Tensor
 
-__all__ = ["POINTWISE", "as_images", "few_products", "inner_products", "rows_times", "rows_times_plus"]
+__all__ = ["POINTWISE", "as_images", "as_kernel", "few_products", "inner_products", "rows_times", "rows_times_plus"]
 
 IMAGES = 16
 """Images into which the rows are divided, where they can be: a processor was seen to take half the time that it takes
@@ -26,7 +26,7 @@ def rows_times(rows: Tensor, matrices: Tensor, constant: Tensor | None = None) -
     if not _by_convolution(rows, matrices.shape[-1]):
         return torch.bmm(rows, matrices) if constant is None else torch.baddbmm(constant, rows, matrices)
     bias = None if constant is None else constant.reshape(-1)
-    product = torch.conv2d(as_images(rows[0]), matrices[0].mT[..., None, None], bias)
+    product = torch.conv2d(as_images(rows), as_kernel(matrices), bias)
     return product.permute(0, 2, 3, 1).reshape(1, rows.shape[1], -1)
 
 
@@ -47,7 +47,7 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     kernel = a.new_empty(()).expand(a.shape[-1], b.shape[-1], 1, 1)
     only_kernel = [False, True, False]
     _, products, _ = torch.ops.aten.convolution_backward(
-        as_images(a[0]), as_images(b[0]), kernel, [0], *POINTWISE, only_kernel
+        as_images(a), as_images(b), kernel, [0], *POINTWISE, only_kernel
     )
     return products.view(1, a.shape[-1], b.shape[-1])
 
@@ -57,9 +57,14 @@ def few_products(values: Tensor, outputs: int) -> bool:
     return values.numel() * outputs <= FEW_PRODUCTS
 
 
+def as_kernel(matrix: Tensor) -> Tensor:
+    """A matrix (1, F, G) as the weight (G, F, 1, 1) of the convolution that multiplies by it, a view."""
+    return matrix.permute(2, 1, 0).unsqueeze(-1)
+
+
 def as_images(rows: Tensor) -> Tensor:
-    """Contiguous rows (R, F) as the pixels of images (N, F, 1, R / N), a view in channels_last."""
-    count, features = rows.shape
+    """Contiguous rows (1, R, F) as the pixels of images (N, F, 1, R / N), a view in channels_last."""
+    _, count, features = rows.shape
     images = IMAGES if count % IMAGES == 0 else 1
     return rows.view(images, 1, count // images, features).permute(0, 3, 1, 2)
 

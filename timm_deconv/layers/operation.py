@@ -5,7 +5,7 @@ autograd would keep the unfolded input alive until the backward pass, and make a
 whole input for the few sampled windows.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,21 +90,37 @@ class _WhitenedConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, mean, _, whitener, _, frozen, *iterates = ctx.saved_tensors
-        with full_precision(x):
-            grad_x, grad_weight, grad_bias, grad_mean, grad_whitener = _convolution_gradients(ctx, grad)
+        saved = ctx.saved_tensors
+        fixed, iterates = _Saved(*saved[: len(_Saved._fields)]), saved[len(_Saved._fields) :]
+        with full_precision(fixed.x):
+            grads = _convolution_gradients(ctx.conv_map, fixed, grad.to(ctx.dtype), ctx.needs_input_grad[0])
+            grad_x, grad_weight, grad_bias, grad_mean, grad_whitener = grads
             if grad_x is not None:
-                if frozen is not None:
-                    grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
-                statistics = Statistics(mean, whitener, iterates)
-                add_statistics_gradient_(grad_x, x, ctx.conv_map, statistics, grad_mean, grad_whitener)
+                if fixed.frozen is not None:
+                    grad_mean, grad_whitener = (g.masked_fill(fixed.frozen, 0) for g in (grad_mean, grad_whitener))
+                statistics = Statistics(fixed.mean, fixed.whitener, iterates)
+                add_statistics_gradient_(grad_x, fixed.x, ctx.conv_map, statistics, grad_mean, grad_whitener)
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *[None] * (4 + len(iterates))
 
 
-def _convolution_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x as if its statistics were constants (None if it needs none), weight, bias, mean and whitener."""
-    x, weight, mean, shift, whitener, sums, *_ = ctx.saved_tensors
-    partition, with_x, dtype = ctx.conv_map.partition, ctx.needs_input_grad[0], ctx.dtype
+class _Saved(NamedTuple):
+    """What the forward pass keeps, before the iterates of the root."""
+
+    x: Tensor
+    weight: Tensor
+    mean: Tensor
+    shift: Tensor
+    whitener: Tensor
+    sums: Tensor
+    frozen: Tensor | None
+
+
+def _convolution_gradients(
+    conv_map: ConvMap, saved: _Saved, grad: Tensor, with_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x as if its statistics were constants (None unless `with_x`), weight, bias, mean and whitener."""
+    x, weight, mean, shift, whitener, sums, _ = saved
+    partition, dtype = conv_map.partition, grad.dtype
     input, wide = x.to(dtype), weight.to(whitener.dtype)
     of_input = whitens_input(x, weight, partition)
     seen, met = input, wide
@@ -112,7 +128,7 @@ def _convolution_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tenso
         seen = apply_whitener(input, whitener)
     elif with_x:
         met = fold_weight(wide, whitener, partition)
-    grad_x, grad_met, grad_bias = ctx.conv_map.backward(grad.to(dtype), seen, met.to(dtype), with_x)
+    grad_x, grad_met, grad_bias = conv_map.backward(grad, seen, met.to(dtype), with_x)
     grad_met = grad_met.to(whitener.dtype)
     grad_outputs = spread_shift(grad_bias.to(whitener.dtype), partition)
     grad_mean = torch.bmm(grad_outputs.unsqueeze(-2), sums).neg()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from timm_deconv.linalg import isqrt_newton_schulz, isqrt_quartic, shrink
-from timm_deconv.products import POINTWISE, as_images, few_products, inner_products, rows_times
+from timm_deconv.products import POINTWISE, as_images, as_kernel, few_products, inner_products, rows_times
 
 from .config import DeconvCfg
 from .partition import Partition, split_rows, split_weight, sum_blocks, sum_shift, unsplit_rows, unsplit_weight
@@ -165,7 +165,7 @@ def apply_whitener(values: Tensor, whitener: Tensor) -> Tensor:
     features, last = whitener.shape[-1], values.is_contiguous(memory_format=torch.channels_last)
     if last and few_products(values, features):
         return _in_format(torch.bmm(_pixels(values, features), whitener.to(values.dtype)), values)
-    whitened = torch.conv2d(_runs_apart(values, features, last), _kernel(whitener, values.dtype))
+    whitened = torch.conv2d(_runs_apart(values, features, last), as_kernel(whitener).to(values.dtype))
     return _runs_together(whitened, values, last)
 
 
@@ -180,17 +180,13 @@ def apply_whitener_backward(grad: Tensor, values: Tensor, whitener: Tensor) -> t
     grad_values, grad_kernel, _ = torch.ops.aten.convolution_backward(
         _runs_apart(grad, features, last),
         _runs_apart(values, features, last),
-        _kernel(whitener, values.dtype),
+        as_kernel(whitener).to(values.dtype),
         [0],
         *POINTWISE,
         [True, True, False],
     )
-    grad_whitener = grad_kernel.reshape(features, features).mT.unsqueeze(0)
+    grad_whitener = grad_kernel.permute(2, 1, 0, 3).squeeze(-1)
     return _runs_together(grad_values, values, last), grad_whitener.to(whitener.dtype)
-
-
-def _kernel(whitener: Tensor, dtype: torch.dtype) -> Tensor:
-    return whitener[0].mT[..., None, None].to(dtype)
 
 
 def _pixels(values: Tensor, features: int) -> Tensor:
@@ -210,7 +206,7 @@ def _runs_apart(values: Tensor, features: int, last: bool) -> Tensor:
     """Images of F channels, a view: every run of channels becomes a pixel in channels_last, else an image."""
     if not last:
         return values.reshape(-1, features, *values.shape[2:])
-    return as_images(_pixels(values, features)[0])
+    return as_images(_pixels(values, features))
 
 
 def _runs_together(images: Tensor, like: Tensor, last: bool) -> Tensor:
