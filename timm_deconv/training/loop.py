@@ -131,7 +131,7 @@ class Trainer:
             self.model, self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(
                 network, optimizer, train_loader, val_loader
             )
-        self.network: nn.Module = accelerator.unwrap_model(self.model)
+        self.network = network  # without what accelerate puts around it: processes, compilation
         self.ema = self._create_ema()
         self.watch = Watch(self.network)
 
