@@ -4,6 +4,7 @@ import math
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -63,6 +64,23 @@ def test_a_run_cut_off_and_resumed_ends_bit_for_bit_where_it_would_have(recipe, 
     resumed = train(recipe, tmp_path / "cut", resume=True)
     assert _same(_weights(tmp_path / "cut"), _weights(tmp_path / "whole"))
     assert resumed["train_loss"] == whole["train_loss"] and len(read_curve(tmp_path / "cut")) == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, raised while it compiles
+def test_a_compiled_run_is_saved_and_resumed_as_what_it_compiles(recipe, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    recipe = recipe.merged({"epochs": 2})
+    eager = train(recipe, tmp_path / "eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", _cut_off_at_the_second_call())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "compiled")
+    compiled = train(recipe, tmp_path / "compiled", resume=True)
+    assert compiled["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-3)
+    assert _weights(tmp_path / "compiled").keys() == _weights(tmp_path / "eager").keys()
+    assert _distance(_weights(tmp_path / "compiled"), _weights(tmp_path / "eager")) < 1e-3
+    assert timm.create_model(f"local-dir:{tmp_path / 'compiled'}", pretrained=True)
 
 
 def _cut_off_at_the_second_call():
