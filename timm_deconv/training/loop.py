@@ -15,10 +15,11 @@ from accelerate.utils import (
     ProjectConfiguration,
     is_tensorboard_available,
 )
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
@@ -200,7 +201,7 @@ class Trainer:
             self.watch.step(loss, lambda: self.task.loss(self.network, batch), place)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients and self.recipe.clip_grad is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+                self._clip_gradient(self.recipe.clip_grad)
             self.optimizer.step()
             self.optimizer.zero_grad()
         if self.accelerator.sync_gradients:
@@ -209,6 +210,11 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update(self.network, self.progress.step)
         return figures
+
+    def _clip_gradient(self, bound: float) -> None:
+        self.accelerator.unscale_gradients()
+        parameters = model_parameters(self.network, exclude_head=self.recipe.clip_mode == "agc")
+        dispatch_clip_grad(parameters, bound, self.recipe.clip_mode)
 
     def _log(self, total: Tensor, images: int) -> None:
         figures = dict(self.task.summarise(total, images))

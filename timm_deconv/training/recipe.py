@@ -67,7 +67,9 @@ class Recipe(BaseModel):
         layer_rates: multiply the rate of each whitened layer by the mean squared norm of its rows at the start;
             for going on from pretrained weights with SGD; the classifier's otherwise (see `rates.layer_rates`).
         filter_bias_and_bn: keep biases and other vectors out of weight decay. The published recipes decay everything.
-        clip_grad: largest norm of the gradient; None leaves it.
+        clip_grad: largest norm of the gradient, or what `clip_mode` makes of it; None leaves it.
+        clip_mode: timm's: 'norm', 'value' (of every element), 'agc' (of every output's gradient, in norms of its
+            weights; not in the classifier).
         sched: timm's schedule, stepped at every update.
         warmup_epochs, warmup_lr, min_lr: of the schedule; min_lr where it ends.
         smoothing: label smoothing in the training loss.
@@ -118,6 +120,7 @@ class Recipe(BaseModel):
     layer_rates: bool = False
     filter_bias_and_bn: bool = False
     clip_grad: float | None = Field(None, gt=0)
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
     sched: Literal["cosine", "tanh", "poly", "step", "constant"] = "cosine"
     warmup_epochs: int = Field(0, ge=0)
     warmup_lr: float = Field(1e-5, ge=0, allow_inf_nan=False)
