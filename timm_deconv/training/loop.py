@@ -19,7 +19,7 @@ from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+from timm.utils import ModelEmaV3, adaptive_clip_grad, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
@@ -213,8 +213,12 @@ class Trainer:
 
     def _clip_gradient(self, bound: float) -> None:
         self.accelerator.unscale_gradients()
-        parameters = model_parameters(self.network, exclude_head=self.recipe.clip_mode == "agc")
-        dispatch_clip_grad(parameters, bound, self.recipe.clip_mode)
+        if self.recipe.clip_mode != "agc":
+            dispatch_clip_grad(self.network.parameters(), bound, self.recipe.clip_mode)
+            return
+        clipped = set(model_parameters(self.network, exclude_head=True))
+        for group in self.optimizer.param_groups:  # the step is bounded, whatever a group's own rate
+            adaptive_clip_grad(clipped.intersection(group["params"]), bound / group.get("lr_scale", 1.0))
 
     def _log(self, total: Tensor, images: int) -> None:
         figures = dict(self.task.summarise(total, images))

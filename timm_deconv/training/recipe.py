@@ -69,7 +69,7 @@ class Recipe(BaseModel):
         filter_bias_and_bn: keep biases and other vectors out of weight decay. The published recipes decay everything.
         clip_grad: largest norm of the gradient, or what `clip_mode` makes of it; None leaves it.
         clip_mode: timm's: 'norm', 'value' (of every element), 'agc' (of every output's gradient, in norms of its
-            weights; not in the classifier).
+            weights, and as multiplied by `layer_rates`; not in the classifier).
         sched: timm's schedule, stepped at every update.
         warmup_epochs, warmup_lr, min_lr: of the schedule; min_lr where it ends.
         smoothing: label smoothing in the training loss.
