@@ -34,6 +34,18 @@ def test_a_step_turns_a_layer_as_if_its_rows_had_norm_one(recipe: Recipe) -> Non
     torch.testing.assert_close(before - layer.weight, 0.1 * 9 * layer.weight.grad)
 
 
+def test_decay_takes_the_same_share_of_every_weight_whatever_its_rate(recipe: Recipe, model: nn.Module) -> None:
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.any()}
+    optimiser = create_optimizer(model, recipe.merged({"layer_rates": True, "lr": 0.1, "weight_decay": 0.01}))
+    create_scheduler(optimiser, recipe, 10)
+    assert len({group["lr"] for group in optimiser.param_groups}) > 10
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    for name, value in before.items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), (1 - 0.1 * 0.01) * value)
+
+
 def test_a_step_of_a_whitened_classifier_is_as_large_as_an_unwhitened_one(recipe: Recipe) -> None:
     """Gradients that point everywhere alike move the folded weight as far as they move the weight of a plain layer."""
     x = torch.randn(4096, 16) * torch.logspace(-1, 1, 16)
