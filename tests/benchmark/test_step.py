@@ -66,6 +66,8 @@ def test_unknown_names_are_refused_before_anything_is_built() -> None:
         StepSettings(forms=("none", "deconvv"))
     with pytest.raises(InputError, match="no memory format 'channel_last'; nearest: channels_last"):
         StepSettings(memory_formats=("channel_last",))
+    with pytest.raises(InputError, match=r"no mode of torch\.compile 'reduce_overhead'; nearest: reduce-overhead"):
+        StepSettings(compile="reduce_overhead")
 
 
 @pytest.mark.parametrize(("time", "forms"), [(time_training, FORMS), (time_evaluation, (*FORMS, "fused"))])

@@ -54,7 +54,7 @@ class StepSettings:
         rounds, warmup: see `timing.interleave`.
 
     Raises:
-        InputError: a form or memory format that is not known.
+        InputError: a form, memory format or mode that is not known.
     """
 
     network: str = "resnet18_cifar"
@@ -78,6 +78,8 @@ class StepSettings:
             for name in names:
                 if name not in known:
                     raise unknown_name(kind, name, known)
+        if self.compile and self.compile not in (modes := torch._inductor.list_mode_options()):
+            raise unknown_name("mode of torch.compile", self.compile, modes)
 
     def labels(self, form: str) -> list[str]:
         """The labels of a form's timings, one a memory format."""
