@@ -293,16 +293,14 @@ def _newton_schulz_root(a: Tensor, n_iter: int) -> Tensor:
 
 def _coupled_pairs(a: Tensor, n_iter: int) -> list[tuple[Tensor, Tensor]]:
     """(Y_i, Z_i) of every step i = 1 ... n_iter - 1 from Y_0 = A of norm 1; 3 (n_iter - 1) - 2 products."""
-    pairs: list[tuple[Tensor, Tensor]] = []
     if n_iter == 1:
-        return pairs
-    y, z = a, (t := _first_factor(a))
-    for _ in range(n_iter - 1):
-        if pairs:
-            t = _factor(y, z)
-            z = rows_times(t, z)
-        y = rows_times(y, t)
-        pairs.append((y, z))
+        return []
+    z = _first_factor(a)
+    pairs = [(rows_times(a, z), z)]
+    for _ in range(n_iter - 2):
+        y, z = pairs[-1]
+        t = _factor(y, z)
+        pairs.append((rows_times(y, t), rows_times(t, z)))
     return pairs
 
 
