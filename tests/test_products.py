@@ -3,8 +3,8 @@ import torch
 
 from timm_deconv.products import FEW_PRODUCTS, as_images, inner_products, rows_times, rows_times_plus
 
-SIZES = [(4096, 64, 64), (4099, 48, 96), (1024, 256, 128), (64, 8, 8)]
-"""Rows, features and outputs: many and few products, rows that divide into images and a prime number of them."""
+SIZES = [(4096, 64, 64), (4099, 48, 96), (1024, 256, 128), (64, 8, 8), (50, 1, 1)]
+"""Rows, features and outputs: many and few products, rows that divide into images and a prime number of them, numbers."""
 
 
 def assert_close_to_float64(result, expected):

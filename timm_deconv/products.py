@@ -23,6 +23,8 @@ POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 
 def rows_times(rows: Tensor, matrices: Tensor, constant: Tensor | None = None) -> Tensor:
     """rows (S, R, F) times matrices (S, F, G), plus a constant (S, 1, G): (S, R, G). Differentiable; R F G products."""
+    if _of_numbers(rows, matrices.shape[-1]):
+        return rows * matrices if constant is None else torch.addcmul(constant, rows, matrices)
     if not _by_convolution(rows, matrices.shape[-1]):
         return torch.bmm(rows, matrices) if constant is None else torch.baddbmm(constant, rows, matrices)
     bias = None if constant is None else constant.reshape(-1)
@@ -41,6 +43,8 @@ def rows_times_plus(
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """a^T b of rows (S, R, F) and (S, R, G): (S, F, G). Differentiable; R F G products."""
+    if _of_numbers(a, b.shape[-1]):
+        return (a * b).sum(1, keepdim=True)
     needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     if needs_grad or not (_by_convolution(a, b.shape[-1]) and b.is_contiguous()):
         return torch.bmm(a.mT, b)
@@ -67,6 +71,11 @@ def as_images(rows: Tensor) -> Tensor:
     _, count, features = rows.shape
     images = IMAGES if count % IMAGES == 0 else 1
     return rows.view(images, 1, count // images, features).permute(0, 3, 1, 2)
+
+
+def _of_numbers(rows: Tensor, outputs: int) -> bool:
+    """Whether matrices are single numbers, of which a product of matrices makes a loop over small ones."""
+    return rows.shape[-1] == outputs == 1
 
 
 def _by_convolution(rows: Tensor, outputs: int) -> bool:

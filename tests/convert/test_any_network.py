@@ -149,9 +149,12 @@ def test_linear_layers_that_vgg_holds_as_convolutions_are_whitened_as_linear_lay
 
 
 def test_squeeze_excite_layers_have_a_role_of_their_own() -> None:
-    _, report = on_meta("regnety_002")
+    _, report = on_meta("regnety_002", {"roles": {"squeeze_excite": {}}})
     roles = {layer.name: layer.role for layer in report.converted}
     assert {role for name, role in roles.items() if ".se." in name} == {"squeeze_excite"}
+    model, report = on_meta("regnety_002")
+    assert {name for name in roles if ".se." in name} == set(roles) - {layer.name for layer in report.converted}
+    assert type(model.s1.b1.se.fc1) is nn.Conv2d
 
 
 def test_classifiers_behind_a_norm_are_classifiers_before_and_after_reset() -> None:

@@ -119,6 +119,18 @@ def test_every_block_of_channels_leaves_with_unit_covariance(
         torch.testing.assert_close(rows.T @ rows / len(rows), eye, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_depthwise_layers_standardise_every_channel(memory_format: torch.memory_format) -> None:
+    layer = Deconv2d(8, 16, 3, groups=8, dtype=torch.float64, cfg=fast("depthwise").override({"sampling_stride": 1}))
+    assert layer.running_deconv.shape == (8, 1, 1)
+    scale = torch.logspace(-1, 2, 8, dtype=torch.float64).view(-1, 1, 1)
+    x = (scale * (correlated(4, 8, 9, 10) + 3)).contiguous(memory_format=memory_format)
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    standardised = (x - mean) / (var + layer.cfg.eps).sqrt()
+    expected = F.conv2d(standardised, layer.weight, layer.bias, groups=8)
+    torch.testing.assert_close(layer(x), expected)
+
+
 @pytest.mark.parametrize(
     ("kernel", "memory_format"),
     [
@@ -149,7 +161,7 @@ LAYERS: dict[str, tuple[Callable[[], Layer], tuple[int, ...]]] = {
     "depthwise": (lambda: Deconv2d(16, 16, 3, padding=1, groups=16, cfg=fast("depthwise")), (16, 12, 12)),
     "grouped": (lambda: Deconv2d(32, 32, 3, padding=1, groups=2, cfg=fast("grouped")), (32, 8, 8)),
     "stem": (lambda: Deconv2d(3, 16, 3, stride=2, padding=1, cfg=fast("stem")), (3, 16, 16)),
-    "squeeze": (lambda: Deconv2d(64, 8, 1, cfg=fast("squeeze_excite")), (64, 1, 1)),
+    "one pixel": (lambda: Deconv2d(64, 8, 1, cfg=fast("pointwise")), (64, 1, 1)),
     "linear": (lambda: DeconvLinear(64, 10, cfg=fast("linear")), (64,)),
     "classifier": (lambda: DeconvLinear(512, 10, cfg=fast("classifier")), (512,)),
 }

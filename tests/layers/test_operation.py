@@ -36,6 +36,11 @@ CASES = {
     ),
     "channels per block": (dict(kernel_size=3), DeconvCfg(layout="channels", block=4, per_block=True)),
     "channels of groups": (dict(kernel_size=3, groups=2), DeconvCfg(layout="channels", block=16)),
+    "channels alone": (dict(kernel_size=3, padding=1, groups=8), DeconvCfg(layout="channels", block=1, n_iter=1)),
+    "channels alone, of one map": (
+        dict(kernel_size=3, padding=1),
+        DeconvCfg(layout="channels", block=1, per_block=True, n_iter=1),
+    ),
     "channels, few pixels": (dict(kernel_size=9, padding=3), DeconvCfg(layout="channels", block=8)),
     "pointwise channels": (dict(kernel_size=1, stride=2), DeconvCfg(layout="channels", block=2)),
     "window, capped": (dict(kernel_size=3, padding=1), DeconvCfg(block=4, layout="window", max_rows=30)),

@@ -16,13 +16,13 @@ Role = Literal[
 ClassifierKind = Literal["linear", "channel", "plain"]
 Options = Mapping[str, Any]
 DEFAULT_PRESET = "fast"
-PRESET_ROLES: Mapping[str, Mapping[str, Options]] = {
+PRESET_ROLES: Mapping[str, Mapping[str, Options | None]] = {
     "fast": {
         "stem": {"layout": "window", "sampling_stride": 3},
-        "depthwise": {"n_iter": 1, "max_rows": 256, "sampling_stride": 3},
+        "depthwise": {"block": 1, "n_iter": 1},
         "grouped": {"max_rows": 1024, "sampling_stride": 3},
         "block_end": {"n_iter": 1},
-        "squeeze_excite": {"block": 64},
+        "squeeze_excite": None,
         "classifier": {"block": 512, "wide_block": 0, "min_rows": 0.0},
     }
 }

@@ -27,7 +27,8 @@ class DeconvCfg:
             'window': the whole windows of `block` neighbouring channels;
             'flat': runs of `block` features of the flattened window, as linear layers have them;
             'channels': `block` neighbouring channels at one pixel, whatever the kernel; or the whole window (of a
-            group) where it has no more features than the smaller of `block` and `wide_block`.
+            group) where it has no more features than the smaller of `block` and `wide_block`. With a block of 1
+            depthwise layers standardise every channel.
         wide_block: of 'channels', 'flat' and linear layers: the block of those with more channels (features) than
             `block`, if it is smaller; 0 for `block`.
         per_block: one mean and covariance for each block instead of one shared by all blocks of the layer.

@@ -91,11 +91,13 @@ def split_rows(columns: Tensor, partition: Partition) -> Tensor:
     """Features of windows or pixels (..., P F), leading dimensions counting samples -> (S, R, F) rows of each set.
 
     Rows of many sets, few features each, are laid out in runs of samples: products of them are several times faster.
+    Of single features they stay as they are.
     """
     blocks = _split_features(columns, partition)
     if partition.shared:
         return blocks.reshape(1, -1, partition.features)
-    return blocks.reshape(-1, partition.blocks, partition.features).permute(1, 2, 0).contiguous().mT
+    samples = blocks.reshape(-1, partition.blocks, partition.features)
+    return samples.transpose(0, 1) if partition.features == 1 else samples.permute(1, 2, 0).contiguous().mT
 
 
 def unsplit_rows(rows: Tensor, shape: list[int], partition: Partition) -> Tensor:
