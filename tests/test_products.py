@@ -4,7 +4,7 @@ import torch
 from timm_deconv.products import FEW_PRODUCTS, as_images, inner_products, rows_times, rows_times_plus
 
 SIZES = [(4096, 64, 64), (4099, 48, 96), (1024, 256, 128), (64, 8, 8), (50, 1, 1)]
-"""Rows, features and outputs: many and few products, rows that divide into images and a prime number of them, numbers."""
+"""Rows, features and outputs: many and few products, rows that are images and a prime number of them, one feature."""
 
 
 def assert_close_to_float64(result, expected):
@@ -47,6 +47,21 @@ def test_rows_in_runs_of_samples_give_the_same_products():
     a, m = torch.randn(1, 64, 4096).mT, torch.randn(1, 64, 64)
     assert_close_to_float64(rows_times(a, m), a.double() @ m.double())
     assert_close_to_float64(inner_products(a, a), a.double().mT @ a.double())
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_symmetric_matrices_give_the_same_products_and_gradients_are_not_assumed_to_be_symmetric(needs_grad):
+    a, m = torch.randn(1, 4096, 64), torch.randn(1, 64, 64)
+    m = (m + m.mT).requires_grad_(needs_grad)
+    product = rows_times(a, m, symmetric=True)
+    assert_close_to_float64(product.detach(), a.double() @ m.detach().double())
+    assert_close_to_float64(
+        rows_times_plus(a, m, a, beta=2, symmetric=True).detach(), (2 * a + product.detach()).double()
+    )
+    if needs_grad:
+        cotangent = torch.randn(product.shape)
+        (gradient,) = torch.autograd.grad(product, m, cotangent)
+        assert_close_to_float64(gradient, a.double().mT @ cotangent.double())
 
 
 def test_gradients_are_those_of_matrix_products():

@@ -229,9 +229,9 @@ def _coefficients(n_iter: int, quartic: bool) -> Quartic | None:
 def _quartic_iterates(a: Tensor, coefficients: Quartic) -> list[Tensor]:
     """A, A^2, U = c2 I + c3 A + c4 A^2 and the polynomial c0 I + c1 A + A^2 U; (B, F, F)."""
     c0, c1, c2, c3, c4 = coefficients
-    square = rows_times(a, a)
+    square = rows_times(a, a, symmetric=True)
     upper = _plus_eye((c3 * a).add_(square, alpha=c4), c2)
-    return [a, square, upper, _plus_eye(rows_times_plus(square, upper, a, beta=c1), c0)]
+    return [a, square, upper, _plus_eye(rows_times_plus(square, upper, a, beta=c1, symmetric=True), c0)]
 
 
 def _quartic_backward(grad: Tensor, a: Tensor, iterates: list[Tensor], coefficients: Quartic) -> Tensor:
@@ -243,10 +243,10 @@ def _quartic_backward(grad: Tensor, a: Tensor, iterates: list[Tensor], coefficie
     square, upper = iterates
     _, c1, _, c3, c4 = coefficients
     grad = _symmetric(grad)
-    product = rows_times(grad, square)
-    grad_square = _symmetric(rows_times_plus(grad, upper, product, beta=c4))
+    product = rows_times(grad, square, symmetric=True)
+    grad_square = _symmetric(rows_times_plus(grad, upper, product, beta=c4, symmetric=True))
     grad = (c1 * grad).add_(product, alpha=c3)
-    return _symmetric(rows_times_plus(grad_square, a, grad, alpha=2))
+    return _symmetric(rows_times_plus(grad_square, a, grad, alpha=2, symmetric=True))
 
 
 def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -258,18 +258,18 @@ def _symmetric_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, T
     """
     grad_z, grad_y = _symmetric(grad), None
     for y, z in pairs:
-        p = rows_times(grad_z, z)
+        p = rows_times(grad_z, z, symmetric=True)
         if grad_y is None:
             grad_y = _symmetric(rows_times(z, p)).mul_(-0.5)
-            grad_z = _symmetric(rows_times_plus(p, y, grad_z, beta=1.5, alpha=-1))
+            grad_z = _symmetric(rows_times_plus(p, y, grad_z, beta=1.5, alpha=-1, symmetric=True))
         else:
-            q = rows_times(y, grad_y)
+            q = rows_times(y, grad_y, symmetric=True)
             grad_t = p + q
             grad_y = _symmetric(rows_times_plus(z, q + grad_t, grad_y, beta=1.5, alpha=-0.5))
-            grad_z = _symmetric(rows_times_plus(p + grad_t, y, grad_z, beta=1.5, alpha=-0.5))
+            grad_z = _symmetric(rows_times_plus(p + grad_t, y, grad_z, beta=1.5, alpha=-0.5, symmetric=True))
     if grad_y is None:
         return -0.5 * grad_z
-    return _symmetric(rows_times_plus(grad_y, first, grad_y, beta=1.5, alpha=-1)).sub(grad_z, alpha=0.5)
+    return _symmetric(rows_times_plus(grad_y, first, grad_y, beta=1.5, alpha=-1, symmetric=True)).sub(grad_z, alpha=0.5)
 
 
 def _chain_rule_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -288,7 +288,7 @@ def _chain_rule_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, 
 def _newton_schulz_root(a: Tensor, n_iter: int) -> Tensor:
     """Z_n of A (B, F, F) of norm 1."""
     pairs = _coupled_pairs(a, n_iter)
-    return rows_times(_factor(*pairs[-1]), pairs[-1][1]) if pairs else _first_factor(a)
+    return rows_times(_factor(*pairs[-1]), pairs[-1][1], symmetric=True) if pairs else _first_factor(a)
 
 
 def _coupled_pairs(a: Tensor, n_iter: int) -> list[tuple[Tensor, Tensor]]:
@@ -296,11 +296,11 @@ def _coupled_pairs(a: Tensor, n_iter: int) -> list[tuple[Tensor, Tensor]]:
     if n_iter == 1:
         return []
     z = _first_factor(a)
-    pairs = [(rows_times(a, z), z)]
+    pairs = [(rows_times(a, z, symmetric=True), z)]
     for _ in range(n_iter - 2):
         y, z = pairs[-1]
         t = _factor(y, z)
-        pairs.append((rows_times(y, t), rows_times(t, z)))
+        pairs.append((rows_times(y, t, symmetric=True), rows_times(t, z, symmetric=True)))
     return pairs
 
 
@@ -311,7 +311,7 @@ def _first_factor(a: Tensor) -> Tensor:
 
 def _factor(y: Tensor, z: Tensor) -> Tensor:
     """T = (3 I - Z Y) / 2."""
-    return rows_times_plus(z, y, _eye_like(y).expand_as(y), beta=1.5, alpha=-0.5)
+    return rows_times_plus(z, y, _eye_like(y).expand_as(y), beta=1.5, alpha=-0.5, symmetric=True)
 
 
 def _plus_eye(matrices: Tensor, scale: float) -> Tensor:

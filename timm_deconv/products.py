@@ -21,32 +21,37 @@ POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 """The geometry of a 1x1 convolution, as its backward pass wants it."""
 
 
-def rows_times(rows: Tensor, matrices: Tensor, constant: Tensor | None = None) -> Tensor:
-    """rows (S, R, F) times matrices (S, F, G), plus a constant (S, 1, G): (S, R, G). Differentiable; R F G products."""
+def rows_times(rows: Tensor, matrices: Tensor, constant: Tensor | None = None, *, symmetric: bool = False) -> Tensor:
+    """rows (S, R, F) times matrices (S, F, G), plus a constant (S, 1, G): (S, R, G). Differentiable; R F G products.
+
+    Args:
+        symmetric: the matrices are; then their rows serve as their columns where no gradients flow, which saves up to
+            a quarter of the time.
+    """
     if _of_numbers(rows, matrices.shape[-1]):
         return rows * matrices if constant is None else torch.addcmul(constant, rows, matrices)
     if not _by_convolution(rows, matrices.shape[-1]):
         return torch.bmm(rows, matrices) if constant is None else torch.baddbmm(constant, rows, matrices)
     bias = None if constant is None else constant.reshape(-1)
-    product = torch.conv2d(as_images(rows), as_kernel(matrices), bias)
+    kernel = as_kernel(matrices.mT if symmetric and not _needs_grad(rows, matrices) else matrices)
+    product = torch.conv2d(as_images(rows), kernel, bias)
     return product.permute(0, 2, 3, 1).reshape(1, rows.shape[1], -1)
 
 
 def rows_times_plus(
-    rows: Tensor, matrices: Tensor, summand: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+    rows: Tensor, matrices: Tensor, summand: Tensor, *, beta: float = 1.0, alpha: float = 1.0, symmetric: bool = False
 ) -> Tensor:
-    """beta summand + alpha rows matrices, of rows (S, R, F) and matrices (S, F, G): (S, R, G). Differentiable."""
+    """beta summand + alpha rows matrices, as `rows_times`: (S, R, G). Differentiable."""
     if not _by_convolution(rows, matrices.shape[-1]):
         return torch.baddbmm(summand, rows, matrices, beta=beta, alpha=alpha)
-    return rows_times(rows, matrices).mul_(alpha).add_(summand, alpha=beta)
+    return rows_times(rows, matrices, symmetric=symmetric).mul_(alpha).add_(summand, alpha=beta)
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """a^T b of rows (S, R, F) and (S, R, G): (S, F, G). Differentiable; R F G products."""
     if _of_numbers(a, b.shape[-1]):
         return (a * b).sum(1, keepdim=True)
-    needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    if needs_grad or not (_by_convolution(a, b.shape[-1]) and b.is_contiguous()):
+    if _needs_grad(a, b) or not (_by_convolution(a, b.shape[-1]) and b.is_contiguous()):
         return torch.bmm(a.mT, b)
     kernel = a.new_empty(()).expand(a.shape[-1], b.shape[-1], 1, 1)
     only_kernel = [False, True, False]
@@ -71,6 +76,10 @@ def as_images(rows: Tensor) -> Tensor:
     _, count, features = rows.shape
     images = IMAGES if count % IMAGES == 0 else 1
     return rows.view(images, 1, count // images, features).permute(0, 3, 1, 2)
+
+
+def _needs_grad(a: Tensor, b: Tensor) -> bool:
+    return torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
 
 
 def _of_numbers(rows: Tensor, outputs: int) -> bool:

@@ -9,7 +9,7 @@ from .config import DeconvCfg
 from .partition import Partition
 from .sampling import PIXEL, Window, add_window_columns_, choose_sampling, window_columns
 
-__all__ = ["ConvMap"]
+__all__ = ["ConvMap", "Gradients"]
 
 MOST_PADDING = 0.01
 """Most weight of padding in the statistics of blocks of channels: enough to bound what leaves at the border of an image

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from timm_deconv.linalg import full_precision
 
-from .conv_map import ConvMap
+from .conv_map import ConvMap, Gradients
 from .partition import Partition, spread_shift
 from .statistics import Statistics, add_statistics_gradient_
 from .whitening import (
@@ -120,19 +120,13 @@ def _convolution_gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x as if its statistics were constants (None unless `with_x`), weight, bias, mean and whitener."""
     x, weight, mean, shift, whitener, sums, _ = saved
-    partition, dtype = conv_map.partition, grad.dtype
-    input, wide = x.to(dtype), weight.to(whitener.dtype)
-    of_input = whitens_input(x, weight, partition)
-    seen, met = input, wide
-    if of_input:
-        seen = apply_whitener(input, whitener)
-    elif with_x:
-        met = fold_weight(wide, whitener, partition)
-    grad_x, grad_met, grad_bias = conv_map.backward(grad, seen, met.to(dtype), with_x)
+    partition = conv_map.partition
+    input, wide = x.to(grad.dtype), weight.to(whitener.dtype)
+    grad_x, grad_met, grad_bias = _plain_gradients(conv_map, grad, input, wide, whitener, with_x)
     grad_met = grad_met.to(whitener.dtype)
     grad_outputs = spread_shift(grad_bias.to(whitener.dtype), partition)
     grad_mean = torch.bmm(grad_outputs.unsqueeze(-2), sums).neg()
-    if not of_input:
+    if not whitens_input(x, weight, partition):
         grad_weight, grad_whitener = fold_weight_backward(grad_met, grad_outputs, shift, wide, whitener, partition)
     else:
         grad_weight = subtract_shift_gradient_(grad_met, grad_outputs, shift, partition)
@@ -143,6 +137,17 @@ def _convolution_gradients(
         grad_mean = torch.bmm(grad_mean, whitener)
     grad_x = None if grad_x is None else grad_x.to(x.dtype)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_mean, grad_whitener
+
+
+def _plain_gradients(
+    conv_map: ConvMap, grad: Tensor, input: Tensor, weight: Tensor, whitener: Tensor, with_x: bool
+) -> Gradients:
+    """Of what is convolved in the end, x or x D, and w D or w; neither product outlives the call."""
+    if whitens_input(input, weight, conv_map.partition):
+        input = apply_whitener(input, whitener)
+    elif with_x:
+        weight = fold_weight(weight, whitener, conv_map.partition)
+    return conv_map.backward(grad, input, weight.to(grad.dtype), with_x)
 
 
 def whitens_input(x: Tensor, weight: Tensor, partition: Partition) -> bool:

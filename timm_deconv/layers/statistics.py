@@ -91,5 +91,5 @@ def _rows(x: Tensor, conv_map: ConvMap) -> tuple[Tensor, list[int]]:
 def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor, scale: float) -> Tensor:
     """scale rows M + constant of rows (S, R, F), symmetric M (S, F, F) and constant (S, 1, F), in the rows' layout."""
     if rows.is_contiguous() or rows.shape[-1] == 1:
-        return rows_times(rows, scale * matrices, constant)
+        return rows_times(rows, scale * matrices, constant, symmetric=True)
     return torch.baddbmm(constant.mT, matrices, rows.mT, alpha=scale).mT
