@@ -49,6 +49,15 @@ PIXELS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_zero_by_chance() -> Iterator[None]:
+    """Memory that nobody wrote to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def images(memory_format: torch.memory_format, size: tuple[int, int] = (9, 10)) -> Tensor:
     return torch.randn(5, 3, *size, dtype=torch.float64).contiguous(memory_format=memory_format)
 

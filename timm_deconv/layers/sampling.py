@@ -148,12 +148,25 @@ def _gather_windows(x: Tensor, window: Window, step: Pair, samples_last: bool) -
     samples = (x.shape[0], *window.grid((x.shape[2], x.shape[3]), step))
     features = (x.shape[1], *window.kernel_size)
     if samples_last:
-        columns = x.new_zeros(*features, *samples).permute(3, 4, 5, 0, 1, 2)
+        columns = x.new_empty(*features, *samples).permute(3, 4, 5, 0, 1, 2)
     else:
-        columns = x.new_zeros(*samples, *features)
+        columns = x.new_empty(*samples, *features)
+    _zero_border_(columns, window, (x.shape[2], x.shape[3]), step)
     for of_columns, of_x in _kernel_positions(x, window, step):
         columns[of_columns] = x[of_x].permute(0, 2, 3, 1)
     return columns.flatten(3).flatten(1, 2)
+
+
+def _zero_border_(columns: Tensor, window: Window, size: Pair, step: Pair) -> None:
+    """Zero the windows, of (N, rows, columns, ...), that reach into the padding, in an image of (height, width)."""
+    for axis in (0, 1):
+        windows = columns.shape[axis + 1]
+        starts = [k * window.dilation[axis] - window.padding[axis] for k in range(window.kernel_size[axis])]
+        inside = [_inside(start, step[axis], windows, size[axis]) for start in starts]
+        first = min(max(span.start for span in inside), windows)
+        last = max(min(span.stop for span in inside), 0)
+        columns.narrow(axis + 1, 0, first).zero_()
+        columns.narrow(axis + 1, last, windows - last).zero_()
 
 
 def _add_windows_(grad_x: Tensor, grad_columns: Tensor, window: Window, step: Pair) -> None:
