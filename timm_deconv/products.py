@@ -17,6 +17,8 @@ for one image, and a quarter of that for as many images as there are rows."""
 FEW_PRODUCTS = 2**23
 """Multiplications up to which a convolution takes longer to begin than it saves."""
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
 POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 """The geometry of a 1x1 convolution, as its backward pass wants it."""
 
@@ -94,5 +96,5 @@ def _by_convolution(rows: Tensor, outputs: int) -> bool:
         and rows.dtype == torch.float32
         and rows.is_contiguous()
         and not few_products(rows, outputs)
-        and torch.backends.mkldnn.is_available()
+        and HAS_ONEDNN
     )

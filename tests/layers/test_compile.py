@@ -8,22 +8,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvCfg, DeconvLinear
+from timm_deconv.products import FEW_PRODUCTS
 
 
 class Net(nn.Module):
-    """Every kind of whitening layer: a freezing stem, grouped, depthwise, channel and linear ones."""
+    """Every kind of whitening layer: a freezing stem, grouped, depthwise, spatial, channel and linear ones."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = Deconv2d(3, 8, 3, padding=1, cfg=DeconvCfg(freeze=True, freeze_iter=2, n_iter=4))
         self.grouped = Deconv2d(8, 8, 3, padding=1, groups=2, cfg=DeconvCfg(start_corrected=True))
         self.depthwise = Deconv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.spatial = Deconv2d(8, 8, 3, padding=1, cfg=DeconvCfg(layout="channels", n_iter=3, quartic=True))
         self.pointwise = Deconv2d(8, 8, 1, cfg=DeconvCfg(block=4, layout="window", per_block=True, min_rows=2.0))
         self.channel = ChannelDeconv(8, cfg=DeconvCfg(block=3))
         self.head = DeconvLinear(8, 5, cfg=DeconvCfg(block=4))
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv in (self.stem, self.grouped, self.depthwise, self.pointwise):
+        for conv in (self.stem, self.grouped, self.depthwise, self.spatial, self.pointwise):
             x = conv(x).relu()
         return self.head(self.channel(x).mean((2, 3)))
 
@@ -41,9 +43,20 @@ def train_steps(net: nn.Module, module: nn.Module, steps: int) -> list[Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, raised while it compiles
-def test_compiled_training_is_eager_training_in_one_graph(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "few"),
+    [
+        pytest.param("aot_eager", FEW_PRODUCTS, id="matrix products"),
+        pytest.param("aot_eager", 0, id="convolutions"),
+        pytest.param("inductor", 0, id="inductor", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # both of torch's own modules, raised while it compiles
+def test_compiled_training_is_eager_training_in_one_graph(
+    backend: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm_deconv.products.FEW_PRODUCTS", few)
     torch._dynamo.reset()
     eager = Net()
     compiled = copy.deepcopy(eager)
