@@ -2,7 +2,7 @@
 
 A row is a pixel, its features are the channels. On CPUs these are the products of oneDNN instead of those of the BLAS:
 an AMD EPYC was seen to take half the time for them, in the same float32. What is not float32 on a CPU, or too little to
-matter, stays a matrix product.
+matter, stays a matrix product; so does what is compiled, as torch 2.11 failed to lower some of these convolutions.
 """
 
 import torch
@@ -16,8 +16,6 @@ for one image, and a quarter of that for as many images as there are rows."""
 
 FEW_PRODUCTS = 2**23
 """Multiplications up to which a convolution takes longer to begin than it saves."""
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 """The geometry of a 1x1 convolution, as its backward pass wants it."""
@@ -91,10 +89,11 @@ def _of_numbers(rows: Tensor, outputs: int) -> bool:
 
 def _by_convolution(rows: Tensor, outputs: int) -> bool:
     return (
-        rows.shape[0] == 1
+        not torch.compiler.is_compiling()
+        and rows.shape[0] == 1
         and rows.device.type == "cpu"
         and rows.dtype == torch.float32
         and rows.is_contiguous()
         and not few_products(rows, outputs)
-        and HAS_ONEDNN
+        and torch.backends.mkldnn.is_available()
     )

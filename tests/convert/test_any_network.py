@@ -155,6 +155,16 @@ def test_squeeze_excite_layers_have_a_role_of_their_own() -> None:
     model, report = on_meta("regnety_002")
     assert {name for name in roles if ".se." in name} == set(roles) - {layer.name for layer in report.converted}
     assert type(model.s1.b1.se.fc1) is nn.Conv2d
+    model, _ = on_meta("regnety_002", {"patterns": {"s1.*": {"n_iter": 2}}})
+    assert model.s1.b1.se.fc1.cfg.n_iter == 2 and type(model.s2.b1.se.fc1) is nn.Conv2d
+
+
+def test_squeeze_excite_layers_with_a_batch_norm_are_whitened_in_its_place() -> None:
+    assert isinstance(timm.create_model("rexnet_100").features[3].se.bn, _BatchNorm)
+    model, report = on_meta("rexnet_100")
+    roles = {layer.name: layer.role for layer in report.converted}
+    assert {roles[f"features.3.se.fc{i}"] for i in (1, 2)} == {"pointwise"}
+    assert isinstance(model.features[3].se.bn, nn.Identity)
 
 
 def test_classifiers_behind_a_norm_are_classifiers_before_and_after_reset() -> None:

@@ -35,6 +35,8 @@ def convert_deconv_model(
 ) -> ConversionReport:
     """Replace convolutions and the classifier by whitening layers and take the batch norms out, in place.
 
+    What the policy leaves plain stays as it is, under the preset 'fast' the layers of squeeze-excite modules.
+
     Weights are kept, missing biases added as zeros, whitening starts at the identity. `BatchNorm2d` becomes `Identity`,
     `BatchNormAct2d` its activation. A timm network is afterwards saved by the name `deconv` and loads as such. Methods
     of its blocks that would fold batch norms (`fuse`, `reparameterize`, `switch_to_deploy`) fold whitening instead.

@@ -38,11 +38,12 @@ class DeconvPolicy:
         options: fields of `DeconvCfg` for all layers.
         roles: role -> fields for the layers of that role, or None to leave them plain. Roles: stem (first convolution),
             classifier (last layer), squeeze_excite, depthwise, grouped, block_end (last convolution of a residual
-            branch or dense layer), pointwise (other 1x1), spatial (other convolutions), linear (hidden ones). Hidden
-            linear layers of networks with other norms than batch norm, such as transformer blocks, are whitened only if
-            this role is named.
-        patterns: shell pattern of layer names ('layer4.*') -> fields, or None to leave the layers plain. A pattern that
-            matches no layer is an error.
+            branch or dense layer), pointwise (other 1x1), spatial (other convolutions), linear (hidden ones). The
+            preset 'fast' leaves squeeze_excite plain; `{'squeeze_excite': {}}` whitens it. Hidden linear layers of
+            networks with other norms than batch norm, such as transformer blocks, are whitened only if this role is
+            named.
+        patterns: shell pattern of layer names ('layer4.*') -> fields, or None to leave the layers plain. Fields whiten
+            layers whose role is plain, too. A pattern that matches no layer is an error.
         classifier: 'linear' whitens the classifier's input features; 'channel' keeps it plain and whitens channels in
             front of the global pooling; 'plain' leaves it alone.
 

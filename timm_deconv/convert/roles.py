@@ -40,9 +40,13 @@ SQUEEZE_EXCITES = ("SEModule", "SqueezeExcite", "SqueezeExcitation", "EffectiveS
 
 
 def find_roles(model: nn.Module) -> dict[str, Role]:
-    """Role of every layer with a weight matrix by name, in network order; a module used twice is named once."""
+    """Role of every layer with a weight matrix by name, in network order; a module used twice is named once.
+
+    Layers of squeeze-excite modules that hold a batch norm have the role of their shape: as it goes, whitening is to
+    take its place.
+    """
     stems, classifiers = _stem_names(model), classifier_names(model)
-    excites, ends = _prefixes(model, SQUEEZE_EXCITES), block_ends(model)
+    excites, ends = _excites_without_norm(model), block_ends(model)
     hidden = {name for name in linear_layers_as_convs(model) if name not in classifiers}
     roles: dict[str, Role] = {}
     for name, module in _weighted_layers(model):
@@ -180,6 +184,15 @@ def _cfg_names(model: nn.Module, key: str) -> tuple[str, ...]:
 def _prefixes(model: nn.Module, classes: tuple[str, ...]) -> tuple[str, ...]:
     named = (name for name, module in model.named_modules() if type(module).__name__.startswith(classes))
     return tuple(f"{name}." for name in named if name)
+
+
+def _excites_without_norm(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the squeeze-excite modules that hold no batch norm."""
+    return tuple(
+        prefix
+        for prefix in _prefixes(model, SQUEEZE_EXCITES)
+        if not any(isinstance(module, _BatchNorm) for module in model.get_submodule(prefix[:-1]).modules())
+    )
 
 
 def _role_by_shape(module: nn.Module) -> Role:
