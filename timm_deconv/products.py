@@ -2,7 +2,7 @@
 
 A row is a pixel, its features are the channels. On CPUs these are the products of oneDNN instead of those of the BLAS:
 an AMD EPYC was seen to take half the time for them, in the same float32. What is not float32 on a CPU, or too little to
-matter, stays a matrix product; so does what is compiled, as torch 2.11 failed to lower some of these convolutions.
+matter, stays a matrix product.
 """
 
 import torch
@@ -16,6 +16,9 @@ for one image, and a quarter of that for as many images as there are rows."""
 
 FEW_PRODUCTS = 2**23
 """Multiplications up to which a convolution takes longer to begin than it saves."""
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+"""Asked here, as what is compiled may not ask."""
 
 POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 """The geometry of a 1x1 convolution, as its backward pass wants it."""
@@ -32,10 +35,12 @@ def rows_times(rows: Tensor, matrices: Tensor, constant: Tensor | None = None, *
         return rows * matrices if constant is None else torch.addcmul(constant, rows, matrices)
     if not _by_convolution(rows, matrices.shape[-1]):
         return torch.bmm(rows, matrices) if constant is None else torch.baddbmm(constant, rows, matrices)
-    bias = None if constant is None else constant.reshape(-1)
+    # torch 2.11 fails to compile a convolution whose bias is computed.
+    bias = None if constant is None or torch.compiler.is_compiling() else constant.reshape(-1)
     kernel = as_kernel(matrices.mT if symmetric and not _needs_grad(rows, matrices) else matrices)
     product = torch.conv2d(as_images(rows), kernel, bias)
-    return product.permute(0, 2, 3, 1).reshape(1, rows.shape[1], -1)
+    product = product.permute(0, 2, 3, 1).reshape(1, rows.shape[1], -1)
+    return product if constant is None or bias is not None else product + constant
 
 
 def rows_times_plus(
@@ -89,11 +94,10 @@ def _of_numbers(rows: Tensor, outputs: int) -> bool:
 
 def _by_convolution(rows: Tensor, outputs: int) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and rows.shape[0] == 1
+        rows.shape[0] == 1
         and rows.device.type == "cpu"
         and rows.dtype == torch.float32
         and rows.is_contiguous()
         and not few_products(rows, outputs)
-        and torch.backends.mkldnn.is_available()
+        and HAS_ONEDNN
     )
