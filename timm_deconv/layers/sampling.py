@@ -36,6 +36,10 @@ class Window(NamedTuple):
     def pointwise(self) -> bool:
         return self.kernel_size == (1, 1)
 
+    def starts(self, axis: int) -> list[int]:
+        """Where each kernel position of the first window lies, rows or columns from the image; negative in padding."""
+        return [k * self.dilation[axis] - self.padding[axis] for k in range(self.kernel_size[axis])]
+
     def grid(self, size: Pair, step: Pair) -> Pair:
         """Rows and columns of windows in an image of (height, width) at a spacing of `step`; 0 if none fits."""
         spans = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(self.dilation, self.kernel_size, strict=True)]
@@ -53,7 +57,7 @@ class Window(NamedTuple):
             return 0.0
         inside = 1.0
         for axis, windows in enumerate(self.grid(size, self.stride)):
-            starts = [k * self.dilation[axis] - self.padding[axis] for k in range(self.kernel_size[axis])]
+            starts = self.starts(axis)
             seen = sum(len(_inside(start, self.stride[axis], windows, size[axis])) for start in starts)
             inside *= seen / max(windows * len(starts), 1)
         return 1 - inside if inside else 0.0
@@ -161,8 +165,7 @@ def _zero_border_(columns: Tensor, window: Window, size: Pair, step: Pair) -> No
     """Zero the windows, of (N, rows, columns, ...), that reach into the padding, in an image of (height, width)."""
     for axis in (0, 1):
         windows = columns.shape[axis + 1]
-        starts = [k * window.dilation[axis] - window.padding[axis] for k in range(window.kernel_size[axis])]
-        inside = [_inside(start, step[axis], windows, size[axis]) for start in starts]
+        inside = [_inside(start, step[axis], windows, size[axis]) for start in window.starts(axis)]
         first = min(max(span.start for span in inside), windows)
         last = max(min(span.stop for span in inside), 0)
         columns.narrow(axis + 1, 0, first).zero_()
@@ -179,11 +182,10 @@ def _add_windows_(grad_x: Tensor, grad_columns: Tensor, window: Window, step: Pa
 def _kernel_positions(x: Tensor, window: Window, step: Pair) -> Iterator[tuple[Index, Index]]:
     """For every kernel position: its place in columns (N, rows, columns, C, kernel height, kernel width), without the
     windows where it lies in the padding; and its pixels in x (N, C, H, W)."""
-    size, (height, width) = (x.shape[2], x.shape[3]), window.kernel_size
+    size = (x.shape[2], x.shape[3])
     rows, cols = window.grid(size, step)
     everything = slice(None)
-    for i, j in itertools.product(range(height), range(width)):
-        top, left = i * window.dilation[0] - window.padding[0], j * window.dilation[1] - window.padding[1]
+    for (i, top), (j, left) in itertools.product(enumerate(window.starts(0)), enumerate(window.starts(1))):
         in_rows, pixel_rows = _slices(_inside(top, step[0], rows, size[0]), top, step[0])
         in_cols, pixel_cols = _slices(_inside(left, step[1], cols, size[1]), left, step[1])
         yield (everything, in_rows, in_cols, everything, i, j), (everything, everything, pixel_rows, pixel_cols)
