@@ -23,6 +23,7 @@ from timm_deconv.layers import DeconvCfg, preset
         ("sampling_stride", 0),
         ("freeze_iter", 0),
         ("freeze", 1),
+        ("gain_corrected", 1),
         ("layout", "diagonal"),
         ("min_rows", -1),
     ],
@@ -46,3 +47,7 @@ def test_a_configuration_is_frozen_and_survives_json() -> None:
     assert DeconvCfg(**json.loads(json.dumps(asdict(cfg)))) == cfg
     assert str(cfg) == "block=16, layout='window', min_rows=2.0"
     assert DeconvCfg().override(cfg.changes()) == cfg
+
+
+def test_the_gain_of_evaluation_is_corrected_in_fast_and_not_in_paper() -> None:
+    assert preset("fast").gain_corrected and not preset("paper").gain_corrected

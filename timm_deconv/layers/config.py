@@ -54,6 +54,9 @@ class DeconvCfg:
         thaw: a frozen layer is live again for freeze_iter + 1 forwards out of every 10 * freeze_iter (published);
             False freezes it for good.
         centred: `ChannelDeconv` only: centre the second moment (published: not centred).
+        gain_corrected: scale the whitener of evaluation so that it passes on as much power as the live ones do,
+            measured on each batch before it is averaged in; running averages of inverse roots alone amplify too much
+            where rows are few or weights move fast.
 
     Raises:
         InputError: a value of the wrong type or out of range.
@@ -76,13 +79,14 @@ class DeconvCfg:
     freeze_iter: int = 100
     thaw: bool = True
     centred: bool = False
+    gain_corrected: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block", "n_iter", "sampling_stride", "freeze_iter"):
             _check(name, getattr(self, name), _is_positive_int, "a positive whole number")
         for name in ("wide_block", "max_rows"):
             _check(name, getattr(self, name), lambda value: value == 0 or _is_positive_int(value), "a whole number")
-        for name in ("quartic", "per_block", "start_corrected", "grid", "freeze", "thaw", "centred"):
+        for name in ("quartic", "per_block", "start_corrected", "grid", "freeze", "thaw", "centred", "gain_corrected"):
             _check(name, getattr(self, name), lambda value: isinstance(value, bool), "True or False")
         _check("layout", self.layout, get_args(Layout).__contains__, f"one of {', '.join(get_args(Layout))}")
         _check("eps", self.eps, lambda value: _is_real(value) and 0 < value < float("inf"), "a positive number")
@@ -154,5 +158,6 @@ PRESETS: Mapping[str, DeconvCfg] = {
         max_rows=4096,
         min_rows=1.0,
         start_corrected=True,
+        gain_corrected=True,
     ),
 }
