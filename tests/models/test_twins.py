@@ -262,10 +262,12 @@ def test_cell_adds_a_separable_convolution_and_a_max_pool() -> None:
 
 
 @torch.no_grad()
-def test_dense_layer_appends_its_channels() -> None:
+def test_dense_layer_puts_its_channels_in_front() -> None:
     x = torch.randn(2, 8, 6, 6)
     layer = randomised(DenseLayer(8, 4, 16))
     new = layer.conv2(F.relu(layer.preact2.norm(layer.conv1(F.relu(layer.preact1.norm(x))))))
+    same(layer(x), torch.cat([new, x], 1))
+    layer.new_in_front = False
     same(layer(x), torch.cat([x, new], 1))
 
 

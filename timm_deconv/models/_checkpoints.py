@@ -21,6 +21,7 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 
 from ._order import named_by_order
+from .weights import arguments_of_weights, follow_saved
 
 __all__ = ["TAG_PREFIX", "by_name_or_order", "checkpoint_filter"]
 
@@ -53,6 +54,7 @@ def checkpoint_filter(
     """
 
     def filter_fn(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
+        follow_saved(model, arguments_of_weights(model))
         if _of_batch_norms(state_dict, model):
             state_dict = _carried_over(state_dict, model, source, arguments, keep_affine)
         else:

@@ -147,10 +147,10 @@ def _entry_point(module: str, row: _Row) -> Callable[..., nn.Module]:
 
 
 def as_built(model: nn.Module, fused: bool) -> nn.Module:
-    """A converted network as timm's builder wants it: fused if asked for, with no arguments recorded yet."""
+    """A converted network as timm's builder wants it: fused if asked for, no arguments but its own recorded yet."""
     if fused:
         fuse_in_place(model)
-    model._model_args = {}  # type: ignore[assignment]
+    model._model_args = dict(getattr(model, "own_arguments", {}))  # type: ignore[assignment, arg-type]
     return model
 
 

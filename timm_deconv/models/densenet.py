@@ -1,36 +1,50 @@
 """DenseNet-BC for 32x32 images.
 
 Huang et al., Densely Connected Convolutional Networks, CVPR 2017, with the depths and the growth rate of the ImageNet
-network, as in Table 1 of Ye et al., Network Deconvolution, ICLR 2020. Unlike timm's it has no norm behind the stem.
+network, as in Table 1 of Ye et al., Network Deconvolution, ICLR 2020. Unlike timm's it has no norm behind the stem, and
+the channels that a layer adds stand in front of its input's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from timm_deconv.errors import InputError
+
 from ._blocks import NormAct, scaled
 from ._cifar import StagedNet
 from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
 from ._twins import STAGED_FEATURES, register_twins
+from .weights import arguments_of_weights, follow_saved
 
 __all__ = ["CifarDenseNet", "DenseLayer", "Transition"]
 
 
 class DenseLayer(nn.Module):
-    """1x1 and 3x3 convolution behind norm and ReLU: (N, C, H, W) -> (N, C + growth, H, W), the input in front."""
+    """1x1 and 3x3 convolution behind norm and ReLU: (N, C, H, W) -> (N, growth + C, H, W).
 
-    def __init__(self, in_chs: int, growth: int, bottleneck: int) -> None:
+    Args:
+        in_chs: C.
+        growth: new channels.
+        bottleneck: channels between the two convolutions.
+        new_in_front: whether the new channels stand before those of the input, as published, or behind them. It decides
+            which channels share an interleaved block of a whitening layer, and which weight is a channel's.
+    """
+
+    def __init__(self, in_chs: int, growth: int, bottleneck: int, *, new_in_front: bool = True) -> None:
         super().__init__()
         self.preact1 = NormAct(in_chs)
         self.conv1 = nn.Conv2d(in_chs, bottleneck, 1, bias=False)
         self.preact2 = NormAct(bottleneck)
         self.conv2 = nn.Conv2d(bottleneck, growth, 3, 1, 1, bias=False)
+        self.new_in_front = new_in_front
 
     def forward(self, x: Tensor) -> Tensor:
-        """Append `growth` new channels."""
-        return torch.cat([x, self.conv2(self.preact2(self.conv1(self.preact1(x))))], 1)
+        """Add `growth` channels to those of the input."""
+        new = self.conv2(self.preact2(self.conv1(self.preact1(x))))
+        return torch.cat([new, x] if self.new_in_front else [x, new], 1)
 
 
 class Transition(nn.Module):
@@ -55,9 +69,16 @@ class CifarDenseNet(StagedNet):
         growth: channels that a layer adds; the stem has twice as many, the 1x1 convolutions four times as many.
         stem_stride: of the stem's 3x3 convolution.
         width: multiplies the growth.
+        new_in_front: as in `DenseLayer`; None for True, or for what the weights were saved with. False is the order of
+            version 0.1.0, whose tensors have the same names and shapes: its folders say it by not speaking of it.
         in_chans: channels of the image.
         head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+
+    Attributes:
+        own_arguments: what is recorded of the network beside the arguments that it was made with.
     """
+
+    __jit_ignored_attributes__ = ("_model_args", "own_arguments")
 
     def __init__(
         self,
@@ -66,6 +87,7 @@ class CifarDenseNet(StagedNet):
         growth: int = 32,
         stem_stride: int = 1,
         width: float = 1.0,
+        new_in_front: bool | None = None,
         in_chans: int = 3,
         **head: Any,
     ) -> None:
@@ -85,12 +107,46 @@ class CifarDenseNet(StagedNet):
             levels.append((chs, reduction))
         stem = nn.Conv2d(in_chans, 2 * growth, 3, stem_stride, 1, bias=False)
         super().__init__(stem, stages, levels, final=NormAct(chs), in_chans=in_chans, **head)
+        self._order_is_chosen = new_in_front is not None
+        self._set_order(new_in_front is not False)
+
+    def follow_saved(self, arguments: Mapping[str, Any]) -> None:
+        """Take the order of channels of a saved network from its arguments, unless the user has chosen one."""
+        if not self._order_is_chosen:
+            self._set_order(arguments.get("new_in_front", False))
+
+    def _set_order(self, new_in_front: bool) -> None:
+        for layer in self.modules():
+            if isinstance(layer, DenseLayer):
+                layer.new_in_front = new_in_front
+        self.own_arguments = {"new_in_front": new_in_front}
+        self._model_args = {**getattr(self, "_model_args", {}), **self.own_arguments}
+        self._version = 2 if new_in_front else 1  # which state dicts of torch record; those of version 0.1.0 have 1
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        version = local_metadata.get("version")
+        if version not in (None, self._version):
+            behind = version == 1
+            raise InputError(
+                f"these weights are of a DenseNet whose layers put new channels {'behind' if behind else 'in front'}:"
+                f" create the network with new_in_front={not behind}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def follow_saved_order(state_dict: dict[str, Tensor], model: CifarDenseNet) -> dict[str, Tensor]:
+    """Let the batch-norm network have the order of channels of its weights, before timm loads them."""
+    follow_saved(model, arguments_of_weights(model))
+    return state_dict
 
 
 register_twins(
     __name__,
     CifarDenseNet,
     {"densenet121_cifar": {"layers": (6, 12, 24, 16)}},
+    filter_fn=follow_saved_order,
     first_conv="stem",
     paper_ids="arXiv:1608.06993",
 )

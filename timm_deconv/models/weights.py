@@ -1,14 +1,17 @@
-"""Files of weights, read without running what is pickled in them."""
+"""Files of weights, read without running what is pickled in them, and the configuration that was saved beside them."""
 
+import json
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from timm.models import load_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
 
-__all__ = ["read_weights"]
+__all__ = ["arguments_of_weights", "follow_saved", "read_weights", "saved_arguments"]
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -31,3 +34,30 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path} holds no weights by name; save the network's state_dict()")
     return weights
+
+
+def arguments_of_weights(model: nn.Module) -> Mapping[str, Any] | None:
+    """The arguments of the network that a timm model's weights were saved with; None where no configuration says them.
+
+    Args:
+        model: with `pretrained_cfg`, which says where the weights are, and `pretrained_model_args`.
+    """
+    cfg: Any = model.pretrained_cfg
+    if cfg.get("source") in ("local-dir", "hf-hub"):
+        return model.pretrained_model_args  # type: ignore[return-value]
+    return saved_arguments(Path(cfg["file"]).parent) if cfg.get("file") else None
+
+
+def saved_arguments(folder: Path) -> Mapping[str, Any] | None:
+    """The arguments of the network that timm's config.json in a folder describes; None where there is no such file."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config.get("model_args", {}) if isinstance(config, dict) and "architecture" in config else None
+
+
+def follow_saved(model: Any, arguments: Mapping[str, Any] | None) -> None:
+    """Let a network be as the saved one was where weights do not say it themselves; `arguments` are the saved one's."""
+    if arguments is not None and hasattr(model, "follow_saved"):
+        model.follow_saved(arguments)

@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3, adaptive_clip_grad, dispatch_clip_grad, rando
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
+from timm_deconv.models.weights import follow_saved, saved_arguments
 
 from . import results
 from .checkpoint import Progress, RunFolder
@@ -153,6 +154,8 @@ class Trainer:
             self.folder.open()
         self.accelerator.wait_for_everyone()
         if resume:
+            for network in filter(None, (self.network, self._ema_network())):
+                follow_saved(network, saved_arguments(self.folder.path))
             self.progress = self.folder.load(self.accelerator, self._ema_network())
         if self.progress.epoch:
             self.display.line(f"resumed after {self.progress.epoch} of {self.recipe.epochs} epochs")
