@@ -2,9 +2,10 @@
 
 from .base import WhiteningMixin
 from .channel import ChannelDeconv
-from .config import PRESETS, DeconvCfg, preset
+from .config import DeconvCfg
 from .conv import Deconv2d
 from .linear import DeconvLinear
+from .presets import PRESETS, preset, resolve_cfg
 from .same import Conv2dSame, Deconv2dSame
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "DeconvLinear",
     "WhiteningMixin",
     "preset",
+    "resolve_cfg",
 ]

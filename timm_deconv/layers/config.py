@@ -2,15 +2,29 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
 from timm_deconv.errors import InputError, unknown_name
 
-__all__ = ["PRESETS", "DeconvCfg", "Layout", "preset"]
+__all__ = ["DeconvCfg", "Kind", "Layout", "conv_kind", "layered"]
 
 Layout = Literal["interleaved", "window", "flat", "channels"]
+Kind = Literal["spatial", "pointwise", "depthwise", "grouped", "linear", "channel"]
+"""Of a layer by itself: what `Deconv2d` is by its kernel and groups, `DeconvLinear`, `ChannelDeconv`."""
+
+QUARTIC_STEPS = (2, 3)
+LINEAR = "linear layers whiten runs of features, from every sample"
+NOT_IN_CHANNELS = "layout wide_block per_block start_corrected max_rows grid freeze freeze_iter thaw".split()
+IDLE: Mapping[Kind, Mapping[str, str]] = {
+    "spatial": {"grid": "it is of 1x1 convolutions"},
+    "depthwise": {"per_block": "each group has its own statistics"},
+    "grouped": {"per_block": "each group has its own statistics"},
+    "linear": dict.fromkeys(("layout", "sampling_stride", "max_rows", "grid"), LINEAR),
+    "channel": dict.fromkeys(NOT_IN_CHANNELS, "ChannelDeconv has no such thing"),
+}
+"""Fields that do nothing in layers of a kind, whatever the others are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +49,7 @@ class DeconvCfg:
         eps: added to the diagonal of the covariance.
         n_iter: coupled Newton-Schulz steps; fewer whiten less (see `timm_deconv.linalg`).
         quartic: the nearest polynomial of fourth degree in place of 2 or 3 steps, in a convolution's training step 5
-            products instead of 7 or 14; of more steps, or one, nothing changes.
+            products instead of 7 or 14. There is none for another `n_iter`.
         momentum: weight of the newest batch in the running mean and whitener, in (0, 1].
         start_corrected: weigh the first batches so that running values do not lean towards the initial mean 0 and
             whitener I.
@@ -59,7 +73,7 @@ class DeconvCfg:
             where rows are few or weights move fast.
 
     Raises:
-        InputError: a value of the wrong type or out of range.
+        InputError: a value of the wrong type or out of range, or `quartic` of another number of steps than it is for.
     """
 
     block: int = 64
@@ -92,14 +106,33 @@ class DeconvCfg:
         _check("eps", self.eps, lambda value: _is_real(value) and 0 < value < float("inf"), "a positive number")
         _check("momentum", self.momentum, lambda value: _is_real(value) and 0 < value <= 1, "a number in (0, 1]")
         _check("min_rows", self.min_rows, lambda value: _is_real(value) and 0 <= value < float("inf"), "zero or more")
+        if self.quartic and self.n_iter not in QUARTIC_STEPS:
+            raise InputError(f"quartic=True: does nothing with n_iter={self.n_iter}; it is for 2 or 3 steps")
 
     def override(self, changes: Mapping[str, Any]) -> "DeconvCfg":
-        """A copy with some fields changed; an unknown field is an error that names the nearest ones."""
-        known = [field.name for field in fields(self)]
-        for name in changes:
-            if name not in known:
-                raise unknown_name("whitening option", name, known)
-        return replace(self, **changes)
+        """A copy with some fields changed; an unknown field is an error that names the nearest ones.
+
+        `quartic` is off in the copy where its `n_iter` has none, unless the changes ask for it themselves.
+        """
+        merged = {**asdict(self), **_known(changes)}
+        return DeconvCfg(**merged) if changes.get("quartic") is True else layered(merged)
+
+    def idle(self, kind: Kind) -> dict[str, str]:
+        """Names of the fields that do nothing in a layer of a kind, whatever its size -> why."""
+        found = dict(IDLE.get(kind, {}))
+        if kind != "channel":
+            found["centred"] = "it is of ChannelDeconv alone"
+        if kind not in ("linear", "channel") and self.layout in ("interleaved", "window"):
+            found["wide_block"] = f"layout is {self.layout!r}; it is of 'channels' and 'flat'"
+        if self.wide_block >= self.block:
+            found["wide_block"] = f"it is not smaller than block={self.block}"
+        if kind in ("depthwise", "grouped") and self.layout != "channels":
+            found["block"] = "grouped convolutions whiten each group as one block; layout 'channels' has smaller ones"
+        if kind == "pointwise" and self.layout == "channels":
+            found["grid"] = "layout 'channels' is sampled on a grid anyway"
+        if not self.freeze:
+            found |= dict.fromkeys(("freeze_iter", "thaw"), "freeze is False")
+        return found
 
     @property
     def least_block(self) -> int:
@@ -126,11 +159,32 @@ class DeconvCfg:
         return ", ".join(f"{name}={value!r}" for name, value in self.changes().items())
 
 
-def preset(name: str) -> DeconvCfg:
-    """The configuration called `name`; an unknown name is an error that lists the known ones."""
-    if not isinstance(name, str) or name not in PRESETS:
-        raise unknown_name("preset", str(name), PRESETS)
-    return PRESETS[name]
+def layered(*levels: Mapping[str, Any]) -> DeconvCfg:
+    """The configuration of fields from several places, the later the stronger.
+
+    `quartic` from one place is off where another asks for a number of steps that has none.
+    """
+    merged: dict[str, Any] = {}
+    for level in levels:
+        merged |= _known(level)
+    if merged.get("quartic") is True and merged.get("n_iter", DeconvCfg.n_iter) not in QUARTIC_STEPS:
+        merged["quartic"] = False
+    return DeconvCfg(**merged)
+
+
+def conv_kind(in_channels: int, kernel_size: tuple[int, int], groups: int) -> Kind:
+    """The kind of a convolution."""
+    if groups > 1:
+        return "depthwise" if groups == in_channels else "grouped"
+    return "pointwise" if tuple(kernel_size) == (1, 1) else "spatial"
+
+
+def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    known = [field.name for field in fields(DeconvCfg)]
+    for name in options:
+        if name not in known:
+            raise unknown_name("whitening option", str(name), known)
+    return options
 
 
 def _check(name: str, value: Any, valid: Any, wanted: str) -> None:
@@ -144,20 +198,3 @@ def _is_positive_int(value: Any) -> bool:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-PRESETS: Mapping[str, DeconvCfg] = {
-    "paper": DeconvCfg(),
-    "fast": DeconvCfg(
-        block=256,
-        wide_block=64,
-        layout="channels",
-        n_iter=3,
-        quartic=True,
-        sampling_stride=2,
-        max_rows=4096,
-        min_rows=1.0,
-        start_corrected=True,
-        gain_corrected=True,
-    ),
-}
