@@ -1,7 +1,8 @@
 """calibrate: whitened from the first step, and the same function; or a refusal that changes nothing."""
 
 import copy
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from timm_deconv import Deconv2d, DeconvCfg, DeconvLinear, calibrate, convert_deconv_model, fuse, transfer
@@ -256,6 +258,146 @@ def test_networks_and_loaders_that_cannot_be_calibrated_are_refused_in_one_line(
             calibrate(model, loader)
         assert "\n" not in str(error.value)
         assert_unchanged(model, before)
+
+
+def whitened(**options: Any) -> nn.Sequential:
+    """A stem, and a layer with these options behind it."""
+    return nn.Sequential(Deconv2d(3, 4, 3), Deconv2d(4, 4, 3, **options))
+
+
+def parametrised() -> nn.Module:
+    net = whitened()
+    nn.utils.parametrizations.weight_norm(net[1])
+    return net
+
+
+def pruned() -> nn.Module:
+    net = whitened()
+    nn.utils.prune.l1_unstructured(net[1], "weight", 0.5)
+    return net
+
+
+def tied_to_a_plain_layer() -> nn.Module:
+    net = whitened()
+    net.append(nn.Conv2d(4, 4, 3))
+    net[2].weight = net[1].weight
+    return net
+
+
+def tied_in_storage() -> nn.Module:
+    net = whitened()
+    net.append(Deconv2d(4, 4, 3))
+    net[2].bias.data = net[1].bias.data
+    return net
+
+
+def without_room() -> nn.Module:
+    """In half precision, where the inverse of a small whitener is too large."""
+    net = whitened()
+    with torch.no_grad():
+        net[0].weight.mul_(1e4)
+        net[1].weight.mul_(100)
+    return net.half()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: whitened(bias=False), r"1 has no bias, .* layer\.bias = nn\.Parameter\(torch\.zeros\(4\)\)"),
+        (parametrised, "the weight of 1 is computed"),
+        (pruned, "the weight of 1 is computed"),
+        (tied_to_a_plain_layer, "2 shares its weight with 1"),
+        (tied_in_storage, "2 shares its bias with 1"),
+        (without_room, "the weight of 1 cannot absorb the inverse of its whitener in torch.float16"),
+    ],
+)
+def test_where_one_layer_cannot_be_calibrated_none_is_changed(make: Callable[[], nn.Module], message: str) -> None:
+    net = make()
+    before = state(net)
+    with pytest.raises(InputError, match=message) as error:
+        calibrate(net, [torch.randn(16, 3, 12, 12)])
+    assert "\n" not in str(error.value)
+    assert_unchanged(net, before)
+
+
+def test_one_tensor_of_images_is_one_batch() -> None:
+    images = torch.randn(16, 3, 12, 12)
+    nets = [whitened()]
+    nets.append(copy.deepcopy(nets[0]))
+    counts = [calibrate(net, loader) for net, loader in zip(nets, (images, [images]), strict=True)]
+    assert counts[0] == counts[1] and counts[0]["0"] > 0
+    assert_unchanged(nets[0], state(nets[1]))
+
+
+def test_what_is_no_batch_of_images_is_refused() -> None:
+    image = torch.randn(3, 12, 12)
+    for loader, options, message in (
+        (image, {}, r"a tensor of shape \(3, 12, 12\)"),
+        ([(image, 0)], {}, r"0 was given one image, \(3, 12, 12\)"),
+        ([image[None]], {"batches": 0}, "batches=0: at least one"),
+        ([image[None]], {"batches": -1}, "batches=-1: at least one"),
+    ):
+        net = whitened()
+        before = state(net)
+        with pytest.raises(InputError, match=message):
+            calibrate(net, loader, **options)
+        assert_unchanged(net, before)
+
+
+def test_a_layer_called_by_keyword_is_calibrated_too() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = Deconv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    assert calibrate(Net(), torch.randn(16, 3, 12, 12))["conv"] > 0
+
+
+def test_a_network_made_in_inference_mode_is_calibrated_there_and_refused_elsewhere() -> None:
+    with torch.inference_mode():
+        net = whitened().eval()
+        images = torch.randn(16, 3, 12, 12)
+        expected = net(images)
+        calibrate(net, images)
+        assert difference(net(images), expected) < 1e-3
+        before = state(net)
+    with pytest.raises(InputError, match="0 was made in inference mode"):
+        calibrate(net, [images.clone()])
+    assert_unchanged(net, before)
+
+
+def test_in_inference_mode_the_next_output_comes_from_the_new_weight() -> None:
+    net, images = whitened().eval(), torch.randn(16, 3, 12, 12)
+    with torch.inference_mode():
+        calibrate(net, images)
+        found = net(images)
+    assert torch.equal(found, copy.deepcopy(net)(images))
+
+
+def test_devices_without_float64_are_calibrated_in_float64_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = [whitened()]
+    nets.append(copy.deepcopy(nets[0]))
+    images = torch.randn(16, 3, 12, 12)
+    calibrate(nets[0], images)
+    double = Tensor.double
+
+    def refusing(tensor: Tensor) -> Tensor:
+        assert tensor.moved  # type: ignore[attr-defined]
+        return double(tensor)
+
+    def moving(tensor: Tensor) -> Tensor:
+        copied = tensor.clone()
+        copied.moved = True  # type: ignore[attr-defined]
+        return copied
+
+    monkeypatch.setattr(importlib.import_module("timm_deconv.convert.calibrate"), "WITHOUT_DOUBLE", ("cpu",))
+    monkeypatch.setattr(Tensor, "double", refusing)
+    monkeypatch.setattr(Tensor, "cpu", moving)
+    calibrate(nets[1], images)
+    assert_unchanged(nets[1], state(nets[0]))
 
 
 def test_converted_network_without_trained_weights_is_calibrated_too() -> None:

@@ -6,9 +6,11 @@ import shutil
 import tarfile
 
 import pytest
+import timm
 import torch
 
-from timm_deconv.data import Digits, class_names, create_dataset, create_loader, create_transform
+from timm_deconv.data import Digits, chosen_images, class_names, create_dataset, create_loader, create_transform
+from timm_deconv.data.calibration import calibration_loader
 from timm_deconv.errors import InputError
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -136,3 +138,11 @@ def test_evaluation_crops_the_centre_of_the_resized_image():
     image, _ = Digits(train=True)[3]
     resized = create_transform((3, 40, 40))(image)
     assert torch.equal(create_transform((3, 32, 32), crop_pct=0.8)(image), resized[:, 4:36, 4:36])
+
+
+@pytest.mark.parametrize("images", [0, -5])
+def test_no_images_at_all_are_refused(images):
+    with pytest.raises(InputError, match=f"{images} images asked for: at least one"):
+        chosen_images(create_dataset("digits"), images)
+    with pytest.raises(InputError, match=f"{images} images asked for: at least one"):
+        calibration_loader(timm.create_model("test_resnet"), "digits", images=images)

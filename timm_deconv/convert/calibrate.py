@@ -20,6 +20,12 @@ from timm_deconv.linalg import covariance, full_precision
 
 __all__ = ["calibrate"]
 
+WITHOUT_DOUBLE = ("mps",)
+"""Kinds of devices that have no float64."""
+
+Values = tuple[Tensor, Tensor, Tensor, Tensor]
+"""New weight, bias, running mean and whitener of a layer, of its shapes and dtypes."""
+
 
 @torch.no_grad()
 def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = None) -> dict[str, int]:
@@ -35,38 +41,51 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
 
     Args:
         model: a network with whitening layers, on any device; it ends in the mode it was in.
-        loader: batches of images (N, C, H, W) normalised as in training, alone or first of a tuple or list.
+        loader: batches of images (N, C, H, W) normalised as in training, alone or first of a tuple or list; a tensor is
+            one batch.
         batches: use at most so many.
 
     Returns:
         Number of samples by name of the layer.
 
     Raises:
-        InputError: no whitening layer (a fused network has none), no batches, a batch that is no such tensor, weights
-            shared between layers, a layer with fewer samples than features, or activations that are not finite. The
-            network is unchanged.
+        InputError: no whitening layer (a fused network has none), no batches, a batch that is no such tensor, a layer
+            without a bias, with parameters that it shares or computes, or with fewer samples than features, or
+            activations that are not finite. The network is unchanged.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, WhiteningMixin)}
     _check_layers(model, layers)
     moments = {name: _Moments() for name in layers}
     seen = 0
     with _evaluating(model, layers, moments):
-        for batch in islice(loader, batches):
+        for batch in islice(_batches(loader), _checked(batches)):
             model(_images(batch, next(iter(layers.values())).weight))
             seen += 1
     if not seen:
         raise InputError("no batches to calibrate on: the loader is empty, or its iterator was used up before")
     reached = {name: moments[name] for name in layers if moments[name].rows}
     values = {name: _values(name, layers[name], moments) for name, moments in reached.items()}
-    for name, (weight, bias, mean, matrix) in values.items():
-        layer = layers[name]
-        assert layer.bias is not None
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
-        layer.running_mean.copy_(mean.reshape(layer.running_mean.shape))
-        layer.running_deconv.copy_(matrix.reshape(layer.running_deconv.shape))
-        layer.num_batches_tracked.fill_(layer.cfg.freeze_iter + 1 if layer.cfg.freeze else seen)
+    for name, new in values.items():
+        _write(layers[name], new, seen)
     return {name: moments.rows for name, moments in reached.items()}
+
+
+def _write(layer: WhiteningMixin, values: Values, batches: int) -> None:
+    for tensor, value in zip(_targets(layer), values, strict=True):
+        tensor.copy_(value)
+    layer.num_batches_tracked.fill_(layer.cfg.freeze_iter + 1 if layer.cfg.freeze else batches)
+    layer.train(layer.training)  # what it kept of the weight of before is dropped
+
+
+def _targets(layer: WhiteningMixin) -> tuple[Tensor, ...]:
+    """Weight, bias, running mean and whitener of a layer that has them all."""
+    assert layer.bias is not None
+    return layer.weight, layer.bias, layer.running_mean, layer.running_deconv
+
+
+def _double(tensor: Tensor) -> Tensor:
+    """In float64, on the processor where the tensor's device has no such numbers."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_DOUBLE else tensor).double()
 
 
 class _Moments:
@@ -83,7 +102,7 @@ class _Moments:
         count = rows.shape[-2]
         if not count:
             return
-        mean, cov = (moment.double() for moment in covariance(rows))
+        mean, cov = (_double(moment) for moment in covariance(rows))
         if not self.rows:
             self.mean, self.cov, self.padding = mean, cov, padding
         else:
@@ -101,18 +120,53 @@ def _check_layers(model: nn.Module, layers: dict[str, WhiteningMixin]) -> None:
             f"no whitening layer in {type(model).__name__}: a fused network has none; calibrate before fusing, or"
             " convert the network first"
         )
-    owners: dict[int, str] = {}
     for name, layer in layers.items():
-        other = owners.setdefault(id(layer.weight), name)
-        if other != name:
-            raise InputError(f"{name} shares its weight with {other}: it cannot absorb two whiteners; untie them first")
+        _check_parameters(name, layer)
+    users: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for kind, parameter in module._parameters.items():
+            other = name if parameter is None else users.setdefault(parameter.data_ptr() or id(parameter), name)
+            if other != name and not layers.keys().isdisjoint((name, other)):
+                raise InputError(f"{name} shares its {kind} with {other}, which cannot fit both whiteners; untie them")
+
+
+def _check_parameters(name: str, layer: WhiteningMixin) -> None:
+    for kind in ("weight", "bias"):
+        if layer._parameters.get(kind) is None and getattr(layer, kind, None) is not None:
+            raise InputError(
+                f"the {kind} of {name} is computed, by parametrisation or pruning: make it permanent first"
+            )
+    if layer.bias is None:
+        raise InputError(
+            f"{name} has no bias, which would take in the mean of its input: give it one of zeros,"
+            f" layer.bias = nn.Parameter(torch.zeros({layer.weight.shape[0]}))"
+        )
+    if any(tensor.is_inference() for tensor in _targets(layer)) and not torch.is_inference_mode_enabled():
+        raise InputError(f"{name} was made in inference mode: calibrate there too, or copy the network outside")
+
+
+def _checked(batches: int | None) -> int | None:
+    if batches is not None and batches < 1:
+        raise InputError(f"batches={batches}: at least one is needed; None takes all")
+    return batches
+
+
+def _batches(loader: Iterable[Any]) -> Iterable[Any]:
+    if not isinstance(loader, Tensor):
+        return loader
+    if loader.ndim != 4:
+        raise InputError(f"a tensor of shape {tuple(loader.shape)}: calibrate takes batches of images (N, C, H, W)")
+    return [loader]
 
 
 @contextmanager
 def _evaluating(model: nn.Module, layers: dict[str, WhiteningMixin], moments: dict[str, _Moments]) -> Iterator[None]:
     """The network in evaluation mode, its layers' inputs being watched; afterwards all is as before."""
     modes = [(module, module.training) for module in model.modules()]
-    watches = [layer.register_forward_pre_hook(_watch(layer, moments[name])) for name, layer in layers.items()]
+    watches = [
+        layer.register_forward_pre_hook(_watch(name, layer, moments[name]), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         model.eval()
         yield
@@ -123,10 +177,13 @@ def _evaluating(model: nn.Module, layers: dict[str, WhiteningMixin], moments: di
             module.training = mode
 
 
-def _watch(layer: WhiteningMixin, moments: _Moments) -> Any:
-    def watch(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        with full_precision(inputs[0]):
-            moments.add(layer.rows(inputs[0]), layer.padding_share(inputs[0]))
+def _watch(name: str, layer: WhiteningMixin, moments: _Moments) -> Any:
+    def watch(_layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        input = args[0] if args else kwargs["input"]
+        if isinstance(layer, nn.Conv2d) and input.ndim != 4:
+            raise InputError(f"{name} was given one image, {tuple(input.shape)}: calibrate takes batches of images")
+        with full_precision(input):
+            moments.add(layer.rows(input), layer.padding_share(input))
 
     return watch
 
@@ -139,8 +196,8 @@ def _images(batch: Any, like: Tensor) -> Tensor:
     return images.to(like.device, like.dtype)
 
 
-def _values(name: str, layer: WhiteningMixin, moments: _Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """New weight, bias, running mean and whitener of a layer, in float64, that leave its function as it is."""
+def _values(name: str, layer: WhiteningMixin, moments: _Moments) -> Values:
+    """What leaves a layer's function as it is and whitens its input, computed in float64."""
     features = layer.partition.features
     if moments.rows < features:
         raise InputError(
@@ -149,10 +206,18 @@ def _values(name: str, layer: WhiteningMixin, moments: _Moments) -> tuple[Tensor
         )
     if not (moments.mean.isfinite().all() and moments.cov.isfinite().all()):
         raise InputError(f"the input of {name} is not finite: look for NaN or infinity in the images and the weights")
-    weight, bias = layer.folded()
+    weight, bias = (_double(value) for value in layer.folded())
     mean, cov = count_padding(moments.mean, moments.cov, moments.padding)
     matrix = whitener(cov, moments.rows, layer.cfg)
     # Folding with D^-1 and -D mu undoes folding with D and mu.
     shift = -(matrix @ mean.unsqueeze(-1)).squeeze(-1)
-    absorbed = fold(weight.double(), bias.double(), shift, torch.linalg.inv(matrix), layer.partition)
-    return *absorbed, mean, matrix
+    inverse, singular = torch.linalg.inv_ex(matrix)
+    absorbed = fold(weight, bias, shift, inverse, layer.partition)
+    pairs = zip((*absorbed, mean, matrix), _targets(layer), strict=True)
+    new = [value.reshape(like.shape).to(like.dtype) for value, like in pairs]
+    if singular.any() or not all(value.isfinite().all() for value in new):
+        raise InputError(
+            f"the weight of {name} cannot absorb the inverse of its whitener in {layer.weight.dtype}: look for weights"
+            " or inputs that are not finite or very large, or use float32"
+        )
+    return new[0], new[1], new[2], new[3]

@@ -96,10 +96,12 @@ def chosen_images(dataset: Dataset, images: int | None) -> Dataset:
     """So many of a data set's images, drawn at random but always the same ones; None for all.
 
     Raises:
-        InputError: there are fewer.
+        InputError: there are fewer, or none are asked for.
     """
     if images is None:
         return dataset
+    if images < 1:
+        raise InputError(f"{images} images asked for: at least one is needed")
     if images > len(dataset):
         raise InputError(f"{images} images asked for, but there are only {len(dataset)}; ask for fewer")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
