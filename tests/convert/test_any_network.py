@@ -243,7 +243,7 @@ def test_a_converted_network_is_saved_and_loaded(name: str, kwargs: dict[str, An
         config = saved(model, folder)
         again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert config["architecture"] == "deconv" and config["model_args"]["base"] == name
-    assert config["model_args"]["deconv"] == {"preset": "fast", **policy}
+    assert config["model_args"]["deconv"] == {"version": 2, "preset": "fast", **policy}
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
     source = timm.get_pretrained_cfg(name).to_dict()
     for key in ("crop_pct", "classifier", "first_conv", "interpolation"):

@@ -2,6 +2,7 @@
 
 import json
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import timm
@@ -13,10 +14,10 @@ import timm_deconv
 from tests.models.test_deconv_contract import MANY_LAYERS
 from timm_deconv import ChannelDeconv, convert_deconv_model
 from timm_deconv.convert import DeconvPolicy, resolve_policy
-from timm_deconv.convert.policy import LINEAR_AS_CONV, PRESET_ROLES
 from timm_deconv.convert.roles import classifier_names, find_roles, linear_layers_as_convs
 from timm_deconv.errors import InputError
-from timm_deconv.layers import DeconvCfg, WhiteningMixin, preset
+from timm_deconv.layers import PRESETS, DeconvCfg, WhiteningMixin, preset
+from timm_deconv.layers.presets import LINEAR_AS_CONV, PRESET_VERSION
 
 FAST = preset("fast")
 NETWORKS = [
@@ -43,7 +44,7 @@ def whitened(model: nn.Module) -> dict[str, WhiteningMixin]:
 def expected_cfg(role: str, linear_as_conv: bool) -> DeconvCfg | None:
     """The preset, then what makes a convolution a linear layer, then the preset's own role; no family's settings."""
     general = FAST.override(LINEAR_AS_CONV if linear_as_conv else {})
-    options = PRESET_ROLES["fast"].get(role, {})
+    options = PRESETS["fast"].roles.get(role, {})
     return None if options is None else general.override(options)
 
 
@@ -68,9 +69,12 @@ def test_every_network_is_whitened_with_the_settings_of_its_layers_roles_alone(n
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_saved_configuration_names_the_preset_and_nothing_of_its_roles(name: str) -> None:
     model = fast(name)
-    assert model.requested_policy.to_dict() == model._model_args["deconv"] == {"preset": "fast"}
-    assert model.deconv_policy.preset == "fast" and model.deconv_policy.roles == PRESET_ROLES["fast"]
-    assert not model.deconv_policy.patterns
+    assert (
+        model.requested_policy.to_dict() == model._model_args["deconv"] == {"version": PRESET_VERSION, "preset": "fast"}
+    )
+    beneath = model.deconv_policy.beneath
+    assert model.deconv_policy.preset == "fast" and beneath is not None and beneath.roles == PRESETS["fast"].roles
+    assert not (model.deconv_policy.patterns or beneath.patterns or model.deconv_policy.roles or beneath.options)
     written = json.loads(json.dumps(model._model_args["deconv"]))
     assert resolve_policy(written) == model.requested_policy == DeconvPolicy(preset="fast")
 
@@ -87,17 +91,68 @@ def test_the_same_layers_but_squeeze_excite_are_whitened_as_with_the_published_s
     assert {n for n, _ in published.named_modules()} == {n for n, _ in fast(name).named_modules()}
 
 
+def cifar_resnet(deconv: Any, name: str = "resnet18_cifar_deconv") -> Any:
+    with torch.device("meta"):
+        return timm.create_model(name, deconv=deconv)
+
+
 def test_what_the_user_asks_for_wins_over_the_preset() -> None:
     deconv = {"preset": "fast", "block": 16, "roles": {"stem": {"n_iter": 4}}, "patterns": {"layer1.0.conv1": None}}
-    with torch.device("meta"):
-        model = timm.create_model("resnet18_cifar_deconv", deconv=deconv)
+    model = cifar_resnet(deconv)
     assert (model.conv1.cfg.n_iter, model.conv1.cfg.layout, model.conv1.cfg.block) == (4, "window", 16)
     assert type(model.layer1[0].conv1) is nn.Conv2d
     assert model.layer1[0].conv2.cfg == FAST.override({"block": 16, "n_iter": 1})
     assert model.layer2[0].conv1.cfg == FAST.override({"block": 16})
     assert {layer.partition.features for layer in whitened(model.layer2).values()} == {16}
-    assert model.get_classifier().cfg.block == 512  # of the role, which is more particular
-    assert model.requested_policy.to_dict() == deconv
+    assert model.get_classifier().cfg == FAST.override({"block": 16, "wide_block": 0, "min_rows": 0.0})
+    assert model.requested_policy.to_dict() == {"version": PRESET_VERSION, **deconv}
+
+
+@pytest.mark.parametrize("name", ["resnet18_cifar_deconv", "mobilenetv2_cifar_deconv", "resnext29_32x4d_cifar_deconv"])
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+@pytest.mark.parametrize(("option", "value"), [("n_iter", 5), ("n_iter", 4), ("block", 16), ("eps", 0.1)])
+def test_an_option_of_the_user_holds_in_every_layer(name: str, preset: str, option: str, value: Any) -> None:
+    layers = whitened(cifar_resnet({"preset": preset, option: value}, name))
+    assert {getattr(layer.cfg, option) for layer in layers.values()} == {value}
+    assert not any(layer.cfg.quartic for layer in layers.values() if layer.cfg.n_iter > 3)
+
+
+def test_an_option_of_the_user_leaves_the_rest_of_a_role_alone() -> None:
+    model = cifar_resnet({"preset": "paper", "n_iter": 5}, "vgg11_cifar_deconv")
+    stem = next(iter(whitened(model).values())).cfg
+    assert (stem.n_iter, stem.freeze) == (5, True)
+    model = cifar_resnet({"preset": "paper", "freeze": False}, "vgg11_cifar_deconv")
+    stem = next(iter(whitened(model).values())).cfg
+    assert (stem.n_iter, stem.freeze) == (15, False)
+    stem = cifar_resnet({"n_iter": 5}).conv1.cfg
+    assert (stem.n_iter, stem.layout, stem.sampling_stride) == (5, "window", 3)
+
+
+def test_options_leave_squeeze_excite_plain_and_its_role_or_a_pattern_whitens_it() -> None:
+    name = "senet18_cifar_deconv"
+    excites = {n for n, role in find_roles(fast(name)).items() if role == "squeeze_excite"}
+    assert excites and not excites & set(whitened(cifar_resnet({"n_iter": 5}, name)))
+    for more in ({"roles": {"squeeze_excite": {"eps": 0.1}}}, {"patterns": {key: {"eps": 0.1} for key in excites}}):
+        layers = whitened(cifar_resnet({"n_iter": 5, **more}, name))
+        assert {layers[n].cfg for n in excites} == {FAST.override({"n_iter": 5, "eps": 0.1})}
+
+
+def test_options_of_layout_and_sampling_leave_linear_layers_held_as_convolutions_alone() -> None:
+    deconv = {"layout": "window", "sampling_stride": 4, "n_iter": 5}
+    layer = cifar_resnet(deconv, "dpn68_deconv").get_classifier()
+    assert isinstance(layer, nn.Conv2d)
+    assert (layer.cfg.layout, layer.cfg.sampling_stride, layer.cfg.n_iter) == ("flat", 1, 5)
+    more = {**deconv, "roles": {"classifier": {"layout": "window"}}, "patterns": {"classifier": {"sampling_stride": 2}}}
+    layer = cifar_resnet(more, "dpn68_deconv").get_classifier()
+    assert (layer.cfg.layout, layer.cfg.sampling_stride) == ("window", 2)
+
+
+def test_the_epsilon_of_channel_whitening_is_the_published_one_unless_the_user_says() -> None:
+    for name in PRESETS:
+        deconv: dict[str, Any] = {"preset": name, "classifier": "channel"}
+        assert {m.cfg.eps for m in cifar_resnet(deconv).modules() if isinstance(m, ChannelDeconv)} == {1e-2}
+        deconv["eps"] = 0.1
+        assert {m.cfg.eps for m in cifar_resnet(deconv).modules() if isinstance(m, ChannelDeconv)} == {0.1}
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,17 @@ def test_what_the_user_asks_for_wins_over_the_family() -> None:
         assert (block.depthwise.conv.cfg.n_iter, block.project.conv.cfg.n_iter) == (4, 1)
 
 
+def test_options_and_roles_of_the_user_win_over_a_familys_roles_and_patterns() -> None:
+    deconv = {"preset": "paper", "n_iter": 2, "block": 8, "roles": {"block_end": {"n_iter": 3}}}
+    with torch.device("meta"):
+        model = timm.create_model("mobilenetv2_cifar_deconv", deconv=deconv)
+    assert (model.stem.conv.cfg.freeze, model.stem.conv.cfg.n_iter) == (True, 2)
+    for block in layers(model, InvertedResidual):
+        assert (block.depthwise.conv.cfg.n_iter, block.project.conv.cfg.block) == (2, 8)
+        assert block.project.conv.cfg.n_iter == 3 or not block.residual
+    assert model.get_classifier().cfg.block == 8
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [("mobilenetv2_cifar_deconv", {"width": 0.25}), ("mobilenetv2_140_deconv", {}), ("efficientnetv2_rw_s_deconv", {})],

@@ -65,11 +65,14 @@ def test_records_go_to_a_table_a_data_set():
 @pytest.mark.parametrize(
     ("settings", "recorded"),
     [
-        (["model=vgg11_cifar_deconv", "model_kwargs={}"], {"deconv": {"preset": "fast"}}),
-        (["model=resnet18_deconv.bn_a1_in1k", "model_kwargs={deconv: paper}"], {"deconv": {"preset": "paper"}}),
+        (["model=vgg11_cifar_deconv", "model_kwargs={}"], {"deconv": {"version": 2, "preset": "fast"}}),
+        (
+            ["model=resnet18_deconv.bn_a1_in1k", "model_kwargs={deconv: paper}"],
+            {"deconv": {"version": 2, "preset": "paper"}},
+        ),
         (
             ["model=vgg11_cifar_deconv", "model_kwargs={width: 0.5, deconv: {block: 16}}"],
-            {"width": 0.5, "deconv": {"preset": "fast", "block": 16}},
+            {"width": 0.5, "deconv": {"version": 2, "preset": "fast", "block": 16}},
         ),
         (["model=vgg11_cifar", "model_kwargs={width: 0.5}"], {"width": 0.5}),
     ],

@@ -59,7 +59,7 @@ def convert_deconv_model(
         InputError: nothing to convert, a pattern that matches no layer, or an option that makes no sense. The model is
             unchanged.
     """
-    requested = resolve_policy(policy)
+    requested = resolve_policy(policy).updated(family)
     policy = requested.over_published(family)
     _check_network(model, policy)
     plan, skipped = _plan(model, policy)

@@ -21,7 +21,7 @@ from timm.models import (
 from torch import nn
 
 from timm_deconv.convert import DeconvPolicy, convert_deconv_model
-from timm_deconv.convert.policy import GUARDED
+from timm_deconv.convert.policy import GUARDED, as_saved
 from timm_deconv.convert.surgery import fuse_in_place
 from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame, DeconvLinear
 
@@ -115,7 +115,8 @@ def _entry_point(module: str, row: _Row) -> Callable[..., nn.Module]:
             arguments.update(given)
             model = model_entrypoint(source)(pretrained=False, **given)
             settings = family if isinstance(family, DeconvPolicy) else family(model)
-            convert_deconv_model(model, deconv, family=settings, in_place=in_place)
+            policy = as_saved(deconv, kwargs.get("pretrained_model_args"))
+            convert_deconv_model(model, policy, family=settings, in_place=in_place)
             return as_built(model, fused)
 
         tag = kwargs.get("pretrained_cfg") or ""

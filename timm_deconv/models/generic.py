@@ -17,6 +17,7 @@ from torch import nn
 
 from timm_deconv.convert import convert_deconv_model, transfer
 from timm_deconv.convert.classifier import GENERIC_NAME
+from timm_deconv.convert.policy import as_saved
 from timm_deconv.errors import InputError, unknown_name
 
 from ._checkpoints import checkpoint_filter
@@ -51,15 +52,16 @@ def deconv(
     """
     base = _check_base(base)
 
+    policy = as_saved(deconv, kwargs.get("pretrained_model_args"))
     arguments: dict[str, Any] = {}
 
     def build(**given: Any) -> nn.Module:
         arguments.update(given)
         model = model_entrypoint(base)(pretrained=False, **given)
         if keep_affine:
-            transfer(model, deconv, keep_affine=True)
+            transfer(model, policy, keep_affine=True)
         else:
-            convert_deconv_model(model, deconv)
+            convert_deconv_model(model, policy)
         return as_built(model, fused)
 
     cfg = pretrained_cfg or {**default_cfg(base), "architecture": GENERIC_NAME}
