@@ -1,6 +1,10 @@
 """Policies: which layer gets which configuration, and what is refused."""
 
+import copy
 import json
+import pickle
+from dataclasses import FrozenInstanceError
+from typing import Any
 
 import pytest
 import timm
@@ -11,6 +15,8 @@ import timm_deconv  # noqa: F401 (registers the networks)
 from tests.convert.networks import Tiny
 from timm_deconv.convert import DeconvPolicy, convert_deconv_model, resolve_policy
 from timm_deconv.errors import InputError
+from timm_deconv.layers import DeconvCfg
+from timm_deconv.models._registration import IMAGENET_POLICY
 
 
 def test_the_particular_wins_over_the_general() -> None:
@@ -140,3 +146,43 @@ def test_a_converted_network_evaluates_soundly_after_one_training_step() -> None
     x = 100 * torch.randn(64, 8, 4, 4)
     trained = model.train()(x)
     torch.testing.assert_close(model.eval()(x), trained, rtol=0, atol=1e-2 * float(trained.detach().abs().max()))
+
+
+def test_a_policy_cannot_be_changed_nor_by_the_dictionaries_it_was_made_of() -> None:
+    stem, roles = {"n_iter": 3}, {}
+    roles["stem"] = stem
+    given: dict[str, Any] = {"block": 16, "roles": roles, "patterns": {"a": {"eps": 0.1}}}
+    policy: Any = resolve_policy(given)
+    written = json.dumps(policy.to_dict())
+    stem["n_iter"], roles["linear"], given["block"] = 7, None, 3
+    policy.to_dict()["roles"]["stem"]["n_iter"] = 7
+    for mapping in (policy.options, policy.roles, policy.roles["stem"], policy.patterns, policy.patterns["a"]):
+        with pytest.raises(TypeError):
+            mapping["n_iter"] = 7
+    with pytest.raises(FrozenInstanceError):
+        policy.preset = "paper"
+    assert json.dumps(policy.to_dict()) == written
+    options = {"block": 4}
+    direct = DeconvPolicy(options=options)
+    options["block"] = 0
+    assert direct.cfg("a", "spatial").block == 4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+def test_copies_and_pickles_of_a_policy_equal_it_and_cannot_be_changed(again: Any) -> None:
+    roles = {"stem": {"n_iter": 3}, "linear": None}
+    policy = DeconvPolicy(preset="paper", options={"block": 16}, roles=roles, version=1)
+    for each in (policy, policy.over_published(IMAGENET_POLICY)):
+        other = again(each)
+        assert other == each and other.version == each.version and other.to_dict() == each.to_dict()
+        with pytest.raises(TypeError):
+            other.roles["stem"]["n_iter"] = 7
+
+
+def test_a_complete_policy_survives_json_and_gives_another_network_the_same() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vgg11_cifar_deconv", deconv={"preset": "paper", "eps": 0.1})
+    complete = model.deconv_policy
+    again = resolve_policy(json.loads(json.dumps(complete.to_dict())))
+    assert again == complete and again.over_published(IMAGENET_POLICY) is again
+    assert again.cfg("a", "stem") == DeconvCfg(eps=0.1, n_iter=15, freeze=True)
