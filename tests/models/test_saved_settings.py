@@ -93,7 +93,7 @@ def test_a_preset_alone_stays_short_in_the_configuration(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("version", [0, PRESET_VERSION + 1, "2", True, 1.0])
 def test_a_version_that_is_not_known_is_refused(version: Any) -> None:
-    with pytest.raises(InputError, match=f"version={version!r}: must be 1 to {PRESET_VERSION}; later"):
+    with pytest.raises(InputError, match=f"version={version!r}: must be 1 to {PRESET_VERSION}; a later"):
         resolve_policy({"version": version})
     with pytest.raises(InputError, match="version"):
         DeconvPolicy(version=version)

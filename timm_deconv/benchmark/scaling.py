@@ -52,9 +52,8 @@ class ScalingSettings(StepSettings):
         axis: the setting that changes, one of AXES.
         values: what it takes one after the other; empty takes those of AXES.
         points: take only the first so many of the values; 0 takes all.
-        block: channels whitened together, in wide layers too, in place of the preset's own; where roles have blocks of
-            their own, such as stems and classifiers, these stay. The layout decides how many features they are:
-            9 a channel in the 3x3 windows of 'paper'.
+        block: channels whitened together in every layer, in place of the preset's own. The layout decides how many
+            features they are: 9 a channel in the 3x3 windows of 'paper'.
 
     Raises:
         InputError: an axis or a value that makes no sense.

@@ -9,6 +9,7 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers import DeconvCfg
 
 from .classifier import ConvertedNetwork, check_pooling, mix_in, new_channel_whitening, whiten_pooling
+from .effect import check_effect
 from .policy import GUARDED, DeconvPolicy, Role, resolve_policy
 from .report import ConversionReport, ConvertedLayer
 from .roles import find_roles, linear_layers_as_convs, other_norms, token_linears
@@ -62,7 +63,7 @@ def convert_deconv_model(
     requested = resolve_policy(policy).updated(family)
     policy = requested.over_published(family)
     _check_network(model, policy)
-    plan, skipped = _plan(model, policy)
+    plan, skipped = _plan(model, requested, policy)
     report = ConversionReport(parameters_before=_count_parameters(model), skipped=skipped)
     layers = {name: (model.get_submodule(name), role, cfg) for name, (role, cfg) in plan.items()}
     new = {name: whitened_form(layer, cfg) for name, (layer, _, cfg) in layers.items()}
@@ -94,7 +95,7 @@ def _check_network(model: nn.Module, policy: DeconvPolicy) -> None:
         check_pooling(model)
 
 
-def _plan(model: nn.Module, policy: DeconvPolicy) -> tuple[Plan, list[tuple[str, str]]]:
+def _plan(model: nn.Module, requested: DeconvPolicy, policy: DeconvPolicy) -> tuple[Plan, list[tuple[str, str]]]:
     """What to whiten and what to leave plain, decided before anything is changed."""
     roles = find_roles(model)
     policy.check_patterns(roles)
@@ -102,7 +103,7 @@ def _plan(model: nn.Module, policy: DeconvPolicy) -> tuple[Plan, list[tuple[str,
     plan: Plan = {}
     skipped = []
     for name, role in roles.items():
-        reason = _reason_to_skip(model.get_submodule(name), role, policy, name in tokens)
+        reason = _reason_to_skip(name, model.get_submodule(name), role, policy, name in tokens)
         cfg = policy.cfg(name, role, linear_as_conv=name in convs)
         if reason is None and cfg is not None:
             plan[name] = (role, cfg)
@@ -112,6 +113,7 @@ def _plan(model: nn.Module, policy: DeconvPolicy) -> tuple[Plan, list[tuple[str,
         raise InputError(_nothing(model, skipped))
     if "" in plan:
         raise InputError(f"a {type(model).__name__} alone is no network: use Deconv2d or DeconvLinear in its place")
+    check_effect(model, requested, roles, plan, convs)
     return plan, skipped
 
 
@@ -123,10 +125,10 @@ def _nothing(model: nn.Module, skipped: list[tuple[str, str]]) -> str:
     return f"nothing to convert in {kind}: {len(skipped)} layers are left plain ({name}: {reason})"
 
 
-def _reason_to_skip(layer: nn.Module, role: Role, policy: DeconvPolicy, token_linear: bool) -> str | None:
+def _reason_to_skip(name: str, layer: nn.Module, role: Role, policy: DeconvPolicy, token_linear: bool) -> str | None:
     if role == "classifier" and policy.classifier != "linear":
         return f"classifier={policy.classifier!r}"
-    if token_linear and role == "linear" and "linear" not in policy.roles:
+    if token_linear and role == "linear" and not policy.names(name, role):
         return "hidden linear layer without batch norm: name the role 'linear' to whiten it"
     return why_not_whitened(layer)
 

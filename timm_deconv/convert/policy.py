@@ -80,7 +80,9 @@ class DeconvPolicy:
             raise unknown_name("classifier", str(self.classifier), get_args(ClassifierKind))
         known = range(1, PRESET_VERSION + 1)
         if self.version is not None and (type(self.version) is not int or self.version not in known):
-            raise InputError(f"version={self.version!r}: must be 1 to {PRESET_VERSION}; later timm_deconv may read more")
+            raise InputError(
+                f"version={self.version!r}: must be 1 to {PRESET_VERSION}; a later timm_deconv may know others"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, ({f.name: _thawed(getattr(self, f.name)) for f in fields(self)},)
