@@ -11,12 +11,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from timm.models import save_for_hf
-
 from timm_deconv.convert import calibrate, fuse
 from timm_deconv.data.calibration import calibration_loader
 from timm_deconv.errors import InputError, one_line_errors
 from timm_deconv.models.carry_over import carry_over
+from timm_deconv.models.weights import save_network
 
 
 def parse() -> argparse.Namespace:
@@ -44,7 +43,7 @@ def main() -> None:
         ).eval()
         if args.calibrate:
             calibrate(model, calibration_loader(model, args.calibrate, images=args.images))
-        save_for_hf(fuse(model) if args.fuse else model, str(args.output), safe_serialization=True)
+        save_network(fuse(model) if args.fuse else model, args.output)
         print(f"{args.output}: load it by timm.create_model('local-dir:{args.output}', pretrained=True)")
 
 

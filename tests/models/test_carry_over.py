@@ -1,7 +1,9 @@
 """Weights of batch-norm networks by the deconvolution networks' names: tags, the checkpoint filter, a local Hub."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -311,3 +313,81 @@ def test_a_file_of_other_classes_or_without_counters_is_read_as_timm_reads_it(tm
     with pytest.raises(InputError, match="do not fit test_resnet") as error:
         batch_norm_network("test_resnet", tmp_path / "older.pth")
     assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_a_twin_reads_by_order_what_its_deconvolution_form_reads_and_refuses_the_same(tmp_path: Path) -> None:
+    source = randomised("resnet18_cifar", width=0.25)
+    foreign = {f"net._{key}": value for key, value in source.state_dict().items()}
+    files = {"good": foreign, "reversed": dict(reversed(foreign.items())), "part": dict(list(foreign.items())[:-3])}
+    files["own"] = source.state_dict()
+    for name, weights in files.items():
+        torch.save(weights, tmp_path / f"{name}.pth")
+    x = torch.randn(2, 3, 32, 32)
+    for form in ("resnet18_cifar", "resnet18_cifar_deconv"):
+
+        def create(file: str, form: str = form, **options: Any) -> nn.Module:
+            overlay = {"file": str(tmp_path / f"{file}.pth")}
+            return timm.create_model(
+                form, pretrained=True, pretrained_cfg_overlay=overlay, width=0.25, **options
+            ).eval()
+
+        assert difference(create("good")(x), source(x)) < 1e-4
+        assert difference(create("good", num_classes=7).forward_features(x), source.forward_features(x)) < 1e-4
+        assert difference(create("good", num_classes=0, global_pool="")(x), source.forward_features(x)) < 1e-4
+        assert create("good", in_chans=1)(x[:, :1]).isfinite().all()
+        for file in ("reversed", "part"):
+            with pytest.raises(InputError, match="do not fit resnet18_cifar: no name is known, and by order") as error:
+                create(file)
+            assert "\n" not in str(error.value)
+        with pytest.raises(InputError, match=r"do not fit resnet\w+: \d+ missing") as error:
+            timm.create_model(
+                form.replace("18", "50"),
+                pretrained=True,
+                pretrained_cfg_overlay=dict(file=str(tmp_path / "own.pth")),
+                width=0.25,
+            )
+        assert "\n" not in str(error.value)
+
+
+def test_checkpoint_path_refuses_other_forms_in_one_line_and_takes_its_own(
+    tmp_path: Path, batch_norm: nn.Module
+) -> None:
+    own = timm.create_model("resnet18_deconv")
+    files = {"norms": batch_norm, "own": own, "fused": timm_deconv.fuse(own)}
+    for name, model in files.items():
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    for file, options, message in (
+        ("norms", {}, r"weights of a batch-norm network: .*pretrained_cfg_overlay=\{'file': FILE\}"),
+        ("norms", {"fused": True}, "weights of a batch-norm network"),
+        ("fused", {}, "weights of a fused network: create it with fused=True"),
+        ("own", {"fused": True}, "these weights are not fused"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            timm.create_model("resnet18_deconv", checkpoint_path=tmp_path / f"{file}.safetensors", **options)
+        assert "\n" not in str(error.value)
+    for file, options in (("own", {}), ("fused", {"fused": True})):
+        model = timm.create_model("resnet18_deconv", checkpoint_path=tmp_path / f"{file}.safetensors", **options)
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        copied.load_state_dict(files[file].state_dict())
+        with pytest.raises(InputError, match="batch-norm network"):
+            copied.load_state_dict(batch_norm.state_dict())
+
+
+def test_weights_without_counters_are_no_weights_of_a_fused_network(weights: dict[str, Tensor]) -> None:
+    own = timm.create_model("resnet18_deconv").state_dict()
+    older = {key: value for key, value in own.items() if not key.endswith("num_batches_tracked")}
+    model = load("resnet18_deconv", older)
+    assert torch.equal(model.conv1.weight, own["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", ["resnet18_cifar", "resnet18_cifar_deconv", "resnet18_deconv", "deconv"])
+def test_counts_that_make_no_sense_are_refused(name: str) -> None:
+    base = {"base": "resnet18"} if name == "deconv" else {}
+    for options, message in (
+        ({"num_classes": -3}, "num_classes=-3: it is a whole number, 0 at least"),
+        ({"num_classes": 2.5}, r"num_classes=2\.5"),
+        ({"in_chans": 0}, "in_chans=0: it is a whole number, 1 at least"),
+    ):
+        with pytest.raises(InputError, match=message):
+            timm.create_model(name, **base, **options)

@@ -97,3 +97,20 @@ def test_the_extra_that_the_error_names_brings_the_package() -> None:
     for package in _packages.PACKAGES.values():
         extra = project["optional-dependencies"][package.extra]
         assert any(requirement.startswith(package.distribution) for requirement in extra)
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_an_installed_file_of_other_contents_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    package = _packages.PACKAGES[name]
+    file = tmp_path / package.file
+    torch.save(timm.create_model(name).state_dict(), file)
+    monkeypatch.setattr(_packages, "_installed", lambda _package: file)
+    for create in (
+        lambda: timm.create_model(f"{name}_deconv", pretrained=True),
+        lambda: batch_norm_network(name),
+    ):
+        with pytest.raises(InputError, match=rf"{package.file} .* another file than the known one \(sha256 ") as error:
+            create()
+        assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -50,6 +51,8 @@ def test_checkpoint_becomes_a_folder_that_computes_the_same(tmp_path: Path, conv
             convert("mobilenetv2_cifar", tmp_path / folder, "--checkpoint", file, *options)
             back = timm.create_model(f"local-dir:{tmp_path / folder}", pretrained=True).eval()
             assert (back(x) - expected).abs().max() < 1e-3 * expected.abs().max()
+            with safe_open(tmp_path / folder / "model.safetensors", framework="pt") as weights:
+                assert weights.metadata() == {"format": "pt"}
     whiteners = load_file(tmp_path / "calibrated" / "model.safetensors")
     whitener = whiteners["stem.conv.running_deconv"]
     assert (whitener - torch.eye(len(whitener))).abs().max() > 0.1

@@ -6,8 +6,10 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 
 from timm_deconv.errors import InputError
+from timm_deconv.models.weights import save_network
 from timm_deconv.training import load_recipe
 from timm_deconv.training.checkpoint import RunFolder
 from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
@@ -28,6 +30,20 @@ def test_timm_loads_what_was_saved_and_it_reads_as_well(run):
     assert tuple(model.pretrained_cfg["mean"]) == recipe.mean and model.num_classes == 10
     figures = validate(model, evaluation_recipe(str(folder), model, None), create_accelerator(recipe))
     assert round(figures["top1"], 3) == row["top1"] and figures["images"] == 364
+
+
+def test_the_weights_say_that_they_are_torchs(run, tmp_path):
+    _, folder, _ = run
+    save_network(load_network(str(folder)), tmp_path / "again")
+    for file in (folder / "model.safetensors", tmp_path / "again" / "model.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            assert weights.metadata() == {"format": "pt"}
+    assert load_network(str(tmp_path / "again")).num_classes == 10
+
+
+def test_a_run_that_ended_before_its_first_epoch_may_be_begun_with_other_settings(recipe, tmp_path):
+    RunFolder(tmp_path, recipe.merged({"lr": 0.5})).open()
+    assert train(recipe, tmp_path, cpu=True)["lr"] == recipe.lr
 
 
 def test_the_recipe_beside_the_weights_is_the_one_that_ran(run):

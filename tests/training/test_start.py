@@ -80,11 +80,35 @@ def test_a_file_for_ten_classes_is_read_though_the_network_usually_has_a_thousan
             assert (model(x) - source(x)).abs().max() < 1e-4 * source(x).abs().max()
 
 
-def test_weights_that_the_network_would_take_nothing_of_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("classes", [1000, 7])
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "mobilenetv2_050_deconv"])
+def test_both_forms_take_a_file_of_other_names_by_its_order_and_refuse_another_order(
+    tmp_path: Path, name: str, classes: int
+) -> None:
+    source = timm.create_model("mobilenetv2_050").eval()
+    foreign = {f"net._{key}": value for key, value in source.state_dict().items()}
+    torch.save(foreign, tmp_path / "foreign.pth")
+    torch.save(dict(reversed(foreign.items())), tmp_path / "reversed.pth")
+    settings = {"model": name, "model_kwargs": {}, "num_classes": classes}
+    model = create_model(recipe_from(tmp_path / "foreign.pth", **settings)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted, found = source.forward_features(x), model.forward_features(x)
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        if classes == 1000:
+            assert (model(x) - source(x)).abs().max() < 1e-4 * source(x).abs().max()
+    assert not any(isinstance(value, dict) for value in model.pretrained_cfg.values())
+    with pytest.raises(InputError, match=r"not fit mobilenetv2_050: no name is known, and by order") as error:
+        create_model(recipe_from(tmp_path / "reversed.pth", **settings))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
     source = timm.create_model("mobilenetv2_050", num_classes=10)
-    torch.save({f"net._{name}": value for name, value in source.state_dict().items()}, tmp_path / "foreign.pth")
-    recipe = recipe_from(tmp_path / "foreign.pth", model="mobilenetv2_050", model_kwargs={}, num_classes=7)
-    with pytest.raises(InputError, match=r"foreign.pth' lacks \d+ tensors of mobilenetv2_050"):
+    part = dict(list(source.state_dict().items())[:-40])
+    torch.save(part, tmp_path / "part.pth")
+    recipe = recipe_from(tmp_path / "part.pth", model="mobilenetv2_050", model_kwargs={}, num_classes=7)
+    with pytest.raises(InputError, match=r"part.pth' lacks \d+ tensors of mobilenetv2_050"):
         create_model(recipe)
 
 

@@ -4,13 +4,27 @@ Made of plain `nn.Conv2d`, `nn.BatchNorm2d` and `nn.ReLU` modules, and right als
 tensor that a second branch may read is never written to.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
+
+from timm_deconv.errors import InputError
+
+
+def check_counts(arguments: Mapping[str, Any]) -> None:
+    """Raise InputError where `num_classes` or `in_chans` is given and is no number of classes or channels."""
+    for name, least in (("num_classes", 0), ("in_chans", 1)):
+        value = arguments.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InputError(f"{name}={value!r}: it is a whole number, {least} at least")
 
 
 def scaled(channels: int, width: float, divisor: int = 4) -> int:
     """`channels` times `width`, to the nearest positive multiple of `divisor`; `channels` itself at width 1."""
-    if not width > 0:
-        raise ValueError(f"width={width}: it multiplies every channel count and must be positive, e.g. 0.5")
+    if not isinstance(width, int | float) or not 0 < width < math.inf:
+        raise InputError(f"width={width!r}: it multiplies every channel count and must be positive, e.g. 0.5")
     return channels if width == 1 else max(divisor, round(channels * width / divisor) * divisor)
 
 

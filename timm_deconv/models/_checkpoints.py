@@ -23,12 +23,14 @@ from timm_deconv.layers import Deconv2d
 from ._order import named_by_order
 from .weights import arguments_of_weights, follow_saved
 
-__all__ = ["TAG_PREFIX", "by_name_or_order", "checkpoint_filter"]
+__all__ = ["TAG_PREFIX", "batch_norm_filter", "by_name_or_order", "checkpoint_filter", "refuse_other_forms"]
 
 TAG_PREFIX = "bn_"
 """Starts the tags of weights that were trained with batch norm: `.bn_a1_in1k` is timm's `.a1_in1k`."""
 
-STATISTICS = ("running_mean", "running_deconv", "num_batches_tracked")
+NEEDED = ("running_mean", "running_deconv")
+STATISTICS = tuple(name for name, _ in Deconv2d(1, 1, 1).named_buffers())
+"""Buffers of a whitening layer; it knows what is meant where older files lack one that is not needed."""
 AUXILIARY = "aux_"
 """Starts the names of heads that only training uses; weights and network may differ in having them."""
 
@@ -67,7 +69,68 @@ def checkpoint_filter(
     return filter_fn
 
 
+def refuse_other_forms(model: nn.Module) -> None:
+    """Let `load_state_dict` refuse, in one line, weights that only the filter can read.
+
+    So do `checkpoint_path=` and timm's scripts by --initial-checkpoint, which read a file without the filter.
+    """
+    model.register_load_state_dict_pre_hook(_check_form)
+
+
+def _check_form(model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
+    weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    if _of_batch_norms(weights, model):
+        raise InputError(
+            "these are weights of a batch-norm network: create_model(..., pretrained=True, pretrained_cfg_overlay="
+            "{'file': FILE}) carries them over, as --pretrained --pretrained-path FILE of timm's scripts does"
+        )
+    _check_fusion(weights, model)
+
+
 # Batch-norm weights
+
+
+def batch_norm_filter(
+    model_cls: Callable[..., nn.Module],
+    arguments: Mapping[str, Any],
+    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+) -> Callable[[StateDict, nn.Module], StateDict]:
+    """The filter of a batch-norm network: tensors by other names than its own are taken by their order.
+
+    So the network reads the files that its deconvolution form reads, and refuses the same.
+
+    Args:
+        model_cls: builds the network.
+        arguments: what it is built with; read when weights are loaded.
+        filter_fn: applied to weights by the network's names.
+    """
+
+    def filter_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
+        follow_saved(model, arguments_of_weights(model))
+        if not model.state_dict().keys() & state_dict.keys():
+            state_dict = _named_as(state_dict, model, model_cls, arguments)
+        weights = dict(state_dict) if filter_fn is None else filter_fn(dict(state_dict), model)
+        _check_fit(weights, model)
+        return weights
+
+    return filter_weights
+
+
+def _named_as(
+    state_dict: StateDict, model: Any, model_cls: Callable[..., nn.Module], arguments: Mapping[str, Any]
+) -> StateDict:
+    """The tensors by the names of a network of as many channels and classes as their description says."""
+    cfg = model.pretrained_cfg
+    described = {"num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]}
+    options = {key: value for key, value in arguments.items() if key != "global_pool"} | described
+    with torch.device("meta"):
+        expected = model_cls(**options).state_dict()
+    try:
+        return named_by_order(state_dict, expected)
+    except InputError as error:
+        raise InputError(
+            f"these weights do not fit {cfg['architecture']}: no name is known, and by order {error}"
+        ) from None
 
 
 def _of_batch_norms(state_dict: StateDict, model: nn.Module) -> bool:
@@ -173,9 +236,13 @@ def _add_missing_biases(state_dict: StateDict, model: nn.Module) -> None:
 def _check_fusion(state_dict: StateDict, model: nn.Module) -> None:
     if not is_whitened(model) and any(key.endswith(".running_deconv") for key in state_dict):
         raise InputError("these weights are not fused: create the network without fused=True, then call fuse")
-    missing = model.state_dict().keys() - state_dict.keys()
-    if is_whitened(model) and missing and all(key.rpartition(".")[2] in STATISTICS for key in missing):
+    missing = {key for key in model.state_dict().keys() - state_dict.keys() if not _optional(key)}
+    if is_whitened(model) and missing and all(key.endswith(NEEDED) for key in missing):
         raise InputError("these are weights of a fused network: create it with fused=True")
+
+
+def _optional(key: str) -> bool:
+    return key.endswith(STATISTICS) and not key.endswith(NEEDED)
 
 
 def _fitted(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
@@ -222,7 +289,7 @@ def _check_fit(state_dict: StateDict, model: Any) -> None:
     }
     parts = []
     for what, keys in wrong.items():
-        if named := sorted(key for key in keys if not key.startswith(replaced)):
+        if named := sorted(key for key in keys if not key.startswith(replaced) and not _optional(key)):
             shown = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
             parts.append(f"{len(named)} {what} ({shown})")
     if parts:

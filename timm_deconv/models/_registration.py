@@ -25,7 +25,8 @@ from timm_deconv.convert.policy import GUARDED, as_saved
 from timm_deconv.convert.surgery import fuse_in_place
 from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame, DeconvLinear
 
-from ._checkpoints import TAG_PREFIX, checkpoint_filter
+from ._blocks import check_counts
+from ._checkpoints import TAG_PREFIX, checkpoint_filter, refuse_other_forms
 from ._packages import packaged_weights
 
 __all__ = ["CIFAR_POLICY", "IMAGENET_POLICY", "frozen_stem", "list_models", "register_deconv"]
@@ -109,6 +110,7 @@ def _entry_point(module: str, row: _Row) -> Callable[..., nn.Module]:
     name, source, family, feature_cfg, in_place = row
 
     def entry_point(pretrained: bool = False, *, deconv: Any = None, fused: bool = False, **kwargs: Any) -> nn.Module:
+        check_counts(kwargs)
         arguments: dict[str, Any] = {}
 
         def build(**given: Any) -> nn.Module:
@@ -152,6 +154,7 @@ def as_built(model: nn.Module, fused: bool) -> nn.Module:
     if fused:
         fuse_in_place(model)
     model._model_args = dict(getattr(model, "own_arguments", {}))  # type: ignore[assignment, arg-type]
+    refuse_other_forms(model)
     return model
 
 

@@ -10,6 +10,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ._blocks import check_counts
+from ._checkpoints import batch_norm_filter
+
 CheckpointFilter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -68,8 +71,8 @@ def register_twins(
     namespace = sys.modules[module]
     namespace.default_cfgs = generate_default_cfgs({name: {**base_cfg, **cfg} for name in table})  # type: ignore[attr-defined]
     for name, arguments in table.items():
-        fixed = {**arguments, "pretrained_filter_fn": filter_fn}
-        setattr(namespace, name, register_model(_entry_point(module, name, model_cls, fixed, feature_cfg)))
+        entry_point = _entry_point(module, name, model_cls, arguments, feature_cfg, filter_fn)
+        setattr(namespace, name, register_model(entry_point))
 
 
 def _entry_point(
@@ -78,6 +81,7 @@ def _entry_point(
     model_cls: Callable[..., nn.Module],
     arguments: Mapping[str, Any],
     feature_cfg: Mapping[str, Any],
+    filter_fn: CheckpointFilter | None,
 ) -> Callable[..., nn.Module]:
     def entry_point(
         pretrained: bool = False,
@@ -86,9 +90,22 @@ def _entry_point(
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> nn.Module:
+        check_counts(kwargs)
+        built_with: dict[str, Any] = {}
+
+        def build(**given: Any) -> nn.Module:
+            built_with.update(given)
+            return model_cls(**given)
+
         with nullcontext() if device is None else torch.device(device):
-            merged = {**arguments, **kwargs}
-            model = build_model_with_cfg(model_cls, name, pretrained, feature_cfg=dict(feature_cfg), **merged)
+            model = build_model_with_cfg(
+                build,
+                name,
+                pretrained,
+                feature_cfg=dict(feature_cfg),
+                pretrained_filter_fn=batch_norm_filter(model_cls, built_with, filter_fn),
+                **{**arguments, **kwargs},
+            )
         return model.to(dtype=dtype)
 
     entry_point.__name__ = entry_point.__qualname__ = name

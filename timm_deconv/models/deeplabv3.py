@@ -13,6 +13,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy
+from timm_deconv.errors import InputError
 
 from ._blocks import ConvNormAct
 from ._registration import IMAGENET_POLICY, frozen_stem, register_deconv
@@ -95,7 +96,7 @@ class SegmentationNet(nn.Module):
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16):
-            raise ValueError(f"output_stride={output_stride}: the encoder's dilations are laid out for 8 or 16")
+            raise InputError(f"output_stride={output_stride}: the encoder's dilations are laid out for 8 or 16")
         self.num_classes, self.in_chans = num_classes, in_chans
         self.backbone = ResNet(
             Bottleneck,

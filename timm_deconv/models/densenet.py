@@ -17,7 +17,6 @@ from ._blocks import NormAct, scaled
 from ._cifar import StagedNet
 from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
 from ._twins import STAGED_FEATURES, register_twins
-from .weights import arguments_of_weights, follow_saved
 
 __all__ = ["CifarDenseNet", "DenseLayer", "Transition"]
 
@@ -136,17 +135,10 @@ class CifarDenseNet(StagedNet):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-def follow_saved_order(state_dict: dict[str, Tensor], model: CifarDenseNet) -> dict[str, Tensor]:
-    """Let the batch-norm network have the order of channels of its weights, before timm loads them."""
-    follow_saved(model, arguments_of_weights(model))
-    return state_dict
-
-
 register_twins(
     __name__,
     CifarDenseNet,
     {"densenet121_cifar": {"layers": (6, 12, 24, 16)}},
-    filter_fn=follow_saved_order,
     first_conv="stem",
     paper_ids="arXiv:1608.06993",
 )

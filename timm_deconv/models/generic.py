@@ -20,6 +20,7 @@ from timm_deconv.convert.classifier import GENERIC_NAME
 from timm_deconv.convert.policy import as_saved
 from timm_deconv.errors import InputError, unknown_name
 
+from ._blocks import check_counts
 from ._checkpoints import checkpoint_filter
 from ._registration import as_built, default_cfg, list_models
 
@@ -51,6 +52,7 @@ def deconv(
         kwargs: arguments of `base`.
     """
     base = _check_base(base)
+    check_counts(kwargs)
 
     policy = as_saved(deconv, kwargs.get("pretrained_model_args"))
     arguments: dict[str, Any] = {}

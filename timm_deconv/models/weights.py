@@ -1,4 +1,5 @@
-"""Files of weights, read without running what is pickled in them, and the configuration that was saved beside them."""
+"""Files of weights: read without running what is pickled in them, written as other loaders want them, and the
+configuration that is saved beside them."""
 
 import json
 import textwrap
@@ -6,12 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
 from timm.models import load_state_dict
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
 
-__all__ = ["arguments_of_weights", "follow_saved", "read_weights", "saved_arguments"]
+__all__ = [
+    "arguments_of_weights",
+    "follow_saved",
+    "read_weights",
+    "save_network",
+    "saved_arguments",
+    "write_weights",
+]
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -34,6 +45,24 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path} holds no weights by name; save the network's state_dict()")
     return weights
+
+
+def write_weights(model: nn.Module, file: str | Path) -> None:
+    """Write a network's state dict as .safetensors, which says that it is torch's: some loaders refuse it otherwise.
+
+    Tensors are copied: the format takes neither channels_last strides nor tensors that share memory.
+    """
+    state = model.state_dict().items()
+    copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
+    safetensors.torch.save_file(copies, file, metadata={"format": "pt"})
+
+
+def save_network(model: nn.Module, folder: str | Path) -> None:
+    """Write a timm network into a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(model, folder / "model.safetensors")
+    save_config_for_hf(model, str(folder / "config.json"))
 
 
 def arguments_of_weights(model: nn.Module) -> Mapping[str, Any] | None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_deconv.errors import InputError
+from timm_deconv.models.weights import write_weights
 
 from .files import flush, remove, write_text, write_whole
 from .recipe import Recipe, parse_yaml
@@ -52,15 +52,20 @@ class RunFolder:
         self.recipe = recipe
 
     def check(self, resume: bool) -> None:
-        """Raises InputError where the folder holds another recipe's run, or this one's and `resume` is not set."""
+        """Raises InputError where the folder holds another recipe's run, or this one's and `resume` is not set.
+
+        A run that ended before its first epoch did may be begun anew with other settings.
+        """
         saved = self.path / "recipe.yaml"
         if not saved.exists():
             self._refuse_foreign_files()
             return
+        if not self.states() and not (self.path / "model.safetensors").exists():
+            return
         differing = _differences(Recipe.from_dict(parse_yaml(saved.read_text(), str(saved))), self.recipe)
         if differing:
             raise InputError(f"{self.path} holds a run of other settings ({differing}); choose another --output-dir")
-        if not resume and (self.states() or (self.path / "model.safetensors").exists()):
+        if not resume:
             raise InputError(f"{self.path} holds this run already; add --resume, or choose another --output-dir")
 
     def open(self) -> None:
@@ -107,7 +112,7 @@ class RunFolder:
         data = {"input_size": self.recipe.input_size, "mean": self.recipe.mean, "std": self.recipe.std}
         data |= {"crop_pct": self.recipe.crop_pct, "interpolation": self.recipe.interpolation}
         write_whole(self.path / "config.json", lambda file: save_config_for_hf(model, str(file), data_config=data))
-        write_whole(self.path / "model.safetensors", lambda file: safetensors.torch.save_file(_tensors(model), file))
+        write_whole(self.path / "model.safetensors", lambda file: write_weights(model, file))
 
     def _write_curve(self, progress: Progress) -> None:
         text = io.StringIO()
@@ -126,7 +131,7 @@ class RunFolder:
         if not accelerator.is_main_process:
             return
         if ema is not None:
-            safetensors.torch.save_file(_tensors(ema), partial / "ema.safetensors")
+            write_weights(ema, partial / "ema.safetensors")
         (partial / "progress.json").write_text(json.dumps(asdict(progress)))
         flush(partial)
         older = self.states()
@@ -146,12 +151,6 @@ def read_curve(folder: str | Path) -> list[dict[str, str]]:
     """The rows of a run's curve.csv, one an epoch."""
     with open(Path(folder) / "curve.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    # a copy each: safetensors refuses channels_last strides and tensors that share memory
-    state = model.state_dict().items()
-    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
 
 
 def _differences(saved: Recipe, wanted: Recipe) -> str:

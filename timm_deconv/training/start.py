@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.models import get_arch_name, model_entrypoint
 from torch import Tensor, nn
 
 from timm_deconv.convert.roles import classifier_names
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
+from timm_deconv.models._order import named_by_order
 from timm_deconv.models.weights import read_weights
 
 from .recipe import Recipe
@@ -18,18 +21,46 @@ __all__ = ["check_loaded", "start_arguments"]
 
 
 def start_arguments(recipe: Recipe) -> dict[str, Any]:
-    """`timm.create_model`'s arguments for the weights that training starts from."""
+    """`timm.create_model`'s arguments for the weights that training starts from.
+
+    Raises:
+        InputError: no such file, or one whose tensors have names that the network does not know and another order.
+    """
     if recipe.pretrained_path is None:
         return {"pretrained": recipe.pretrained}
     file = _weights_file(recipe.pretrained_path)
-    overlay: dict[str, Any] = {"file": str(file)}
-    if (classes := _classes(recipe, read_weights(file))) is not None:
+    weights = read_weights(file)
+    named = _named(recipe, weights)
+    overlay: dict[str, Any] = {"file": str(file)} if named is weights else {"state_dict": named}
+    if (classes := _classes(recipe, named)) is not None:
         overlay["num_classes"] = classes
     return {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
+def _named(recipe: Recipe, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the network's names, as their order says where no name is known; itself where any is.
+
+    In this package's own networks the filter of their weights does so.
+    """
+    if model_entrypoint(get_arch_name(recipe.model)).__module__.startswith("timm_deconv."):
+        return weights
+    cfg = timm.get_pretrained_cfg(recipe.model)
+    described = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0]}
+    with torch.device("meta"):
+        expected = timm.create_model(recipe.model, **{**recipe.model_kwargs, **described}).state_dict()
+    if expected.keys() & weights.keys():
+        return weights
+    try:
+        return named_by_order(weights, expected)
+    except InputError as error:
+        raise InputError(
+            f"pretrained_path={recipe.pretrained_path!r} does not fit {recipe.model}: no name is known, and by order"
+            f" {error}"
+        ) from None
+
+
 def _classes(recipe: Recipe, weights: Mapping[str, Tensor]) -> int | None:
-    """Outputs of the classifier in a file of weights for the recipe's network; None where it has none by that name."""
+    """Outputs of the classifier in weights by the network's names; None where it has none by that name."""
     cfg = timm.get_pretrained_cfg(recipe.model)
     names = cfg.classifier if isinstance(cfg.classifier, tuple | list) else (cfg.classifier,)
     found = (weights[f"{name}.weight"].shape[0] for name in names if f"{name}.weight" in weights)
@@ -40,6 +71,9 @@ def check_loaded(recipe: Recipe, model: nn.Module) -> None:
     """timm reads a classifier of another size loosely: whatever else is missing would go on with random weights."""
     if recipe.pretrained_path is None or any(isinstance(module, WhiteningMixin) for module in model.modules()):
         return  # the filter of our own networks has checked it
+    if (cfg := model.pretrained_cfg).get("state_dict"):
+        model.pretrained_cfg = model.default_cfg = {k: v for k, v in cfg.items() if k != "state_dict"}
+        return  # by order all are there
     weights = read_weights(_weights_file(recipe.pretrained_path))
     own = tuple(f"{name}." for name in classifier_names(model))
     missing = sorted(key for key in model.state_dict().keys() - weights.keys() if not key.startswith(own))
