@@ -1,0 +1,46 @@
+"""What the layers of a network have to tell the user: each thing once a network, in one line."""
+
+import warnings
+
+from torch import nn
+
+__all__ = ["LIVE_STATISTICS", "UNCALIBRATED", "Notices", "share_notices"]
+
+UNCALIBRATED = (
+    "weights carried over from batch norm start training from another function, as whitening has seen no images yet:"
+    " call timm_deconv.calibrate(model, loader) before the optimiser is made, or run the script by"
+    " 'python -m timm_deconv --calibrate DATA SCRIPT.py'"
+)
+LIVE_STATISTICS = (
+    "whitening layers have frozen parameters but live statistics, which requires_grad does not stop:"
+    " timm_deconv.freeze(model) stops both"
+)
+
+
+class Notices:
+    """What has been said of a network, shared by its whitening layers; copies and pickles with them.
+
+    Attributes:
+        uncalibrated: the weights were carried over from batch norm, and no images were seen since.
+    """
+
+    def __init__(self) -> None:
+        self.uncalibrated = False
+        self._said: set[str] = set()
+
+    def say(self, message: str) -> None:
+        """Warn of something that was not said before."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=2)
+
+
+def share_notices(model: nn.Module) -> Notices:
+    """Give all whitening layers of a network, which get to know their names, one `Notices` and return it."""
+    modules = model.named_modules()
+    layers = {name: layer for name, layer in modules if isinstance(getattr(layer, "notices", None), Notices)}
+    found = [layer.notices for layer in layers.values()]
+    shared = next((notices for notices in found if notices.uncalibrated), found[0] if found else Notices())
+    for name, layer in layers.items():
+        layer.notices, layer.label = shared, name  # type: ignore[assignment]
+    return shared
