@@ -129,13 +129,13 @@ def test_copies_and_pickles_are_converted_networks() -> None:
 
 def test_the_report_is_a_table() -> None:
     report = convert_deconv_model(
-        Tiny(), {"preset": "paper", "patterns": {"grouped": None}, "roles": {"stem": {"n_iter": 9}}}
+        Tiny(), {"preset": "paper", "patterns": {"head": None}, "roles": {"stem": {"n_iter": 9}}}
     )
     lines = str(report).splitlines()
     assert lines[0].split("  ")[0] == "layer" and set(lines[1]) <= {"-", " "}
     assert lines[2].split()[:6] == ["stem", "stem", "Deconv2d", "1", "x", "27"]
     assert lines[2].endswith("n_iter=9, start_corrected=True, min_rows=1.0")
-    assert any(line.startswith("grouped") and "left plain by the policy" in line for line in lines)
+    assert any(line.startswith("head") and "left plain by the policy" in line for line in lines)
     # Norms had 2 (8 + 8 + 16) parameters, stem and depthwise get 8 biases each.
     assert report.parameters_after == report.parameters_before - 64 + 16
     assert lines[-1].startswith("4 layers whitened, 1 left plain, 3 batch norms removed, ")

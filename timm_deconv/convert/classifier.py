@@ -11,15 +11,16 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv
 
 from .affine import ChannelAffine
+from .kinds import batch_norms
 from .policy import DeconvPolicy
 from .roles import classifier_names, linear_layers_as_convs
+from .self_fusing import SelfFusing, own_methods, take_over
 from .surgery import (
-    SelfFusing,
     extend_class,
+    fused_form,
     is_whitened,
     remove_norms,
     replace_module,
-    take_over_reparameterization,
     whitened_form,
     why_not_whitened,
     write_out_of_place,
@@ -71,15 +72,17 @@ class ConvertedNetwork(SelfFusing):
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
         fused, in_place = not is_whitened(self), writes_in_place(self)
         whiten = next((m.whiten for m in self.modules() if isinstance(m, WhitenedPool)), None)
+        staying = batch_norms(self).keys()
         super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
         if self.deconv_policy.classifier == "channel":
             new = new_channel_whitening(self, self.deconv_policy)
             whiten_pooling(self, whiten or (new.fuse() if fused else new))
         self._whiten_classifier(fused)
-        remove_norms(self)
+        methods = own_methods(self)
+        remove_norms(self, batch_norms(self).keys() - staying)
         if not in_place:
             write_out_of_place(self)
-        take_over_reparameterization(self)
+        take_over(methods)
 
     def _whiten_classifier(self, fused: bool) -> None:
         if self.deconv_policy.classifier != "linear":
@@ -90,7 +93,7 @@ class ConvertedNetwork(SelfFusing):
             cfg = self.deconv_policy.cfg(name, "classifier", linear_as_conv=name in convs)
             if cfg is not None and why_not_whitened(plain) is None:
                 layer = whitened_form(plain, cfg)
-                replace_module(self, plain, layer.fuse() if fused else layer)
+                replace_module(self, plain, fused_form(layer) if fused else layer)
 
     @property
     def _model_args(self) -> dict[str, Any]:

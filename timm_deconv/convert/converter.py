@@ -6,25 +6,17 @@ from typing import Any
 from torch import nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.layers import DeconvCfg
 
 from .classifier import ConvertedNetwork, check_pooling, mix_in, new_channel_whitening, whiten_pooling
-from .effect import check_effect
-from .policy import GUARDED, DeconvPolicy, Role, resolve_policy
+from .kinds import batch_norms, check_network, is_any_norm
+from .plan import Plan, decide, look_at
+from .policy import GUARDED, DeconvPolicy, resolve_policy
 from .report import ConversionReport, ConvertedLayer
-from .roles import find_roles, linear_layers_as_convs, other_norms, token_linears
-from .surgery import (
-    remove_norms,
-    replace_module,
-    take_over_reparameterization,
-    whitened_form,
-    why_not_whitened,
-    write_out_of_place,
-)
+from .self_fusing import own_methods, take_over
+from .surgery import remove_norms, replace_module, whitened_form, write_out_of_place
+from .trace import Inputs
 
-__all__ = ["convert_deconv_model"]
-
-Plan = dict[str, tuple[Role, DeconvCfg]]
+__all__ = ["carry_out", "check_convertible", "convert_deconv_model"]
 
 
 def convert_deconv_model(
@@ -33,14 +25,21 @@ def convert_deconv_model(
     *,
     family: DeconvPolicy = GUARDED,
     in_place: bool = False,
+    example_inputs: Inputs | None = None,
 ) -> ConversionReport:
     """Replace convolutions and the classifier by whitening layers and take the batch norms out, in place.
 
-    What the policy leaves plain stays as it is, under the preset 'fast' the layers of squeeze-excite modules.
+    What the policy leaves plain stays as it is, under the preset 'fast' the layers of squeeze-excite modules. A batch
+    norm goes where whitening takes its place in what follows: where its output is read by whitened layers, through
+    activations, poolings, sums and so on. A norm that a plain layer reads stays, and the report says which and why.
 
-    Weights are kept, missing biases added as zeros, whitening starts at the identity. `BatchNorm2d` becomes `Identity`,
-    `BatchNormAct2d` its activation. A timm network is afterwards saved by the name `deconv` and loads as such. Methods
-    of its blocks that would fold batch norms (`fuse`, `reparameterize`, `switch_to_deploy`) fold whitening instead.
+    Weights, hooks and `requires_grad` are kept, missing biases added as zeros, whitening starts at the identity.
+    `BatchNorm2d` becomes `Identity`, `BatchNormAct2d` its activation. A timm network is afterwards saved by the name
+    `deconv` and loads as such. Methods of its blocks that would fold batch norms (`fuse`, `reparameterize`,
+    `switch_to_deploy`) fold whitening instead.
+
+    To see what reads what, the network is run once on an input without data. Where it does not run so, roles are taken
+    from shapes alone, norms are judged by the layers beside them, and the report says it.
 
     Args:
         model: a network with `nn.Conv2d` or `nn.Linear` layers, timm's or any other, on any device (meta too). Convert
@@ -52,6 +51,9 @@ def convert_deconv_model(
         in_place: let activations go on writing in place, which saves a pass and a tensor each. Right where every batch
             norm stands directly behind a convolution. Elsewhere what they would overwrite may be read by another
             branch, once the norm before them is gone.
+        example_inputs: what the network's forward takes, a tuple of positional or a dictionary of keyword arguments,
+            where it is no image of the size that timm's configuration says or of a usual one. It is then run in
+            earnest.
 
     Returns:
         The report, printable as a table.
@@ -60,13 +62,30 @@ def convert_deconv_model(
         InputError: nothing to convert, a pattern that matches no layer, or an option that makes no sense. The model is
             unchanged.
     """
+    check_network(model, "convert_deconv_model")
     requested = resolve_policy(policy).updated(family)
     policy = requested.over_published(family)
-    _check_network(model, policy)
-    plan, skipped = _plan(model, requested, policy)
-    report = ConversionReport(parameters_before=_count_parameters(model), skipped=skipped)
-    layers = {name: (model.get_submodule(name), role, cfg) for name, (role, cfg) in plan.items()}
+    check_convertible(model, policy)
+    trace, unseen = look_at(model, example_inputs)
+    plan = decide(model, requested, policy, trace, batch_norms(model))
+    report = carry_out(model, plan, requested, policy, in_place=in_place)
+    report.unseen = unseen
+    return report
+
+
+def carry_out(
+    model: nn.Module, plan: Plan, requested: DeconvPolicy, policy: DeconvPolicy, *, in_place: bool = False
+) -> ConversionReport:
+    """Change the network as the plan says, and report."""
+    report = ConversionReport(
+        parameters_before=_count_parameters(model),
+        skipped=plan.skipped,
+        norms=plan.removed,
+        norms_kept=list(plan.staying.items()),
+    )
+    layers = {name: (model.get_submodule(name), role, cfg) for name, (role, cfg) in plan.whitened.items()}
     new = {name: whitened_form(layer, cfg) for name, (layer, _, cfg) in layers.items()}
+    methods = own_methods(model)
     for name, (layer, role, cfg) in layers.items():
         replace_module(model, layer, new[name])
         part = new[name].partition
@@ -74,18 +93,18 @@ def convert_deconv_model(
         report.converted.append(ConvertedLayer(name, role, kind, part.blocks, part.features, str(cfg)))
     if policy.classifier == "channel":
         whiten_pooling(model, new_channel_whitening(model, policy))
-    report.norms_left = other_norms(model)
-    report.norms, unknown = remove_norms(model)
-    report.norms_left += unknown
+    remove_norms(model, plan.removed)
+    report.norms_left = _other_norms(model, plan)
     if not in_place:
         write_out_of_place(model)
     mix_in(model, requested, policy)
-    take_over_reparameterization(model)
+    take_over(methods)
     report.parameters_after = _count_parameters(model)
     return report
 
 
-def _check_network(model: nn.Module, policy: DeconvPolicy) -> None:
+def check_convertible(model: nn.Module, policy: DeconvPolicy) -> None:
+    """Raise InputError for a network that is converted already, is wrapped, or has no pooling where one is needed."""
     kind = type(model).__name__
     if isinstance(model, ConvertedNetwork):
         raise InputError(f"this {kind} is a deconvolution network already: create a new one and convert it")
@@ -95,42 +114,10 @@ def _check_network(model: nn.Module, policy: DeconvPolicy) -> None:
         check_pooling(model)
 
 
-def _plan(model: nn.Module, requested: DeconvPolicy, policy: DeconvPolicy) -> tuple[Plan, list[tuple[str, str]]]:
-    """What to whiten and what to leave plain, decided before anything is changed."""
-    roles = find_roles(model)
-    policy.check_patterns(roles)
-    convs, tokens = linear_layers_as_convs(model), token_linears(model)
-    plan: Plan = {}
-    skipped = []
-    for name, role in roles.items():
-        reason = _reason_to_skip(name, model.get_submodule(name), role, policy, name in tokens)
-        cfg = policy.cfg(name, role, linear_as_conv=name in convs)
-        if reason is None and cfg is not None:
-            plan[name] = (role, cfg)
-        else:
-            skipped.append((name, reason or "left plain by the policy"))
-    if not plan:
-        raise InputError(_nothing(model, skipped))
-    if "" in plan:
-        raise InputError(f"a {type(model).__name__} alone is no network: use Deconv2d or DeconvLinear in its place")
-    check_effect(model, requested, roles, plan, convs)
-    return plan, skipped
-
-
-def _nothing(model: nn.Module, skipped: list[tuple[str, str]]) -> str:
-    kind = type(model).__name__
-    if not skipped:
-        return f"nothing to convert in {kind}: it has no convolution or linear layer"
-    name, reason = skipped[0]
-    return f"nothing to convert in {kind}: {len(skipped)} layers are left plain ({name}: {reason})"
-
-
-def _reason_to_skip(name: str, layer: nn.Module, role: Role, policy: DeconvPolicy, token_linear: bool) -> str | None:
-    if role == "classifier" and policy.classifier != "linear":
-        return f"classifier={policy.classifier!r}"
-    if token_linear and role == "linear" and not policy.names(name, role):
-        return "hidden linear layer without batch norm: name the role 'linear' to whiten it"
-    return why_not_whitened(layer)
+def _other_norms(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:
+    """(name, class) of the norms that conversion does not take out: of another kind, or that may do more."""
+    others = ((name, m) for name, m in model.named_modules() if is_any_norm(m) and name not in plan.staying)
+    return [(name, type(module).__name__) for name, module in others]
 
 
 def _count_parameters(model: nn.Module) -> int:

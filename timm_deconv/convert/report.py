@@ -26,8 +26,11 @@ class ConversionReport:
         converted: whitened layers in network order.
         skipped: (name, reason) of the layers with a weight matrix that were left plain.
         norms: names of the batch norms taken out.
+        norms_kept: (name, reason) of the batch norms that stay, as a plain layer reads them.
         norms_left: (name, class) of the other normalisation layers, which stay.
         affine: names of the batch norms that stay as a scale and shift of each channel (`transfer`).
+        unseen: why it is not known what the network computes, if it is not: roles were taken from shapes alone, and
+            norms judged by the layers beside them.
         parameters_before, parameters_after: counts.
     """
 
@@ -36,8 +39,10 @@ class ConversionReport:
     converted: list[ConvertedLayer] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
+    norms_kept: list[tuple[str, str]] = field(default_factory=list)
     norms_left: list[tuple[str, str]] = field(default_factory=list)
     affine: list[str] = field(default_factory=list)
+    unseen: str | None = None
 
     def __str__(self) -> str:
         rows = [("layer", "role", "becomes", "blocks x features", "options")]
@@ -55,7 +60,12 @@ class ConversionReport:
         ]
         if self.affine:
             lines.append(f"{len(self.affine)} of the batch norms left as scale and shift")
+        if self.norms_kept:
+            lines.append(f"{len(self.norms_kept)} batch norms stay:")
+            lines += [f"  {name}: {reason}" for name, reason in self.norms_kept]
+        if self.unseen:
+            lines.append(f"roles by shape alone, norms by the layers beside them: {self.unseen}")
         if self.norms_left:
-            kinds = Counter(kind for _, kind in self.norms_left)
-            lines.append("other norms, left as they are: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+            kinds = sorted(Counter(kind for _, kind in self.norms_left).items())
+            lines.append("other norms, left as they are: " + ", ".join(f"{n} {kind}" for kind, n in kinds))
         return lines

@@ -1,25 +1,28 @@
 """Changes of a network in place: layers replaced wherever they stand, batch norms taken out, classes extended."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from timm.layers import BatchNormAct2d, Conv2dSame
-from timm.layers.norm_act import SyncBatchNormAct
+import torch
+from timm.layers import Conv2dSame
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv, Deconv2d, Deconv2dSame, DeconvCfg, DeconvLinear, WhiteningMixin
 
-from .roles import LINEAR_TYPES
+from .kinds import LINEAR_TYPES, NORM_ACT_TYPES
 
 __all__ = [
-    "SelfFusing",
+    "WHITENING_TYPES",
+    "Extended",
+    "check_fusible",
     "extend_class",
     "fuse_in_place",
+    "fused_form",
     "is_whitened",
+    "keep_hooks",
     "remove_norms",
     "replace_module",
-    "take_over_reparameterization",
     "whitened_form",
     "why_not_whitened",
     "write_out_of_place",
@@ -27,8 +30,6 @@ __all__ = [
 ]
 
 CONVOLUTIONS: dict[type[nn.Module], type[Deconv2d]] = {nn.Conv2d: Deconv2d, Conv2dSame: Deconv2dSame}
-NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-NORM_ACT_TYPES = (BatchNormAct2d, SyncBatchNormAct)
 WHITENING_TYPES = WhiteningMixin | ChannelDeconv
 
 
@@ -42,17 +43,29 @@ def why_not_whitened(layer: nn.Module) -> str | None:
         return "whitened already"
     if kind not in CONVOLUTIONS and kind not in LINEAR_TYPES:
         return f"{kind.__name__} has no whitening form"
-    if layer._parameters.get("weight") is None:
-        return f"the weight of this {kind.__name__} is computed by a hook"
+    for name in ("weight", "bias"):
+        if name not in layer._parameters:
+            return f"the {name} of this {kind.__name__} is computed by a hook"
+    if "forward" in vars(layer):
+        return f"the forward of this {kind.__name__} was replaced"
+    held = {**layer._parameters, **layer._buffers, **layer._modules}.keys() - {"weight", "bias"}
+    if held:
+        return f"this {kind.__name__} holds {', '.join(sorted(held))} beside weight and bias"
     return None
 
 
 def whitened_form(layer: nn.Module, cfg: DeconvCfg) -> Deconv2d | DeconvLinear:
-    """The whitening layer with the layer's own parameters."""
+    """The whitening layer with the layer's own parameters and hooks."""
+    new: Deconv2d | DeconvLinear
     if isinstance(layer, nn.Conv2d):
-        return CONVOLUTIONS[type(layer)].from_conv(layer, cfg)
-    assert isinstance(layer, nn.Linear)
-    return DeconvLinear.from_linear(layer, cfg)
+        new = CONVOLUTIONS[type(layer)].from_conv(layer, cfg)
+    else:
+        assert isinstance(layer, nn.Linear)
+        new = DeconvLinear.from_linear(layer, cfg)
+    keep_hooks(layer, new)
+    for key in vars(layer).keys() - vars(new).keys():  # what the user noted on it
+        setattr(new, key, getattr(layer, key))
+    return new
 
 
 def is_whitened(model: nn.Module) -> bool:
@@ -66,27 +79,64 @@ def fuse_in_place(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if isinstance(child, WHITENING_TYPES):
-                parent._modules[key] = fused.setdefault(id(child), child.fuse())
+                if id(child) not in fused:
+                    fused[id(child)] = fused_form(child)
+                parent._modules[key] = fused[id(child)]
+
+
+def fused_form(layer: WhiteningMixin | ChannelDeconv) -> nn.Module:
+    """The plain layer that computes what a whitening layer does, with its hooks, memory format and `requires_grad`."""
+    plain = layer.fuse()
+    keep_hooks(layer, plain)
+    for name, parameter in plain.named_parameters(recurse=False):
+        source = layer._parameters.get(name)
+        if source is None:
+            continue
+        parameter.requires_grad_(source.requires_grad)
+        if source.ndim == 4 and source.is_contiguous(memory_format=torch.channels_last):
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return plain
+
+
+def check_fusible(model: nn.Module) -> None:
+    """Raise InputError for a whitening layer whose parameters are computed by hooks, as those of pruned layers are."""
+    for name, module in model.named_modules():
+        if isinstance(module, WhiteningMixin) and not hasattr(module, "parametrizations"):
+            for key in {"weight", "bias"} - module._parameters.keys():
+                raise InputError(
+                    f"the {key} of {name or 'this layer'} is computed by a hook: make it permanent before fusing, as"
+                    f" torch.nn.utils.prune.remove(layer, {key!r}) does"
+                )
+
+
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let `new`, which is to stand in the place of `old`, call its hooks; the handles of these go on removing them."""
+    for name in HOOKS:
+        hooks = vars(old).get(name)
+        if hooks and vars(new).get(name):
+            vars(new)[name].update(hooks)
+        elif hooks:
+            setattr(new, name, hooks)
+    if old._backward_hooks:
+        new._is_full_backward_hook = old._is_full_backward_hook
 
 
 # Norms
 
 
-def remove_norms(model: nn.Module) -> tuple[list[str], list[tuple[str, str]]]:
-    """Take the batch norms out; an activation that belongs to one stays.
-
-    Returns:
-        names of those taken out; (name, class) of those left, whose class may do more than normalise.
-    """
-    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    removed, left = [], []
-    for name, norm in norms:
-        if type(norm) in NORM_TYPES + NORM_ACT_TYPES:
-            replace_module(model, norm, _without_norm(norm))
-            removed.append(name)
-        else:
-            left.append((name, type(norm).__name__))
-    return removed, left
+def remove_norms(model: nn.Module, names: Iterable[str]) -> None:
+    """Take the batch norms of these names out; an activation that belongs to one stays, and so do hooks."""
+    for norm in [model.get_submodule(name) for name in names]:
+        left = _without_norm(norm)
+        keep_hooks(norm, left)
+        replace_module(model, norm, left)
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:
@@ -133,35 +183,6 @@ class Extended(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new, self._classes, self.__dict__
-
-
-class SelfFusing(Extended):
-    """A module that timm would re-parameterise by folding batch norms, which are gone: whitening is folded instead.
-
-    Branches stay branches. `timm.utils.reparameterize_model` calls whichever of the three methods it finds first.
-    """
-
-    def fuse(self) -> nn.Module:
-        """Fold the whitening of all layers below into plain ones, in place, and return the module."""
-        fuse_in_place(self)
-        return self
-
-    def reparameterize(self) -> None:
-        """As `fuse`."""
-        fuse_in_place(self)
-
-    def switch_to_deploy(self) -> None:
-        """As `fuse`."""
-        fuse_in_place(self)
-
-
-def take_over_reparameterization(model: nn.Module) -> None:
-    """Replace `fuse`, `reparameterize` and `switch_to_deploy` of the modules that whitened layers are part of."""
-    methods = ("fuse", "reparameterize", "switch_to_deploy")
-    for module in model.modules():
-        own = any(callable(getattr(type(module), name, None)) for name in methods)
-        if own and not isinstance(module, SelfFusing | WHITENING_TYPES):
-            extend_class(module, SelfFusing)
 
 
 def extend_class(module: nn.Module, mixin: type[Extended]) -> None:
