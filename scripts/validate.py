@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Evaluates weights: python scripts/validate.py runs/digits/..., or a Hub id, or a model's name.
 
-A folder of our own is evaluated on the data set it was trained for; otherwise --recipe says which (digits by default).
+A folder of our own is evaluated on the data set it was trained for; otherwise --recipe or --data-dir says which.
 Preprocessing is always that of the weights; key=value changes it.
 """
 
@@ -27,9 +27,8 @@ def main() -> None:
     args = parse()
     with one_line_errors():
         model = load_network(args.model)
-        recipe = evaluation_recipe(args.model, model, args.recipe)
         chosen = {} if args.data_dir is None else {"data_dir": args.data_dir}
-        recipe = recipe.merged({**chosen, **parse_settings(args.settings)})
+        recipe = evaluation_recipe(args.model, model, args.recipe, {**chosen, **parse_settings(args.settings)})
         accelerator = create_accelerator(recipe, cpu=args.cpu)
         figures = validate(model, recipe, accelerator)
         accelerator.print(

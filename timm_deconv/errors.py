@@ -35,4 +35,4 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (InputError, NonFiniteError, OSError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from None

@@ -4,8 +4,12 @@ import runpy
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import timm
+from PIL import Image
+
+from timm_deconv.models.weights import save_network
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = ["model=test_resnet", "model_kwargs={}", "epochs=1", "batch_size=128"]
@@ -52,7 +56,19 @@ def test_validate_takes_another_data_set_and_settings(monkeypatch, tmp_path, cap
         ("train.py", ["cifar10_e02"], "no recipe 'cifar10_e02'; nearest: "),
         ("train.py", ["digits", "--model", "resnet18_cifar_deconvv"], "no model 'resnet18_cifar_deconvv'; nearest: "),
         ("train.py", ["digits", "epochz=3"], "no recipe key 'epochz'; nearest: epochs"),
+        ("train.py", ["digits", "model_kwargs.widht=0.5"], "no argument of .* 'widht'; nearest: .*width"),
+        ("train.py", ["digits", "model_kwargs.width=0"], "width=0: .* must be positive"),
+        ("train.py", ["digits", "model_kwargs.width=wide"], "width='wide': .* must be positive"),
+        ("train.py", ["digits", *SMALL, "model_kwargs.layers=7"], "test_resnet cannot be made with model_kwargs="),
+        ("train.py", ["digits", "num_classes=-3"], "num_classes=-3: "),
+        ("train.py", ["digits", "model_kwargs.num_classes=7"], "model_kwargs.num_classes is decided by num_classes"),
+        ("train.py", ["digits", *SMALL, "batch_size=1"], "batch_size=1 gives a batch norm of test_resnet"),
         ("validate.py", ["nowhere"], "no model or folder 'nowhere'"),
+        ("validate.py", ["runs/nowhere/here"], "no folder runs/nowhere/here "),
+        ("validate.py", ["/runs/nowhere"], "no folder /runs/nowhere"),
+        ("validate.py", ["local-dir:nowhere"], "local-dir:nowhere cannot be had .*nowhere"),
+        ("validate.py", ["tf_efficientnet_lite0_deconv"], "nothing says which images .* is for"),
+        ("validate.py", ["tf_efficientnet_lite0_deconv", "--recipe", "digits"], "has 1000 classes, .* digits have 10"),
         ("quickstart.py", ["lr=-1"], "lr=-1: "),
         ("benchmark.py", ["layer", "--rows", 23], "no row 23 in the paper's table 3"),
         ("benchmark.py", ["memory", "--presets", "fasst"], "no preset 'fasst'; nearest: fast"),
@@ -64,7 +80,33 @@ def test_bad_input_ends_a_script_with_one_line(monkeypatch, tmp_path, name, argu
     with pytest.raises(SystemExit, match=message) as ended:
         _run(monkeypatch, name, *arguments)
     assert "\n" not in ended.value.code
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_a_mistyped_run_folder_is_no_repository_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"no folder runs/digit; nearest: digits \(a repository .* hf-hub:ORG/NAME"):
+        _run(monkeypatch, "validate.py", "runs/digit")
+
+
+def test_a_repository_that_is_not_there_is_answered_in_one_line(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match="hf-hub:nobody/nothing cannot be had") as ended:
+        _run(monkeypatch, "validate.py", "nobody/nothing")
+    assert "\n" not in ended.value.code
+
+
+def test_validate_takes_a_folder_of_images_where_there_is_no_recipe(monkeypatch, tmp_path, capsys):
+    save_network(timm.create_model("resnet18_cifar", num_classes=2, width=0.125), tmp_path / "two")
+    save_network(timm.create_model("resnet18_cifar", width=0.125), tmp_path / "ten")
+    for name in ("a", "b"):
+        (tmp_path / "images" / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / "val" / name / "0.png")
+    _run(monkeypatch, "validate.py", tmp_path / "two", "--data-dir", tmp_path / "images", "--cpu")
+    assert "2 images," in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"the network has 10 classes, the images of \S+images have 2"):
+        _run(monkeypatch, "validate.py", tmp_path / "ten", "--data-dir", tmp_path / "images", "--cpu")
 
 
 def test_record_appends_to_the_results_of_the_checkout(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from timm_deconv.convert import DeconvPolicy
+from timm_deconv.layers.presets import LINEAR_AS_CONV
 
 from ._blocks import ConvNormAct, scaled
 from ._cifar import StagedNet
@@ -65,7 +66,7 @@ register_twins(
     paper_ids="arXiv:1409.1556",
 )
 
-HIDDEN = {"pre_logits.fc*": {"layout": "flat", "sampling_stride": 1}}
+HIDDEN = {"pre_logits.fc*": LINEAR_AS_CONV}
 """timm holds the two hidden linear layers as convolutions; they are whitened as the published linear layers are."""
 
 register_deconv(

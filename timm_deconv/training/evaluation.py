@@ -1,7 +1,12 @@
 """Evaluation: of a network during training, and of saved, published or registered weights on a data set."""
 
+import difflib
+import re
+import textwrap
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import timm.data
@@ -14,6 +19,8 @@ from timm_deconv.errors import InputError, unknown_name
 
 from .recipe import Recipe, load_recipe
 from .tasks import Classification, Task
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.@-]*")
 
 
 def evaluate(task: Task, model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> dict[str, float]:
@@ -54,14 +61,14 @@ def load_network(name: str) -> nn.Module:
     """A network with its weights: the output folder of a run, a Hub id (`org/name`), or a name of `timm.list_models()`.
 
     Raises:
-        InputError: no such folder or name (with the nearest), or timm knows no weights for the name.
+        InputError: no such folder, name or repository (with the nearest names), or timm knows no weights for the name.
     """
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
             raise InputError(f"{name} holds no config.json: no run of ours, or no epoch is finished yet")
         return timm.create_model(f"local-dir:{Path(name).resolve()}", pretrained=True)
     if ":" in name or "/" in name:
-        return timm.create_model(name if ":" in name else f"hf-hub:{name}", pretrained=True)
+        return _load_from(name if ":" in name else f"hf-hub:{_hub_id(name)}")
     if not timm.is_model(name):
         raise unknown_name("model or folder", name, timm.list_models())
     if not timm.is_model_pretrained(name):
@@ -69,16 +76,50 @@ def load_network(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=True)
 
 
-def evaluation_recipe(name: str, model: nn.Module, recipe: str | None) -> Recipe:
+def _hub_id(name: str) -> str:
+    """The name, if it can be no mistyped folder: of two parts, the first of which is no folder here."""
+    path = Path(name)
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
+        return name
+    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
+    beside = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
+    nearest = difflib.get_close_matches(missing.name, beside, n=3, cutoff=0.5)
+    hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+    raise InputError(f"no folder {name}{hint} (a repository of the Hub is named hf-hub:ORG/NAME)")
+
+
+def _load_from(name: str) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, AssertionError) as error:  # which the errors of the Hub's client are too
+        reason = textwrap.shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
+        raise InputError(
+            f"{name} cannot be had ({reason}); is it the folder of a run, or ORG/NAME of the Hub?"
+        ) from error
+
+
+def evaluation_recipe(
+    name: str, model: nn.Module, recipe: str | None, settings: Mapping[str, Any] | None = None
+) -> Recipe:
     """The recipe to evaluate with: the data set of the run or of the named recipe, the preprocessing of the weights.
 
     Args:
         name: what `load_network` took; a folder's own recipe.yaml is used unless `recipe` is given.
         model: from `load_network`.
         recipe: a recipe's name or file.
+        settings: replace the recipe's; where there is no recipe, `dataset` or `data_dir` (of folders or tars) says what
+            to evaluate on.
+
+    Raises:
+        InputError: nothing says what to evaluate on.
     """
     own = Path(name) / "recipe.yaml"
+    settings = dict(settings or {})
+    if recipe is None and not own.exists():
+        if not settings.keys() & {"dataset", "data_dir"}:
+            raise InputError(f"nothing says which images {name} is for: give --recipe or --data-dir")
+        settings = {"name": "custom", "dataset": "", **settings}
     base = load_recipe(recipe or (str(own) if own.exists() else "digits"))
     config = timm.data.resolve_data_config(model=model)
     keys = ("input_size", "mean", "std", "crop_pct", "interpolation")
-    return base.merged({key: config[key] for key in keys} | {"num_classes": model.num_classes})
+    return base.merged({key: config[key] for key in keys} | {"num_classes": model.num_classes} | settings)

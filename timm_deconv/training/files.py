@@ -1,9 +1,18 @@
-"""Files and folders that are whole or not there: written under another name, then renamed."""
+"""Files and folders that are whole or not there: written under another name, then renamed. Locks of shared files."""
 
+import io
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+FAR = 2**30
+"""A byte behind the end of any file: where Windows locks, which would otherwise keep others from reading."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -27,7 +36,7 @@ def flush(path: Path) -> None:
     """Waits until the file, or every file of the folder, is on the disk."""
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
+            descriptor = os.open(file, os.O_RDONLY if fcntl else os.O_RDWR)
             try:
                 os.fsync(descriptor)
             finally:
@@ -38,3 +47,14 @@ def remove(folder: Path) -> None:
     """Removes a folder where there is one."""
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def lock(file: io.FileIO) -> None:
+    """Wait until no other process has locked the file; the lock ends when the file is closed."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return
+    import msvcrt
+
+    file.seek(FAR)
+    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]

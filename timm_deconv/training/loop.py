@@ -199,7 +199,7 @@ class Trainer:
 
     def _batch(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         with self.accelerator.accumulate(self.model):
-            loss, figures = self.task.loss(self.model, batch)
+            loss, figures = self._loss(batch)
             place = f"epoch {self.progress.epoch + 1}, update {self.progress.step + 1}"
             self.watch.step(loss, lambda: self.task.loss(self.network, batch), place)
             self.accelerator.backward(loss)
@@ -213,6 +213,17 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update(self.network, self.progress.step)
         return figures
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        try:
+            return self.task.loss(self.model, batch)
+        except ValueError as error:
+            if isinstance(error, InputError) or "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"batch_size={self.recipe.batch_size} gives a batch norm of {self.recipe.model} one value a channel,"
+                " which has no variance; raise it"
+            ) from error
 
     def _clip_gradient(self, bound: float) -> None:
         self.accelerator.unscale_gradients()

@@ -26,6 +26,8 @@ NOT_IN_HASH = {"name", "model", "model_kwargs", "seed", "data_dir", "dataset_dow
 
 
 SGD = ("momentum", "sgd")
+OWN_KEYS = {"num_classes": "num_classes", "in_chans": "input_size", "pretrained": "pretrained"}
+"""Arguments of `timm.create_model` that a key of the recipe decides."""
 
 
 class Recipe(BaseModel):
@@ -154,6 +156,9 @@ class Recipe(BaseModel):
     def _fits(self) -> Self:
         if not len(self.mean) == len(self.std) == self.input_size[0]:
             raise ValueError(f"mean and std need {self.input_size[0]} values, one a channel of input_size")
+        for argument, key in OWN_KEYS.items():
+            if argument in self.model_kwargs:
+                raise ValueError(f"model_kwargs.{argument} is decided by {key}; set that")
         if self.calibration_images and not (self.pretrained or self.pretrained_path):
             raise ValueError("calibration_images are for weights to start from; give pretrained or pretrained_path")
         if self.layer_rates and self.opt not in SGD:

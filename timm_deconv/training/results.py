@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import fcntl
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from timm_deconv.errors import InputError
 from timm_deconv.models import list_models
 from timm_deconv.resources import checkout_configs
 
+from .files import lock
 from .recipe import Recipe
 
 COLUMNS = (
@@ -102,7 +102,7 @@ def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, 
     lines = "".join(_line([row[column] for column in columns]) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)
         size = file.seek(0, os.SEEK_END)
         start = _line(columns) if size == 0 else _check_header(file, path, list(columns))
         _write(file, path, (start + lines).encode())

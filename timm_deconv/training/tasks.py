@@ -15,6 +15,7 @@ from timm_deconv.convert import calibrate
 from timm_deconv.convert.roles import classifier_names
 from timm_deconv.errors import InputError, unknown_name
 
+from .arguments import check_arguments
 from .recipe import Recipe
 from .start import check_loaded, start_arguments
 
@@ -67,10 +68,19 @@ class Classification:
         return self._loader(train, training=True), self._loader(val, training=False)
 
     def evaluation_loader(self) -> DataLoader:
-        """The evaluation split alone."""
-        return self._loader(
-            data.chosen_images(self._dataset(self.recipe.val_split), self.recipe.val_images), training=False
-        )
+        """The evaluation split alone.
+
+        Raises:
+            InputError: the images have other classes than the network.
+        """
+        images = self._dataset(self.recipe.val_split)
+        names = data.class_names(images)
+        if names is not None and len(names) != self.recipe.num_classes:
+            raise InputError(
+                f"the network has {self.recipe.num_classes} classes, the images of"
+                f" {self.recipe.data_dir or self.recipe.dataset} have {len(names)}"
+            )
+        return self._loader(data.chosen_images(images, self.recipe.val_images), training=False)
 
     def calibrate(self, model: nn.Module) -> None:
         recipe = self.recipe
@@ -141,10 +151,11 @@ def create_model(recipe: Recipe) -> nn.Module:
     """The recipe's network, freshly initialised.
 
     Raises:
-        InputError: an unknown model, with the nearest names of `timm.list_models()`.
+        InputError: an unknown model or argument of it, with the nearest names, or a value that it does not take.
     """
     if not timm.is_model(recipe.model):
         raise unknown_name("model", recipe.model, timm.list_models())
+    check_arguments(recipe)
     kwargs = {"num_classes": recipe.num_classes, "in_chans": recipe.input_size[0], **recipe.model_kwargs}
     model = timm.create_model(recipe.model, **start_arguments(recipe), **kwargs)
     check_loaded(recipe, model)
