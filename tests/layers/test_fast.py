@@ -239,7 +239,8 @@ def test_bad_inputs_give_outputs_and_gradients_of_ordinary_size(
     padded = any(getattr(build(), "padding", ())) and build().partition.of_channels  # see the next test
     for kind in ("ordinary", "dead", "constant", "zero"):
         for batch in (1, 2, 8):
-            if not (padded and kind == "constant" and batch == 1):
+            alone = batch == 1 and (shape[1:] in ((), (1, 1)) or (padded and kind == "constant"))  # see other tests
+            if not alone:
                 check_ordinary(build(), inputs(batch, shape, kind), dtype)
 
 
@@ -299,13 +300,3 @@ def test_a_sudden_change_of_scale_leaves_outputs_and_gradients_of_ordinary_size(
                 assert after.norm() < 1.03 * before.norm()
 
 
-@pytest.mark.parametrize("batch", [2, 8])
-@pytest.mark.parametrize(("build", "shape"), **BY_LAYER)
-def test_evaluation_after_one_step_is_the_training_output(
-    build: Callable[[], Layer], shape: tuple[int, ...], batch: int
-) -> None:
-    layer, x = build(), inputs(batch, shape, "ordinary")
-    expected = layer(x).detach()
-    layer.eval()
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert not torch.allclose(layer.running_deconv, torch.eye(layer.partition.features), atol=1e-2)

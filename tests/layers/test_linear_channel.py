@@ -103,7 +103,7 @@ def test_published_state_dicts_load_as_they_are() -> None:
     assert set(published) == {"weight", "bias", "running_mean", "running_deconv"}
     layer.num_batches_tracked.fill_(7)
     layer.load_state_dict(published)
-    assert layer.num_batches_tracked == 0
+    assert layer.num_batches_tracked > 1000  # of many batches, not of none
     torch.testing.assert_close(layer.running_deconv, published["running_deconv"])
     channel = compat.ChannelDeconv(4)
     assert list(channel.state_dict()) == [

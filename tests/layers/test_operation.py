@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear
+from timm_deconv.layers.notices import share_notices
 from timm_deconv.layers.partition import split_rows
 from timm_deconv.layers.whitening import count_padding, fold, whitener
 from timm_deconv.linalg import covariance
@@ -115,12 +116,32 @@ def test_no_folded_weight_and_no_whitened_input_is_kept_for_the_backward_pass(si
     assert others and sum(t.numel() for t in others) < 0.2 * layer.weight.numel()
 
 
-def test_a_second_derivative_is_refused_not_wrong() -> None:
-    layer = Deconv2d(3, 4, 3)
-    x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("power", [1, 2])  # of 1 the incoming gradient requires none
+def test_a_second_derivative_through_a_convolution_in_training_is_refused_not_wrong(power: int) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), Deconv2d(3, 4, 3))
+    share_notices(network)
+    x = torch.randn(2, 3, 12, 12, requires_grad=True)
+    (grad,) = torch.autograd.grad(network(x).pow(power).mean(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivative of Deconv2d 1 .*model.eval\(\).*timm_deconv.freeze"):
+        grad.pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["eval", "frozen", "linear"])
+def test_second_derivatives_are_right_where_they_are_given(mode: str) -> None:
+    layer: nn.Module = DeconvLinear(6, 4).double() if mode == "linear" else Deconv2d(3, 4, 3).double()
+    x = torch.randn((5, 6) if mode == "linear" else (2, 3, 5, 5), dtype=torch.float64, requires_grad=True)
+    layer(x)
+    if mode == "frozen":
+        layer.statistics_frozen = True
+    layer.train(mode != "eval")
+    assert torch.autograd.gradgradcheck(lambda x: layer(x).pow(2), (x,))
+
+
+def test_a_graph_that_is_kept_but_not_derived_again_is_no_error() -> None:
+    layer, x = Deconv2d(3, 4, 3), torch.randn(2, 3, 8, 8, requires_grad=True)
+    output = layer(x).square().sum()
+    kept = torch.autograd.grad(output, [x, layer.weight], create_graph=True)
+    torch.testing.assert_close(kept, torch.autograd.grad(output, [x, layer.weight]))
 
 
 def test_gradients_under_autocast_are_close_to_those_in_float32() -> None:

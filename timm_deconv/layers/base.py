@@ -1,4 +1,4 @@
-"""What whitening layers with a weight have in common: statistics, freezing, the folded weight kept in evaluation."""
+"""What whitening layers with a weight have in common: statistics of the batch, their running averages, freezing."""
 
 import math
 from abc import abstractmethod
@@ -7,35 +7,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_deconv.errors import InputError
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
+from .gain import first_power, gain, passed_power
+from .notices import LIVE_STATISTICS, UNCALIBRATED, Notices
 from .partition import Partition
 from .statistics import Statistics
 from .whitening import fold
 
-__all__ = ["WhiteningMixin", "in_recomputation"]
+__all__ = ["MANY_BATCHES", "WhiteningMixin", "check_dtype", "fold_running", "in_recomputation"]
 
 Folded = tuple[Tensor, Tensor]
-Source = list[tuple[Tensor, int, int]]
-"""Tensors with their version and address: equal while nothing was written to or moved."""
+
+MANY_BATCHES = 10_000
+"""Batches that statistics are taken to be of when their state dict has no counter: so many freezing cycles in layers
+that freeze, which go on live, as published ones do."""
+
+RECENT = 4
+"""With `gain_corrected` the t-th of the first batches weighs about as many times as much as in the mean of all t."""
+
+
+def fold_running(
+    weight: Tensor, bias: Tensor | None, mean: Tensor, whitener: Tensor, partition: Partition
+) -> tuple[Tensor, Tensor]:
+    """`fold` in full precision whatever the autocast mode; symbolic traces take it as one function."""
+    with full_precision(weight):
+        return fold(weight, bias, mean, whitener, partition)
+
+
+torch.fx.wrap("fold_running")
 
 
 class WhiteningMixin(nn.Module):
     """State of a layer that whitens its input before a linear map. Mixed into `nn.Conv2d` and `nn.Linear`.
 
-    Buffers, all in the state dict unless said otherwise:
+    Buffers, in the state dict:
         running_mean: (S F,), zeros at first.
-        running_deconv: the running average of the whitener, (F, F) if S = 1, else (S, F, F); identity at first.
-        num_batches_tracked: int64 (); training forwards so far. Decides freezing.
-        saw_nonfinite: bool (), not in the state dict; set once a batch's statistics were not finite. Such a batch
-            leaves the running values as they were.
+        running_deconv: the whitener of evaluation, (F, F) if S = 1, else (S, F, F); identity at first. It is the
+            running average of the live ones times `running_gain`, if there is one.
+        num_batches_tracked: int64 (); training forwards so far. Decides freezing. A state dict without it counts as
+            one of many batches.
+        running_gain, running_power: (S,) and (2, S), with `cfg.gain_corrected` only; see `gain`.
 
-    In evaluation the folded weight is kept while no parameter or buffer changes. Writes through `.data` are not seen.
+    Attributes:
+        statistics_frozen: use the running values in training too, as they are, and count no forwards; see
+            `timm_deconv.freeze`. `requires_grad` changes no statistics, as in batch norm.
+        saw_nonfinite: bool (), whether the latest batch's statistics were not finite. Such a batch leaves the running
+            values as they were.
+        notices, label: what the network's layers tell the user, and the layer's name in it; see `share_notices`.
 
-    A layer of which neither weight nor bias requires gradients is frozen whole, in training too: it uses the running
-    values as they are and counts no forwards, so that `timm.utils.freeze` means for whitening what it means for batch
-    norm.
+    In evaluation the weight is folded anew in every forward, so that no output comes from weights of before, whoever
+    wrote them; `fuse` makes the plain layer for speed.
     """
 
     weight: Tensor
@@ -43,10 +67,8 @@ class WhiteningMixin(nn.Module):
     running_mean: Tensor
     running_deconv: Tensor
     num_batches_tracked: Tensor
-    saw_nonfinite: Tensor
     partition: Partition
-    _kept: tuple[Source, Folded] | None
-    _counted: tuple[Tensor, int, int] | None
+    statistics_frozen: bool
 
     @abstractmethod
     def rows(self, input: Tensor) -> Tensor:
@@ -74,32 +96,58 @@ class WhiteningMixin(nn.Module):
 
     def folded(self) -> Folded:
         """Weight and bias of the plain layer, from the running values."""
-        with full_precision(self.weight):
-            return fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
+        return fold_running(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches: mean zero, whitener identity, no batch counted."""
+        self.running_mean.zero_()
+        eye = torch.eye(self.partition.features, device=self.running_deconv.device, dtype=self.running_deconv.dtype)
+        self.running_deconv.copy_(eye.expand_as(self.running_deconv))
+        self.num_batches_tracked.zero_()
+        self.forget_power()
+        counter = self.num_batches_tracked
+        self._counted = None if counter.is_inference() else (counter, counter._version, 0)
+
+    def forget_power(self) -> None:
+        """Take the running whitener as it is; where the gain is corrected, the batches to come are measured anew."""
+        if self.cfg.gain_corrected:
+            self.running_gain.fill_(1)
+            self.running_power.zero_()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew and forget all batches, as batch norm does."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "running_mean" in self._buffers:
+            self.reset_running_stats()
 
     def train(self, mode: bool = True) -> "WhiteningMixin":
-        self._forget()
+        self._counted = None  # collectives and writes through .data leave no trace in the counter's version
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        changes = str(self.cfg)
         features = f"blocks={self.partition.blocks}x{self.partition.features}"
-        return ", ".join(part for part in (super().extra_repr(), features, changes) if part)
+        frozen = "statistics frozen" if self.statistics_frozen else ""
+        return ", ".join(part for part in (super().extra_repr(), features, str(self.cfg), frozen) if part)
 
     def _init_statistics(self, cfg: DeconvCfg, partition: Partition) -> None:
         self.cfg: DeconvCfg = cfg
         self.partition = partition
+        self.statistics_frozen = False
+        self.notices = Notices()
+        self.label = ""
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
-        eye = torch.eye(partition.features, **factory)
         sets, features = partition.sets, partition.features
-        self.register_buffer("running_mean", torch.zeros(sets * features, **factory))
-        self.register_buffer("running_deconv", eye if partition.groups == sets == 1 else eye.repeat(sets, 1, 1))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=self.weight.device))
-        nothing_seen = torch.zeros((), dtype=torch.bool, device=self.weight.device)
-        self.register_buffer("saw_nonfinite", nothing_seen, persistent=False)
-        counter = self.num_batches_tracked
-        self._counted = None if counter.is_inference() else (counter, counter._version, 0)
-        self._forget()
+        shared = partition.groups == sets == 1
+        self.register_buffer("running_mean", torch.empty(sets * features, **factory))
+        matrices = (features, features) if shared else (sets, features, features)
+        self.register_buffer("running_deconv", torch.empty(matrices, **factory))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64, device=self.weight.device))
+        if cfg.gain_corrected:
+            self.register_buffer("running_gain", torch.empty(sets, **factory))
+            self.register_buffer("running_power", torch.empty(2, sets, **factory))
+        self._counted: tuple[Tensor, int, int] | None
+        self.saw_nonfinite = torch.zeros((), dtype=torch.bool, device="cpu")
+        self.reset_running_stats()
 
     def _adopt(self, source: "nn.Conv2d | nn.Linear") -> None:
         """Take over a plain layer's parameters and mode; a missing bias becomes zeros, the statistics start anew."""
@@ -108,64 +156,105 @@ class WhiteningMixin(nn.Module):
             bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
         self.weight, self.bias = weight, bias
         self._init_statistics(self.cfg, self.partition)
-        self.train(source.training)
+        self.training = source.training
 
     # Training
 
     def _train_forward(self, input: Tensor) -> Tensor:
         """The whitened layer with live statistics unless frozen; input a batch, padded."""
-        if not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return self._plain(input, *self._kept_fold())
         recomputing = in_recomputation()
-        frozen = self._frozen(recomputing)
+        frozen = self.statistics_frozen or self._frozen(recomputing)
         if frozen is True:
             output = self._plain(input, *self._frozen_fold())
         else:
             statistics = self._statistics(input)
             if not recomputing:
-                self._track(statistics.mean, statistics.whitener, frozen)
+                self._speak()
+                self._track(statistics, frozen)
             on_device = frozen if isinstance(frozen, Tensor) else None
             if on_device is not None:
                 statistics = self._running_where(on_device, statistics)
             output = self._whitened(input, statistics, on_device)
-        if not recomputing:
+        if not (recomputing or self.statistics_frozen):
             self._count_forward()
         return output
 
+    def _speak(self) -> None:
+        """Say what a user who trains the layer would want to know."""
+        if torch.compiler.is_compiling():
+            return
+        if self.notices.uncalibrated and self._forwards() == 0:
+            self.notices.say(UNCALIBRATED)
+        if not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            self.notices.say(LIVE_STATISTICS)
+
     def _running_where(self, frozen: Tensor, live: Statistics) -> Statistics:
         mean, whitener = self._running_values()
-        return Statistics(
-            torch.where(frozen, mean, live.mean), torch.where(frozen, whitener, live.whitener), live.iterates
+        return live._replace(
+            mean=torch.where(frozen, mean, live.mean), whitener=torch.where(frozen, whitener, live.whitener)
         )
 
     def _frozen_fold(self) -> Folded:
         mean, whitener = (value.detach().clone() for value in self._running_values())
-        with full_precision(self.weight):
-            return fold(self.weight, self.bias, mean, whitener, self.partition)
+        return fold_running(self.weight, self.bias, mean, whitener, self.partition)
 
     def _running_values(self) -> tuple[Tensor, Tensor]:
         sets, features = self.partition.sets, self.partition.features
         return self.running_mean.reshape(sets, features), self.running_deconv.reshape(sets, features, features)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, whitener: Tensor, frozen: bool | Tensor) -> None:
-        finite = whitener.sum().abs() < math.inf  # false of NaN; the whitener is not finite if the mean is not
+    def _track(self, live: Statistics, frozen: bool | Tensor) -> None:
+        """Average in a batch's mean and, of the sets that vary, its whitener; neither if they are not finite."""
+        finite = live.whitener.sum().abs() < math.inf  # false of NaN; the whitener is not finite if the mean is not
+        self.saw_nonfinite = ~finite
         moving = finite & ~frozen if isinstance(frozen, Tensor) else finite
         momentum = self._momentum()
-        for running, value in ((self.running_mean, mean), (self.running_deconv, whitener)):
-            value = value.reshape(running.shape).to(running.dtype)
-            running.lerp_(torch.where(moving, value, running), momentum)
-        self.saw_nonfinite.logical_or_(~finite)
+        mean, whitener = self._running_values()
+        if self.cfg.gain_corrected:
+            average = whitener / self.running_gain[:, None, None]
+            with full_precision(average):
+                self._track_gain(live, average, moving & live.varies, momentum)
+            average = _moved(average, live.whitener, momentum, (moving & live.varies)[:, None, None])
+            whitener = average * self.running_gain[:, None, None]
+        else:
+            whitener = _moved(whitener, live.whitener, momentum, (moving & live.varies)[:, None, None])
+        mean = _moved(mean, live.mean, momentum, moving)
+        self.running_mean.copy_(mean.reshape(self.running_mean.shape))
+        self.running_deconv.copy_(whitener.reshape(self.running_deconv.shape))
+
+    def _track_gain(self, live: Statistics, average: Tensor, moving: Tensor, momentum: float | Tensor) -> None:
+        """Measure what the average of the batches before passes on of this one, and what the live whitener does."""
+        deviations = live.deviations
+        assert deviations is not None
+        from_running = deviations + (live.mean - self._running_values()[0]).unsqueeze(1)
+        updates = self._updates(self.num_batches_tracked if torch.compiler.is_compiling() else self._forwards())
+        first = first_power(deviations, live.whitener, live.samples)
+        running = passed_power(from_running, average.to(from_running.dtype))
+        running = torch.where(updates == 0, first, running) if isinstance(updates, Tensor) else running
+        running = first if isinstance(updates, int) and updates == 0 else running
+        latest = torch.stack([running, passed_power(deviations, live.whitener)])
+        power = torch.lerp(self.running_power.to(latest.dtype), latest, momentum)
+        self.running_gain.copy_(torch.where(moving, gain(power, latest, updates + 1), self.running_gain))
+        self.running_power.copy_(torch.where(moving, power, self.running_power))
 
     def _momentum(self) -> float | Tensor:
-        """m, or m / (1 - (1 - m)^t) at the t-th update: then the weights of all batches so far add up to 1."""
+        """The weight of the newest batch: m, or more among the first ones, so that nothing is left of the start.
+
+        It is m / (1 - (1 - m)^t) at the t-th update: then all batches so far weigh alike at first. When the gain is
+        corrected it is the larger of m and RECENT / (t - 1 + RECENT), as weights move fastest at the start.
+        """
         momentum = self.cfg.momentum
-        if not self.cfg.start_corrected or momentum == 1:
+        if momentum == 1 or not (self.cfg.start_corrected or self.cfg.gain_corrected):
             return momentum
-        if torch.compiler.is_compiling():
-            decay = torch.full((), 1 - momentum, device=self.running_mean.device, dtype=self.running_mean.dtype)
-            return momentum / (1 - decay ** (self._updates(self.num_batches_tracked) + 1))
-        return momentum / (1 - (1 - momentum) ** (self._updates(self._forwards()) + 1))
+        if not torch.compiler.is_compiling():
+            updates = self._updates(self._forwards())
+            if self.cfg.gain_corrected:
+                return max(momentum, RECENT / (updates + RECENT))
+            return momentum / (1 - (1 - momentum) ** (updates + 1))
+        updates = self._updates(self.num_batches_tracked).to(self.running_mean.dtype)
+        if self.cfg.gain_corrected:
+            return (RECENT / (updates + RECENT)).clamp(min=momentum)
+        return momentum / (1 - torch.full_like(updates, 1 - momentum) ** (updates + 1))
 
     def _updates(self, forwards: Any) -> Any:
         """Live training forwards among `forwards`: all of them, or freeze_iter + 1 in every freezing cycle."""
@@ -186,7 +275,7 @@ class WhiteningMixin(nn.Module):
         return (forwards % (10 * self.cfg.freeze_iter) if self.cfg.thaw else forwards) > self.cfg.freeze_iter
 
     def _count_forward(self) -> None:
-        if torch.compiler.is_compiling() or not (self.cfg.freeze or self.cfg.start_corrected):
+        if torch.compiler.is_compiling() or self._counted is None:
             self.num_batches_tracked.add_(1)
             return
         forwards = self._forwards()
@@ -195,7 +284,7 @@ class WhiteningMixin(nn.Module):
             self._counted = (self.num_batches_tracked, self.num_batches_tracked._version, forwards + 1)
 
     def _forwards(self) -> int:
-        """num_batches_tracked as a Python integer, read from the device only after somebody else wrote it."""
+        """num_batches_tracked as a Python integer, read from the device after `train()` or when somebody wrote it."""
         counter = self.num_batches_tracked
         if counter.is_meta:
             return 0
@@ -205,45 +294,39 @@ class WhiteningMixin(nn.Module):
             self._counted = (counter, counter._version, int(counter))
         return self._counted[2]
 
-    # Evaluation
-
-    def _kept_fold(self) -> Folded:
-        source = self._fold_source()
-        if source is None:
-            return self.folded()
-        if self._kept is None or not _same(self._kept[0], source):
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (source, self.folded())
-        return self._kept[1]
-
-    def _fold_source(self) -> Source | None:
-        """What the kept fold depends on; None where keeping it is wrong: gradients, tracing, no version."""
-        sources = (self.weight, self.bias, self.running_mean, self.running_deconv)
-        tensors = [tensor for tensor in sources if tensor is not None]
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if needs_grad or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
-            return None
-        try:
-            return [(t, t._version, t.data_ptr()) for t in tensors]
-        except RuntimeError:  # tensors without storage, as under functional transforms
-            return None
-
-    def _forget(self) -> None:
-        self._kept = None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "WhiteningMixin":
-        self._forget()
-        return super()._apply(*args, **kwargs)
+    # Files and copies
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._forget()
-        counter = prefix + "num_batches_tracked"
-        if counter not in state_dict and prefix + "running_deconv" in state_dict:
-            state_dict[counter] = torch.zeros_like(self.num_batches_tracked)
+        self._counted = None
+        if prefix + "running_deconv" in state_dict:
+            missing = {"num_batches_tracked": MANY_BATCHES * (10 * self.cfg.freeze_iter if self.cfg.freeze else 1)}
+            if self.cfg.gain_corrected:
+                missing |= {"running_gain": 1, "running_power": 0}
+            device = state_dict[prefix + "running_deconv"].device
+            for name, value in missing.items():
+                if prefix + name not in state_dict:
+                    state_dict[prefix + name] = torch.full_like(getattr(self, name), value, device=device)
+            if not self.cfg.gain_corrected:
+                for name in ("running_gain", "running_power"):
+                    state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None, "_counted": None}
+        return self.__dict__ | {"_counted": None}
+
+
+def check_dtype(input: Tensor, weight: Tensor) -> None:
+    """Raise InputError for an input that the plain layer would not take with this weight, autocast or not.
+
+    Under autocast floating-point numbers are converted, but for float64, as torch does it.
+    """
+    device = input.device.type
+    autocast = not input.is_meta and torch.is_autocast_enabled(device)
+    fits = input.is_floating_point() and input.dtype != torch.float64 and weight.dtype != torch.float64
+    if input.dtype != weight.dtype and not (autocast and fits):
+        raise InputError(
+            f"input of {input.dtype}: the layer's weight is {weight.dtype}; convert the input, or train under autocast"
+        )
 
 
 def in_recomputation() -> bool:
@@ -251,9 +334,10 @@ def in_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _moved(average: Tensor, value: Tensor, momentum: float | Tensor, moving: Tensor) -> Tensor:
+    """The running average with a new value in it where it moves."""
+    return torch.where(moving, torch.lerp(average, value.to(average.dtype), momentum), average)
+
+
 def _at_most(number: Any, most: int) -> Any:
     return number.clamp(max=most) if isinstance(number, Tensor) else min(number, most)
-
-
-def _same(kept: Source, source: Source) -> bool:
-    return all(a is b and va == vb and pa == pb for (a, va, pa), (b, vb, pb) in zip(kept, source, strict=True))

@@ -1,20 +1,23 @@
 """ChannelDeconv: whitens activations themselves (published beside the deconvolution layers, for use in front of the
 global pooling)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from timm_deconv.errors import InputError
 from timm_deconv.linalg import covariance, full_precision
 
-from .base import in_recomputation
+from .base import MANY_BATCHES, in_recomputation
 from .config import DeconvCfg
+from .notices import Notices
+from .presets import resolve_cfg
+from .statistics import check_rows
 from .whitening import whitener
 
 __all__ = ["ChannelDeconv"]
-
-PUBLISHED = DeconvCfg(eps=1e-2)
 
 
 class ChannelDeconv(nn.Module):
@@ -27,8 +30,9 @@ class ChannelDeconv(nn.Module):
 
     Args:
         num_features: C; None takes it from each input, as the published layer does, but such a layer cannot be fused.
-        cfg: how to whiten; `block` is B. Default: the published block 64, eps 1e-2. The second moment is centred
-            only with `cfg.centred`. Layout, freezing, grid and min_rows do not apply.
+        cfg: how to whiten: a preset's name, a dictionary of options over a preset, or a `DeconvCfg`; `block` is B.
+            Default: the published block 64, eps 1e-2. The second moment is centred only with `cfg.centred`. Layout,
+            freezing after some batches, grid, min_rows and the correction of the gain do not apply.
 
     Shape:
         (N, C) or (N, C, H, W) -> the same. Images are sampled at every sampling_stride^2-th position if they are at
@@ -40,38 +44,59 @@ class ChannelDeconv(nn.Module):
     running_mean2: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    saw_nonfinite: Tensor
+    statistics_frozen: bool
 
     def __init__(
-        self, num_features: int | None = None, device: Any = None, dtype: Any = None, *, cfg: DeconvCfg | None = None
+        self,
+        num_features: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        cfg: str | Mapping[str, Any] | DeconvCfg | None = None,
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.cfg = cfg or PUBLISHED
+        self.cfg = resolve_cfg(cfg, "channel")
         self.eps = self.cfg.eps
+        self.statistics_frozen = False
+        self.notices = Notices()
+        self.label = ""
+        self.saw_nonfinite = torch.zeros((), dtype=torch.bool, device="cpu")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         block = self.cfg.block
-        self.register_buffer("running_mean1", torch.zeros(block, 1, **factory))
-        self.register_buffer("running_deconv", torch.eye(block, **factory))
-        self.register_buffer("running_mean2", torch.zeros(1, 1, **factory))
-        self.register_buffer("running_var", torch.ones(1, 1, **factory))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("saw_nonfinite", torch.zeros((), dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer("running_mean1", torch.empty(block, 1, **factory))
+        self.register_buffer("running_deconv", torch.empty(block, block, **factory))
+        self.register_buffer("running_mean2", torch.empty(1, 1, **factory))
+        self.register_buffer("running_var", torch.empty(1, 1, **factory))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64, device=device))
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches: means zero, whitener identity, variance one, no batch counted."""
+        self.running_mean1.zero_()
+        self.running_deconv.copy_(torch.eye(self.cfg.block, device=self.running_deconv.device))
+        self.running_mean2.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Forget all batches; there are no parameters."""
+        self.reset_running_stats()
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            self._check_input(input)
-        elif self.training:
-            raise RuntimeError("a scripted whitening layer only evaluates: call eval() before torch.jit.script")
-        if self.training and input.numel() > 0:
+        if torch.jit.is_scripting():
+            if self.training:
+                raise RuntimeError("a scripted whitening layer only evaluates: call eval() before torch.jit.script")
+        elif self.training and self._is_trainable(input) and not self.statistics_frozen:
             return self._normalise_live(input)
-        dtype = torch.promote_types(input.dtype, self.running_deconv.dtype)
-        return self._normalise(
-            input.to(dtype), self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
-        ).to(input.dtype)
+        return normalise(
+            input, self.running_mean1, self.running_deconv, self.running_mean2, self.running_var, self.eps
+        )
 
     def extra_repr(self) -> str:
-        return f"{self.num_features or ''}, block={self.cfg.block}, {self.cfg}".lstrip(", ")
+        frozen = "statistics frozen" if self.statistics_frozen else ""
+        parts = (str(self.num_features or ""), f"block={self.cfg.block}", str(self.cfg), frozen)
+        return ", ".join(part for part in parts if part)
 
     @torch.jit.unused
     def fuse(self, spatial: bool = True) -> nn.Module:
@@ -84,13 +109,14 @@ class ChannelDeconv(nn.Module):
             raise ValueError(
                 "ChannelDeconv() without num_features cannot be fused: construct it with the number of channels"
             )
-        channels = self.num_features
+        channels, dtype = self.num_features, self.running_deconv.dtype
+        wide = torch.float32 if self.running_deconv.device.type == "mps" else torch.float64
+        basis = torch.eye(channels, device=self.running_deconv.device, dtype=wide)
+        buffers = (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var)
         with torch.no_grad():
-            basis = torch.eye(channels, device=self.running_deconv.device, dtype=self.running_deconv.dtype)
-            was_training = self.training
-            offset, images = self.eval()(torch.cat([torch.zeros_like(basis[:1]), basis])).split([1, channels])
-            self.train(was_training)
-            weight, bias = (images - offset).mT, offset[0]
+            images = normalise(torch.cat([torch.zeros_like(basis[:1]), basis]), *(b.to(wide) for b in buffers), self.eps)
+            offset, images = images.split([1, channels])
+            weight, bias = (images - offset).mT.to(dtype), offset[0].to(dtype)
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         plain: nn.Module
         if spatial:
@@ -101,19 +127,6 @@ class ChannelDeconv(nn.Module):
         plain.load_state_dict({"weight": weight, "bias": bias})
         return plain.train(self.training)
 
-    def _whitened_channels(self, channels: int) -> int:
-        return channels // self.running_deconv.shape[0] * self.running_deconv.shape[0]
-
-    def _normalise(self, x: Tensor, mean1: Tensor, whitener: Tensor, mean2: Tensor, var: Tensor) -> Tensor:
-        split = self._whitened_channels(x.shape[1])
-        first = x[:, :split].transpose(0, 1)
-        rest = (x[:, split:] - mean2.reshape(())) * (var.reshape(()) + self.eps).rsqrt()
-        if split == 0:
-            return rest
-        rows = first.reshape(whitener.shape[0], -1)
-        whitened = (whitener @ (rows - mean1)).reshape(first.shape).transpose(0, 1)
-        return torch.cat([whitened, rest], 1)
-
     @torch.jit.unused
     def _normalise_live(self, input: Tensor) -> Tensor:
         with full_precision(input):
@@ -121,18 +134,20 @@ class ChannelDeconv(nn.Module):
             live = self._statistics(x)
             if not in_recomputation():
                 self._track(*(value.detach() for value in live))
-            return self._normalise(x, *live).to(input.dtype)
+            return normalise(x, *live, self.eps).to(input.dtype)
 
     @torch.jit.unused
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        split = self._whitened_channels(x.shape[1])
+        split = x.shape[1] // self.cfg.block * self.cfg.block
         mean1, matrix, mean2, var = self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
         if split:
             samples = self._sample(x, x[:, :split].transpose(0, 1).reshape(self.cfg.block, -1))
+            check_rows(samples.shape[1])
             mean, cov = covariance(samples.mT, centred=self.cfg.centred)
             mean1, matrix = mean.unsqueeze(1), whitener(cov, samples.shape[1], self.cfg)
         if split < x.shape[1]:
             samples = self._sample(x, x[:, split:].flatten(1)).reshape(1, -1)
+            check_rows(samples.shape[1])
             mean2, var = samples.mean(1, keepdim=True), samples.var(1, keepdim=True)
         return mean1, matrix, mean2, var
 
@@ -151,11 +166,43 @@ class ChannelDeconv(nn.Module):
             value = value.to(running.dtype)
             running.copy_(torch.where(finite, running + momentum * (value - running), running))
         self.num_batches_tracked.add_(finite)
-        self.saw_nonfinite.logical_or_(~finite)
+        self.saw_nonfinite = ~finite
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "running_deconv" in state_dict and prefix + "num_batches_tracked" not in state_dict:
+            state_dict[prefix + "num_batches_tracked"] = torch.tensor(MANY_BATCHES)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.jit.unused
-    def _check_input(self, input: Tensor) -> None:
+    def _is_trainable(self, input: Tensor) -> bool:
+        """Whether there is anything to whiten; InputError for what the layer cannot take."""
         wanted = self.num_features or (input.shape[1] if input.ndim > 1 else 0)
         if input.ndim not in (2, 4) or input.shape[1] != wanted:
             channels = self.num_features or "C"
-            raise ValueError(f"input of shape {tuple(input.shape)}: expected (N, {channels}) or (N, {channels}, H, W)")
+            raise InputError(f"input of shape {tuple(input.shape)}: expected (N, {channels}) or (N, {channels}, H, W)")
+        if not input.is_floating_point():
+            raise InputError(f"input of {input.dtype}: channels are whitened as floating-point numbers; convert it")
+        return input.numel() > 0
+
+
+def normalise(x: Tensor, mean1: Tensor, whitener: Tensor, mean2: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Whiten the first channels of (N, C) or (N, C, H, W) and divide the remaining ones by one deviation.
+
+    Args:
+        mean1: (B, 1). whitener: (B, B). mean2, var: one number each.
+
+    Returns:
+        the shape and dtype of x.
+    """
+    values = x.to(torch.promote_types(x.dtype, whitener.dtype))
+    split = x.shape[1] // whitener.shape[0] * whitener.shape[0]
+    first = values[:, :split].transpose(0, 1)
+    rest = (values[:, split:] - mean2.reshape(())) * (var.reshape(()) + eps).rsqrt()
+    if split == 0:
+        return rest.to(x.dtype)
+    rows = first.reshape(whitener.shape[0], -1)
+    whitened = (whitener @ (rows - mean1)).reshape(first.shape).transpose(0, 1)
+    return torch.cat([whitened, rest], 1).to(x.dtype)
+
+
+torch.fx.wrap("normalise")

@@ -1,16 +1,20 @@
 """Deconv2d: a convolution that whitens its input windows (Ye et al., Network Deconvolution, ICLR 2020)."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import WhiteningMixin
-from .config import DeconvCfg
+from timm_deconv.errors import InputError
+
+from .base import WhiteningMixin, check_dtype
+from .config import DeconvCfg, conv_kind
 from .conv_map import ConvMap
 from .operation import whitened_conv
 from .partition import partition_conv, split_rows
+from .presets import resolve_cfg
 from .sampling import Window
 from .statistics import Statistics, batch_statistics
 from .whitening import fold
@@ -27,7 +31,8 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     convolution.
 
     Args:
-        cfg: how to whiten; the published settings by default.
+        cfg: how to whiten: a preset's name, a dictionary of options over a preset, or a `DeconvCfg`; the published
+            settings by default.
 
     Shape:
         (N, Cin, H, W) or (Cin, H, W) -> (N, Cout, H', W') or (Cout, H', W'), as in `nn.Conv2d`. An empty batch gives
@@ -39,9 +44,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     """
 
     plain = nn.Conv2d
-
-    if TYPE_CHECKING:  # at run time TorchScript would compile what is annotated here
-        conv_map: ConvMap
+    __jit_unused_properties__ = ("conv_map",)
 
     def __init__(
         self,
@@ -57,20 +60,15 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         device: Any = None,
         dtype: Any = None,
         *,
-        cfg: DeconvCfg | None = None,
+        cfg: str | Mapping[str, Any] | DeconvCfg | None = None,
     ) -> None:
         _check_positive(in_channels=in_channels, out_channels=out_channels)
         _check_positive(kernel_size=kernel_size, stride=stride, dilation=dilation)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        cfg = cfg or DeconvCfg()
+        cfg = resolve_cfg(cfg, conv_kind(in_channels, self.kernel_size, groups))  # type: ignore[arg-type]
         self._init_statistics(cfg, partition_conv(in_channels, self.kernel_size[0] * self.kernel_size[1], groups, cfg))
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        own = padding_mode == "zeros" and left == right and top == bottom
-        self.pads = [] if own else [left, right, top, bottom]
-        window = Window(self.kernel_size, self.stride, self.dilation, (top, left) if own else (0, 0))  # type: ignore[arg-type]
-        self.conv_map = ConvMap(window, groups, self.partition, cfg)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, cfg: DeconvCfg) -> "Deconv2d":
@@ -100,11 +98,36 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
             weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
             return self._conv_forward(input, weight, bias)
         else:
-            self._check_input(input)
-            if not self.training or input.numel() == 0:
-                return self._conv_forward(input, *self._kept_fold())
-            output = self._train_forward(self._padded_batch(input))
-            return output if input.ndim == 4 else output.squeeze(0)
+            if self.training and self._is_trainable(input):
+                output = self._train_forward(self._padded_batch(input))
+                return output if input.ndim == 4 else output.squeeze(0)
+            weight, bias = self.folded()
+            return self._conv_forward(input, weight, bias)
+
+    @property
+    def conv_map(self) -> ConvMap:
+        """The convolution as its attributes are now: encoders are dilated by setting stride, dilation and padding."""
+        padding = (0, 0) if self._pads() or isinstance(self.padding, str) else _pair(self.padding)
+        if self.padding == "same" and not self._pads():
+            padding = tuple(extent // 2 for extent in self._extents())
+        window = Window(_pair(self.kernel_size), _pair(self.stride), _pair(self.dilation), padding)
+        return ConvMap(window, self.groups, self.partition, self.cfg)
+
+    @torch.jit.unused
+    def _pads(self) -> list[int]:
+        """Left, right, top and bottom of what is padded apart: unequally, or not with zeros; empty where nothing is."""
+        if self.padding_mode != "zeros":
+            return list(self._reversed_padding_repeated_twice)
+        extents = self._extents()
+        if self.padding != "same" or not any(extent % 2 for extent in extents):
+            return []
+        return [side for extent in reversed(extents) for side in (extent // 2, extent - extent // 2)]
+
+    @torch.jit.unused
+    def _extents(self) -> tuple[int, int]:
+        """Rows and columns of a window beside its first."""
+        (rows, cols), (row_step, col_step) = _pair(self.kernel_size), _pair(self.dilation)
+        return row_step * (rows - 1), col_step * (cols - 1)
 
     @torch.jit.unused
     def rows(self, input: Tensor) -> Tensor:
@@ -124,15 +147,17 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
-        return whitened_conv(input, self.weight, self.bias, self.conv_map, statistics, frozen)
+        name = f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
+        return whitened_conv(input, self.weight, self.bias, self.conv_map, statistics, frozen, name)
 
     @torch.jit.unused
     def _padded_batch(self, input: Tensor) -> Tensor:
         """(N, C, H, W), padded where the convolution itself cannot: unequally, or not with zeros."""
         batch = input if input.ndim == 4 else input.unsqueeze(0)
-        if not self.pads:
+        pads = self._pads()
+        if not pads:
             return batch
-        return F.pad(batch, self.pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return F.pad(batch, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     @torch.jit.unused
     def fuse(self) -> nn.Conv2d:
@@ -155,20 +180,35 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         return plain.train(self.training)
 
     @torch.jit.unused
-    def _check_input(self, input: Tensor) -> None:
+    def _is_trainable(self, input: Tensor) -> bool:
+        """Whether there is anything to whiten; InputError for what the layer cannot take."""
+        positions, partition = self.kernel_size[0] * self.kernel_size[1], self.partition
+        if partition.blocks * partition.features not in (self.in_channels, self.in_channels * positions):
+            raise InputError(
+                f"in_channels={self.in_channels} was set after construction, and the statistics are of another number:"
+                " make the layer, or the network by in_chans=, with it"
+            )
         if input.ndim not in (3, 4) or input.shape[-3] != self.in_channels:
-            raise ValueError(
+            raise InputError(
                 f"input of shape {tuple(input.shape)}: expected (N, {self.in_channels}, H, W)"
                 f" or ({self.in_channels}, H, W)"
             )
+        check_dtype(input, self.weight)
         size = (input.shape[-2], input.shape[-1])
-        left, right, top, bottom = self.pads or (0, 0, 0, 0)
+        left, right, top, bottom = self._pads() or (0, 0, 0, 0)
         padded = (size[0] + top + bottom, size[1] + left + right)
         if input.numel() and not self.conv_map.window.windows(padded, (1, 1)):
-            raise ValueError(
+            raise InputError(
                 f"input of {size[0]}x{size[1]} pixels: smaller than the kernel {self.kernel_size} with dilation"
                 f" {self.dilation} and padding {self.padding!r}; use larger images or more padding"
             )
+        return input.numel() > 0
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Rows and columns of what may be one number for both."""
+    rows, cols = (value, value) if isinstance(value, int) else value
+    return rows, cols
 
 
 def _check_positive(**arguments: int | tuple[int, int]) -> None:

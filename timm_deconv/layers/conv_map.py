@@ -57,6 +57,11 @@ class ConvMap(NamedTuple):
         """Whether the samples are copies for certain, and no view of the input."""
         return not self.sampled.pointwise
 
+    def most_rows(self, x: Tensor) -> int:
+        """Rows of a set of statistics if all windows that the convolution sees in x were sampled."""
+        windows = self.sampled.windows((x.shape[2], x.shape[3]), self.sampled.stride)
+        return x.shape[0] * windows * (self.partition.blocks // self.partition.sets)
+
     def padding_share(self, x: Tensor) -> float:
         """The weight in the statistics of padding that the convolution sees but that is not among the samples."""
         return min(self.window.padding_share((x.shape[2], x.shape[3])), MOST_PADDING) if self._of_pixels else 0.0

@@ -1,16 +1,19 @@
 """DeconvLinear: a linear layer that whitens its input features (Ye et al., Network Deconvolution, ICLR 2020)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_deconv.errors import InputError
 from timm_deconv.linalg import full_precision
 
-from .base import WhiteningMixin
+from .base import WhiteningMixin, check_dtype
 from .config import DeconvCfg
 from .partition import partition_linear, split_rows
+from .presets import resolve_cfg
 from .statistics import Statistics, vector_statistics
 from .whitening import fold, whiten_vectors
 
@@ -26,7 +29,8 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     and root are kept, and three times the input if it is whitened.
 
     Args:
-        cfg: how to whiten; by default the published settings with blocks of 512 features.
+        cfg: how to whiten: a preset's name, a dictionary of options over a preset, or a `DeconvCfg`; by default the
+            published settings with blocks of 512 features.
 
     Shape:
         (..., in_features) -> (..., out_features). An empty input gives an empty output and leaves the statistics alone.
@@ -40,12 +44,12 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         device: Any = None,
         dtype: Any = None,
         *,
-        cfg: DeconvCfg | None = None,
+        cfg: str | Mapping[str, Any] | DeconvCfg | None = None,
     ) -> None:
         if min(in_features, out_features) < 1:
             raise ValueError(f"in_features={in_features}, out_features={out_features}: both must be positive")
         super().__init__(in_features, out_features, bias, device, dtype)
-        cfg = cfg or DeconvCfg(block=512)
+        cfg = resolve_cfg(cfg, "linear")
         self._init_statistics(cfg, partition_linear(in_features, cfg))
 
     @classmethod
@@ -62,11 +66,11 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
             weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
             return F.linear(input, weight, bias)
         else:
-            self._check_input(input)
-            if not self.training or input.numel() == 0:
-                return F.linear(input, *self._kept_fold())
-            vectors = input.reshape(-1, self.in_features)
-            return self._train_forward(vectors).reshape(*input.shape[:-1], self.out_features)
+            if self.training and self._is_trainable(input):
+                vectors = input.reshape(-1, self.in_features)
+                return self._train_forward(vectors).reshape(*input.shape[:-1], self.out_features)
+            weight, bias = self.folded()
+            return F.linear(input, weight, bias)
 
     @torch.jit.unused
     def rows(self, input: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     @torch.jit.unused
     def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
         """By whitening the vectors or, if they are not fewer than the outputs, the weight: the same function."""
-        mean, whitener, _ = statistics
+        mean, whitener = statistics.mean, statistics.whitener
         with full_precision(input):
             if input.shape[0] < self.out_features:
                 input = whiten_vectors(input, mean, whitener, self.partition).to(input.dtype)
@@ -107,6 +111,9 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         return plain.train(self.training)
 
     @torch.jit.unused
-    def _check_input(self, input: Tensor) -> None:
+    def _is_trainable(self, input: Tensor) -> bool:
+        """Whether there is anything to whiten; InputError for what the layer cannot take."""
         if input.shape[-1:] != (self.in_features,):
-            raise ValueError(f"input of shape {tuple(input.shape)}: expected (..., {self.in_features})")
+            raise InputError(f"input of shape {tuple(input.shape)}: expected (..., {self.in_features})")
+        check_dtype(input, self.weight)
+        return input.numel() > 0

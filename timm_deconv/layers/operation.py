@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from timm_deconv.linalg import full_precision
 
@@ -36,6 +35,7 @@ def whitened_conv(
     conv_map: ConvMap,
     statistics: Statistics,
     frozen: Tensor | None = None,
+    name: str = "a whitened convolution",
 ) -> Tensor:
     """The convolution of whitened windows of x.
 
@@ -45,13 +45,16 @@ def whitened_conv(
         conv_map: its geometry, and how its input is sampled and divided into blocks.
         statistics: what to whiten with: those of x, by `batch_statistics`.
         frozen: a boolean scalar; where it is true, the statistics are not those of x.
+        name: of the layer, for errors.
 
     Returns:
-        the output. Gradients flow to x (through its statistics too, unless frozen), weight and bias; not twice, as the
-        backward pass is written by hand.
+        the output. Gradients flow to x (through its statistics too, unless frozen), weight and bias.
+
+    Raises:
+        RuntimeError: in a backward pass through these gradients, which are written by hand.
     """
-    mean, whitener, iterates = statistics
-    output: Tensor = _WhitenedConv.apply(x, weight, bias, conv_map, frozen, mean, whitener, *iterates)
+    mean, whitener = statistics.mean, statistics.whitener
+    output: Tensor = _WhitenedConv.apply(x, weight, bias, conv_map, frozen, name, mean, whitener, *statistics.iterates)
     return output
 
 
@@ -70,6 +73,7 @@ class _WhitenedConv(torch.autograd.Function):
         bias: Tensor | None,
         conv_map: ConvMap,
         frozen: Tensor | None,
+        name: str,
         mean: Tensor,
         whitener: Tensor,
         *iterates: Tensor,
@@ -84,12 +88,21 @@ class _WhitenedConv(torch.autograd.Function):
             sums = sum_weight(met, partition)
             output = conv_map(input, met.to(dtype), fold_bias(bias, sums, shift, partition).to(dtype))
         ctx.save_for_backward(x, weight, mean, shift, whitener, sums, frozen, *iterates)
-        ctx.conv_map, ctx.has_bias, ctx.dtype = conv_map, bias is not None, dtype
+        ctx.conv_map, ctx.has_bias, ctx.dtype, ctx.name = conv_map, bias is not None, dtype, name
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        keeps_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            grads = _WhitenedConv._gradients(ctx, grad)
+        if keeps_graph:  # by create_graph=True, whether the incoming gradient requires one or not
+            grads = _OnlyOnce.apply(ctx.name, *(g if g is None else g.requires_grad_() for g in grads))
+        return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias, each None where it is not asked for."""
         saved = ctx.saved_tensors
         fixed, iterates = _Saved(*saved[: len(_Saved._fields)]), saved[len(_Saved._fields) :]
         with full_precision(fixed.x):
@@ -98,9 +111,26 @@ class _WhitenedConv(torch.autograd.Function):
             if grad_x is not None:
                 if fixed.frozen is not None:
                     grad_mean, grad_whitener = (g.masked_fill(fixed.frozen, 0) for g in (grad_mean, grad_whitener))
-                statistics = Statistics(fixed.mean, fixed.whitener, iterates)
-                add_statistics_gradient_(grad_x, fixed.x, ctx.conv_map, statistics, grad_mean, grad_whitener)
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, *[None] * (4 + len(iterates))
+                add_statistics_gradient_(
+                    grad_x, fixed.x, ctx.conv_map, fixed.mean, fixed.whitener, iterates, grad_mean, grad_whitener
+                )
+        return grad_x, grad_weight, grad_bias if ctx.has_bias else None
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Gradients as they are, which nothing can be derived from: autograd would take them for constants."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            f"a second derivative of {ctx.name} in training: its gradients are written by hand and cannot be derived"
+            " again; take it in evaluation (model.eval()) or with frozen statistics (timm_deconv.freeze)"
+        )
 
 
 class _Saved(NamedTuple):
@@ -161,4 +191,6 @@ def whitens_input(x: Tensor, weight: Tensor, partition: Partition) -> bool:
 def _conv_dtype(x: Tensor) -> torch.dtype:
     """What the convolution itself computes in."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if not x.is_meta and torch.is_autocast_enabled(device) else x.dtype
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)

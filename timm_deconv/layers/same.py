@@ -39,6 +39,9 @@ class Deconv2dSame(Deconv2d):
         return super().rows(pad_same(input, self.kernel_size, self.stride, self.dilation))  # type: ignore[arg-type]
 
 
+torch.fx.wrap("pad_same")
+
+
 def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     """(..., H, W) with zeros around it, the odd one at the end, so that ceil(H / stride) windows fit; likewise W."""
     rows = _missing(x.shape[-2], kernel_size[0], stride[0], dilation[0])

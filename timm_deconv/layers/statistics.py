@@ -4,11 +4,13 @@ Rows are gathered again in the backward pass, so that nothing of the size of an 
 gradient lands in place in that of the input.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from timm_deconv.errors import InputError
 from timm_deconv.linalg import (
     covariance,
     full_precision,
@@ -21,18 +23,38 @@ from timm_deconv.products import rows_times
 
 from .config import DeconvCfg
 from .conv_map import ConvMap
+from .gain import probe
 from .partition import split_rows, unsplit_rows
-from .whitening import count_padding, count_padding_backward, regularise, regularise_backward, whitener
+from .whitening import (
+    LEAST_VARIANCE,
+    count_padding,
+    count_padding_backward,
+    regularise,
+    regularise_backward,
+    varies,
+    whitener,
+)
 
-__all__ = ["Statistics", "add_statistics_gradient_", "batch_statistics", "vector_statistics"]
+__all__ = ["Statistics", "add_statistics_gradient_", "batch_statistics", "check_rows", "vector_statistics"]
 
 
 class Statistics(NamedTuple):
-    """Mean (S, F) and whitener (S, F, F), and what the way back through the whitener needs."""
+    """Mean and whitener of a batch, and what running averages and the way back need.
+
+    Attributes:
+        mean: (S, F). whitener: (S, F, F), zero for a set that does not vary.
+        varies: bool (S,), see `varies`.
+        samples: R, the rows.
+        deviations: (S, at most PROBED_ROWS, F), some rows less the mean, without gradient; None if nothing asks for it.
+        iterates: what the way back through the root needs beside the whitener.
+    """
 
     mean: Tensor
     whitener: Tensor
-    iterates: list[Tensor]
+    varies: Tensor
+    samples: int
+    deviations: Tensor | None
+    iterates: tuple[Tensor, ...] = ()
 
 
 @torch.no_grad()
@@ -40,11 +62,14 @@ def batch_statistics(x: Tensor, conv_map: ConvMap) -> Statistics:
     """Statistics of the windows that a convolution sees in x, without gradient; see `add_statistics_gradient_`."""
     with full_precision(x):
         rows, _ = _rows(x, conv_map)
+        cfg, samples = conv_map.cfg, rows.shape[-2]
+        check_rows(conv_map.most_rows(x))
         mean, cov = covariance(rows, overwrite=conv_map.copies)
+        deviations = _probe(rows, None if conv_map.copies else mean, cfg)
         mean, cov = count_padding(mean, cov, conv_map.padding_share(x))
-        cfg = conv_map.cfg
-        cov = regularise(cov, rows.shape[-2], cfg)
-        return Statistics(mean, *isqrt_with_iterates(cov, cfg.n_iter, cfg.quartic))
+        varying = varies(cov, samples, cfg)
+        root, iterates = isqrt_with_iterates(regularise(cov, samples, cfg), cfg.n_iter, cfg.quartic)
+        return Statistics(mean, root * varying[:, None, None], varying, samples, deviations, tuple(iterates))
 
 
 def vector_statistics(rows: Tensor, cfg: DeconvCfg) -> Statistics:
@@ -53,33 +78,63 @@ def vector_statistics(rows: Tensor, cfg: DeconvCfg) -> Statistics:
     Of at most half as many rows as features no covariance is made, unless it were to be shrunk.
     """
     rows, (samples, features) = promote(rows), rows.shape[-2:]
+    check_rows(samples)
     if 2 * samples > features or samples < cfg.min_rows * features:
         mean, cov = covariance(rows)
-        return Statistics(mean, whitener(cov, samples, cfg), [])
-    mean = rows.mean(-2, keepdim=True)
-    deviations = (rows - mean) / samples**0.5
-    return Statistics(mean.squeeze(-2), isqrt_of_rows(deviations, cfg.eps, cfg.n_iter, cfg.quartic), [])
+        varying, root = varies(cov, samples, cfg), whitener(cov, samples, cfg)
+    else:
+        mean = rows.mean(-2)
+        deviations = rows - mean.unsqueeze(-2)
+        varying = deviations.detach().square().mean((1, 2)) > LEAST_VARIANCE * cfg.eps
+        root = isqrt_of_rows(deviations / samples**0.5, cfg.eps, cfg.n_iter, cfg.quartic)
+    probed = _probe(rows.detach(), mean.detach(), cfg)
+    return Statistics(mean, root * varying[:, None, None], varying, samples, probed)
 
 
 def add_statistics_gradient_(
     grad_x: Tensor,
     x: Tensor,
     conv_map: ConvMap,
-    statistics: Statistics,
+    mean: Tensor,
+    whitener: Tensor,
+    iterates: Sequence[Tensor],
     grad_mean: Tensor,
     grad_whitener: Tensor,
 ) -> None:
-    """Add to the gradient of x what reaches it through the mean, (S, 1, F), and the whitener."""
+    """Add to the gradient of x what reaches it through its statistics.
+
+    Args:
+        grad_x: (N, C, H, W), changed in place.
+        x: the input that `batch_statistics` took mean, whitener and iterates from.
+        conv_map: geometry and sampling.
+        mean: (S, F). whitener: (S, F, F). iterates: see `Statistics`.
+        grad_mean: (S, 1, F). grad_whitener: (S, F, F).
+    """
     rows, shape = _rows(x, conv_map)
     samples = rows.shape[-2]
     cfg = conv_map.cfg
-    grad_cov = isqrt_backward(grad_whitener, statistics.whitener, statistics.iterates, cfg.n_iter, cfg.quartic)
+    grad_cov = isqrt_backward(grad_whitener, whitener, list(iterates), cfg.n_iter, cfg.quartic)
     grad_cov = regularise_backward(grad_cov, samples, cfg)
-    mean = statistics.mean.unsqueeze(-2)
-    mean, grad_mean, grad_cov = count_padding_backward(mean, grad_mean, grad_cov, conv_map.padding_share(x))
+    mean, grad_mean, grad_cov = count_padding_backward(mean.unsqueeze(-2), grad_mean, grad_cov, conv_map.padding_share(x))
     rows = rows.sub_(mean) if conv_map.copies else rows - mean
     grad_rows = _times_symmetric(rows, grad_cov, grad_mean / samples, 2 / samples)
     conv_map.add_columns_(grad_x, unsplit_rows(grad_rows, shape, conv_map.partition).to(grad_x.dtype))
+
+
+def _probe(rows: Tensor, mean: Tensor | None, cfg: DeconvCfg) -> Tensor | None:
+    """Some rows less the mean, if it is not None, where the gain is corrected; they do not keep all rows alive."""
+    if not cfg.gain_corrected:
+        return None
+    return (probe(rows) if mean is None else probe(rows) - mean.unsqueeze(1)).contiguous()
+
+
+def check_rows(rows: int) -> None:
+    """Raise InputError for one row: it has no deviation from its own mean, and only the bias would learn."""
+    if rows == 1:
+        raise InputError(
+            "one row to whiten in training: it has no deviation from its mean, and nothing would be learnt; give larger"
+            " batches or images, or freeze the statistics (timm_deconv.freeze)"
+        )
 
 
 def _rows(x: Tensor, conv_map: ConvMap) -> tuple[Tensor, list[int]]:

@@ -14,6 +14,7 @@ from .config import DeconvCfg
 from .partition import Partition, split_rows, split_weight, sum_blocks, sum_shift, unsplit_rows, unsplit_weight
 
 __all__ = [
+    "LEAST_VARIANCE",
     "apply_whitener",
     "apply_whitener_backward",
     "count_padding",
@@ -26,9 +27,24 @@ __all__ = [
     "regularise_backward",
     "subtract_shift_gradient_",
     "sum_weight",
+    "varies",
     "whiten_vectors",
     "whitener",
 ]
+
+
+LEAST_VARIANCE = 1e-5
+"""Of eps: below it a set of features is taken not to vary at all."""
+
+
+def varies(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
+    """Whether the features of covariances (S, F, F) of `samples` rows vary: bool (S,); of one row nobody knows.
+
+    Where all rows are equal there is nothing to whiten, and only eps would be inverted: deviations stay zero, but each
+    layer multiplies gradients by eps ** -0.5. Such a set's whitener counts as zero, which changes no output by more
+    than LEAST_VARIANCE ** 0.5 of a deviation.
+    """
+    return cov.diagonal(dim1=-2, dim2=-1).mean(-1) > (LEAST_VARIANCE * cfg.eps if samples > 1 else -1.0)
 
 
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:

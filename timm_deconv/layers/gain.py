@@ -1,0 +1,68 @@
+"""How much power the running whitener passes on, compared with the live ones: what evaluation is scaled by.
+
+An average of inverse roots is dominated by the largest of them, and a batch whitens the directions that it has seen
+itself better than those of the next. A few per cent too much in a layer are a factor of hundreds behind fifty. So each
+batch is a test before it is averaged in: the power that the average of the batches before makes of its deviations,
+against the power that its own whitener makes of them. The ratio of the two averages is taken out of the running
+whitener, and it tracks weights that move, too.
+"""
+
+import torch
+from torch import Tensor
+
+from timm_deconv.products import rows_times
+
+__all__ = ["PROBED_ROWS", "first_power", "gain", "passed_power", "probe"]
+
+PROBED_ROWS = 128
+"""Rows of a batch that the power is measured on, at most."""
+
+TINY = 1e-12
+MOST_POWER = 6e4
+SMALLEST_GAIN = 1e-4
+"""In the range of float16; and the average can be had again from what was scaled by the gain."""
+
+
+def probe(deviations: Tensor) -> Tensor:
+    """Some of the rows (S, R, F), evenly spaced: (S, at most PROBED_ROWS, F), a view."""
+    return deviations[:, :: -(-deviations.shape[1] // PROBED_ROWS)]
+
+
+def passed_power(deviations: Tensor, whitener: Tensor) -> Tensor:
+    """Mean square (S,) of the features of deviations (S, R, F) times a whitener (S, F, F)."""
+    return rows_times(deviations, whitener).square().mean((1, 2)).clamp(max=MOST_POWER)
+
+
+def first_power(deviations: Tensor, whitener: Tensor, samples: int) -> Tensor:
+    """What a first batch's whitener would pass on if the next batch varied alike in all directions: (S,).
+
+    Nothing is known of the next batch yet. A set of less variance than the layer's mean is taken to get that much.
+
+    Args:
+        deviations: (S, R, F). whitener: (S, F, F).
+        samples: rows that the mean was taken from; the mean of the next batch will differ.
+    """
+    variance = deviations.square().mean((1, 2))
+    expected = torch.maximum(variance, variance.mean())
+    power = whitener.square().sum((1, 2)) / whitener.shape[-1] * expected
+    return (power * ((samples + 1) / max(samples - 1, 1))).clamp(max=MOST_POWER)
+
+
+def gain(power: Tensor, latest: Tensor, updates: Tensor | int) -> Tensor:
+    """Factor (S,) of the running whitener under which it passes on what the live ones do.
+
+    When the latest batch shows that the average has fallen behind, that counts; and as long as there are few batches,
+    less is passed on than they say.
+
+    Args:
+        power: (2, S), averages of what the running and the live whiteners passed on.
+        latest: the same of the latest batch.
+        updates: batches averaged so far, one or more.
+    """
+    behind = _excess(latest.sum(1)) / _excess(power.sum(1))
+    margin = behind.clamp(min=1) * (1 + 1 / updates**2)
+    return (_excess(power) * margin).rsqrt().clamp(SMALLEST_GAIN, 1 / SMALLEST_GAIN)
+
+
+def _excess(power: Tensor) -> Tensor:
+    return (power[0] + TINY) / (power[1] + TINY)
