@@ -52,15 +52,16 @@ def trace_network(
                 " of its keyword arguments"
             )
         return _InEarnest(model, example_inputs).trace()
-    first: InputError | None = None
+    errors: list[InputError] = []
     for size in [tuple(input_size)] if input_size else _input_sizes(model):
         for stage in (_OnMeta, _OnFakes):
             try:
                 return stage(model, size).trace()
             except InputError as error:
-                first = first or error
-    assert first is not None
-    raise first
+                errors.append(error)
+        if [str(e.__cause__) for e in errors[-4:-2]] == [str(e.__cause__) for e in errors[-2:]]:
+            break  # it is not the size
+    raise errors[0]
 
 
 class _OnMeta:
@@ -213,4 +214,5 @@ def _input_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 160 else f"{line[:157]}..."
