@@ -152,7 +152,21 @@ def test_a_network_that_does_not_run_is_converted_by_the_layers_beside_each_norm
     report = convert_deconv_model(model)
     assert report.norms == ["bn3"] and left(model) == ["bn1", "bn2"]
     assert report.unseen is not None and "NeedsTwo does not run on an input of" in report.unseen
-    assert "roles by shape alone, norms by the layers beside them: NeedsTwo does not run" in str(report)
+    assert "are by shape alone, norms by the layers beside them: NeedsTwo does not run" in str(report)
+
+
+def test_of_a_network_that_fails_at_its_end_the_part_that_ran_is_known() -> None:
+    with torch.device("meta"):
+        make = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+        model = make(weights=None, weights_backbone=None)
+    report = convert_deconv_model(model)
+    assert report.unseen is not None and "FasterRCNN does not run" in report.unseen and not left(model)
+    roles = {layer.name: layer.role for layer in report.converted}
+    assert roles["backbone.body.2.block.2.0"] == "block_end"
+    assert [name for name, _ in report.skipped if "backbone.body.4.block.2." in name] == [
+        "backbone.body.4.block.2.fc1",
+        "backbone.body.4.block.2.fc2",
+    ]
 
 
 @pytest.mark.parametrize(
