@@ -1,34 +1,118 @@
 """python -m timm_deconv SCRIPT.py [arguments]: run a script that knows nothing of this package with its networks.
 
-So timm's own train.py, validate.py, inference.py and benchmark.py take --model resnet18_cifar_deconv.
+So timm's own train.py, validate.py, inference.py and benchmark.py take --model resnet18_cifar_deconv. With --calibrate
+the networks that they make of batch-norm weights are whitened by images before the optimiser sees them.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-import timm_deconv  # noqa: F401 (registers the networks with timm)
+import torch
+from torch import nn
+
+from timm_deconv.convert import calibrate
+from timm_deconv.data.calibration import calibration_loader
+from timm_deconv.errors import InputError
+from timm_deconv.models._created import when_carried_over
 
 USAGE = """\
-usage: python -m timm_deconv SCRIPT.py [arguments]
+usage: python -m timm_deconv [--calibrate DATA [--images N]] SCRIPT.py [arguments]
 
-Runs the script as `python SCRIPT.py [arguments]` would, with the deconvolution networks registered with timm."""
+Runs the script as `python SCRIPT.py [arguments]` would, with the deconvolution networks registered with timm.
+
+  --calibrate DATA   folder or tar of images, or 'digits': networks that timm.create_model makes of batch-norm weights
+                     (pretrained=True) are calibrated on them, so that training starts from the function of the weights
+  --images N         use N of them, always the same; default 1024"""
+
+
+class Options(NamedTuple):
+    """What stands before the script, and the script with its arguments."""
+
+    calibrate: str | None
+    images: int
+    command: list[str]
+
+
+def parse(arguments: list[str]) -> Options:
+    """The command line; what stands behind the script is the script's.
+
+    Raises:
+        InputError: an option without a value, or with one that makes no sense.
+    """
+    given: dict[str, str] = {}
+    while arguments and arguments[0].partition("=")[0] in ("--calibrate", "--images"):
+        name, sign, value = arguments[0].partition("=")
+        if not sign and len(arguments) < 2:
+            raise InputError(f"{name} needs a value")
+        given[name] = value if sign else arguments[1]
+        arguments = arguments[1 if sign else 2 :]
+    data, images = given.get("--calibrate"), given.get("--images", "1024")
+    if data is None and "--images" in given:
+        raise InputError("--images is for --calibrate DATA, which is missing")
+    if not images.isdecimal() or int(images) < 1:
+        raise InputError(f"--images {images}: a whole number, at least 1")
+    if data not in (None, "digits") and not Path(data).exists():
+        raise InputError(f"--calibrate {data}: no such folder or tar")
+    return Options(data, int(images), arguments)
+
+
+class Calibrator:
+    """Calibrates networks as they are created.
+
+    The images are the same in every process and drawn without touching the script's random numbers.
+
+    Args:
+        data: folder or tar of images, or `digits`.
+        images: how many, at most.
+    """
+
+    def __init__(self, data: str, images: int) -> None:
+        self.data, self.images = data, images
+        self.networks = 0
+
+    def __call__(self, model: nn.Module) -> None:
+        """Calibrate a network; ends the script in one line where that cannot be."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                loader = calibration_loader(model, self.data, images=self.images)
+                calibrate(model, loader)
+        except (InputError, OSError) as error:
+            raise SystemExit(f"--calibrate {self.data}: {' '.join(str(error).split())}") from error
+        self.networks += 1
+        self.say(f"calibrated {model.pretrained_cfg['architecture']} on {len(loader.dataset)} images of {self.data}")
+
+    def say(self, text: str) -> None:
+        """A line of the first process."""
+        if os.environ.get("RANK", "0") == "0":
+            print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """Run the script that the command line names."""
-    if len(sys.argv) < 2:
+    try:
+        options = parse(sys.argv[1:])
+    except InputError as error:
+        raise SystemExit(f"{error}\n\n{USAGE}") from None
+    if not options.command:
         raise SystemExit(USAGE)
-    if sys.argv[1] in ("-h", "--help"):
+    if options.command[0] in ("-h", "--help"):
         print(USAGE)
         return
-    script = Path(sys.argv[1])
+    script = Path(options.command[0])
     if not script.is_file():
         raise SystemExit(f"no script {str(script)!r}\n\n{USAGE}")
-    sys.argv = sys.argv[1:]
+    calibrator = None if options.calibrate is None else Calibrator(options.calibrate, options.images)
+    if calibrator is not None:
+        when_carried_over(calibrator)
+    sys.argv = options.command
     if not sys.flags.safe_path:
         sys.path[0] = str(script.resolve().parent)
     runpy.run_path(str(script), run_name="__main__")
+    if calibrator is not None and not calibrator.networks:
+        calibrator.say("--calibrate: the script has created no network of carried-over weights; nothing was calibrated")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +392,53 @@ def test_counts_that_make_no_sense_are_refused(name: str) -> None:
     ):
         with pytest.raises(InputError, match=message):
             timm.create_model(name, **base, **options)
+
+
+def said_in_training(model: nn.Module) -> int:
+    """How often the first two training forwards speak of weights that were carried over."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.train()(torch.randn(4, 3, 32, 32))
+    return sum("carried over from batch norm" in str(warning.message) for warning in said)
+
+
+def test_training_of_carried_over_weights_is_warned_of_once_until_images_were_seen(tmp_path: Path) -> None:
+    source = randomised("resnet18_cifar", width=0.125)
+    torch.save(source.state_dict(), tmp_path / "norms.pth")
+    file = {"file": str(tmp_path / "norms.pth")}
+
+    def create() -> nn.Module:
+        return timm.create_model("resnet18_cifar_deconv", pretrained=True, pretrained_cfg_overlay=file, width=0.125)
+
+    transferred = copy.deepcopy(source)
+    timm_deconv.transfer(transferred)
+    save_for_hf(create(), str(tmp_path / "uncalibrated"), safe_serialization=True)
+    generic = {"base": "resnet18_cifar", "pretrained_cfg_overlay": file}
+    for model in (
+        transferred,
+        create(),
+        copy.deepcopy(create()),
+        timm.create_model("deconv", pretrained=True, width=0.125, **generic),
+        timm.create_model(f"local-dir:{tmp_path / 'uncalibrated'}", pretrained=True),
+    ):
+        assert said_in_training(model) == 1
+    save_for_hf(model, str(tmp_path / "trained"), safe_serialization=True)
+    calibrated, resumed = create(), create()
+    timm_deconv.calibrate(calibrated, torch.randn(64, 3, 32, 32))
+    resumed.load_state_dict(model.state_dict())
+    for model in (
+        calibrated,
+        resumed,
+        timm.create_model(f"local-dir:{tmp_path / 'trained'}", pretrained=True),
+        timm.create_model("resnet18_cifar_deconv", width=0.125),
+    ):
+        assert said_in_training(model) == 0
+
+
+def test_the_docstrings_say_it_where_pretrained_stands() -> None:
+    for name in ("resnet18_deconv", "deconv"):
+        text = " ".join((model_entrypoint(name).__doc__ or "").split())
+        assert (
+            "raining" in text and "timm_deconv.calibrate" in text and "python -m timm_deconv --calibrate DATA" in text
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
+from timm_deconv.layers.notices import share_notices
 from timm_deconv.layers.whitening import count_padding, fold, whitener
 from timm_deconv.linalg import covariance, full_precision
 
@@ -67,6 +68,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
     values = {name: _values(name, layers[name], moments) for name, moments in reached.items()}
     for name, new in values.items():
         _write(layers[name], new, seen)
+    share_notices(model).uncalibrated = False
     return {name: moments.rows for name, moments in reached.items()}
 
 

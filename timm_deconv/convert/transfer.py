@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv
+from timm_deconv.layers.notices import share_notices
 
 from .affine import ChannelAffine
 from .converter import carry_out, check_convertible
@@ -88,6 +89,7 @@ def transfer(
     for module in model.modules():
         if isinstance(module, ChannelDeconv):  # the identity for its remaining channels too
             module.running_var.fill_(1 - module.eps)
+    share_notices(model).uncalibrated = True
     report.affine = list(kept)
     report.parameters_after = sum(parameter.numel() for parameter in model.parameters())
     return report

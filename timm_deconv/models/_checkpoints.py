@@ -19,6 +19,7 @@ from timm_deconv.convert import DeconvPolicy, transfer
 from timm_deconv.convert.surgery import fuse_in_place, is_whitened
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
+from timm_deconv.layers.notices import share_notices
 
 from ._order import named_by_order
 from .weights import arguments_of_weights, follow_saved
@@ -57,13 +58,15 @@ def checkpoint_filter(
 
     def filter_fn(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
         follow_saved(model, arguments_of_weights(model))
-        if _of_batch_norms(state_dict, model):
+        carried_over = _of_batch_norms(state_dict, model)
+        if carried_over:
             state_dict = _carried_over(state_dict, model, source, arguments, keep_affine)
         else:
             _check_fusion(state_dict, model)
         _add_missing_biases(state_dict, model)
         state_dict = _fitted(state_dict, model)
         _check_fit(state_dict, model)
+        share_notices(model).uncalibrated = carried_over or _seen_batches(state_dict) == 0
         return state_dict
 
     return filter_fn
@@ -85,6 +88,17 @@ def _check_form(model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -
             "{'file': FILE}) carries them over, as --pretrained --pretrained-path FILE of timm's scripts does"
         )
     _check_fusion(weights, model)
+    if _seen_batches(weights):
+        share_notices(model).uncalibrated = False
+
+
+def _seen_batches(state_dict: StateDict) -> int | None:
+    """The most training batches that a whitening layer has seen; None where there are no counters of such layers."""
+    layers = [key.removesuffix("running_deconv") for key in state_dict if key.endswith("running_deconv")]
+    counters = [
+        state_dict[f"{layer}num_batches_tracked"] for layer in layers if f"{layer}num_batches_tracked" in state_dict
+    ]
+    return max((int(counter) for counter in counters if not counter.is_meta), default=None)
 
 
 # Batch-norm weights

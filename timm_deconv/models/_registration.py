@@ -27,6 +27,7 @@ from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame
 
 from ._blocks import check_counts
 from ._checkpoints import TAG_PREFIX, checkpoint_filter, refuse_other_forms
+from ._created import created
 from ._packages import packaged_weights
 
 __all__ = ["CIFAR_POLICY", "IMAGENET_POLICY", "frozen_stem", "list_models", "register_deconv"]
@@ -48,7 +49,10 @@ Family = DeconvPolicy | Callable[[nn.Module], DeconvPolicy]
 PRE_NORM_MODULES = ("densenet", "dpn", "resnetv2")
 """Of timm: batch norms stand before the convolutions, behind sums and concatenations, and cannot be folded exactly."""
 
-POST_NORM_WEIGHTS = "Tags `.bn_*` are weights of the batch-norm network, each norm folded into the layer before it."
+POST_NORM_WEIGHTS = """Tags `.bn_*` are weights of the batch-norm network, each norm folded into the layer before it.
+    In evaluation the function is the batch-norm network's. Training whitens by its batches, and starts from another
+    function unless `timm_deconv.calibrate(model, loader)` comes first, or the script is run by
+    `python -m timm_deconv --calibrate DATA SCRIPT.py`."""
 PRE_NORM_WEIGHTS = """The batch-norm network's weights have no tag here: its norms stand before the convolutions, and
     those behind sums and concatenations cannot be folded exactly. `timm_deconv.transfer(network, keep_affine=True)`
     carries the weights over and leaves such a norm's scale and shift in place."""
@@ -128,7 +132,7 @@ def _entry_point(module: str, row: _Row) -> Callable[..., nn.Module]:
             if from_package
             else nullcontext(kwargs) as options
         ):
-            return build_model_with_cfg(
+            model = build_model_with_cfg(
                 build,
                 name,
                 pretrained,
@@ -136,6 +140,7 @@ def _entry_point(module: str, row: _Row) -> Callable[..., nn.Module]:
                 pretrained_filter_fn=checkpoint_filter(source, arguments),
                 **options,
             )
+        return created(model)
 
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__module__ = module

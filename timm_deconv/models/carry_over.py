@@ -32,6 +32,8 @@ def carry_over(
 ) -> nn.Module:
     """Create a timm network with its weights and make it a deconvolution network that evaluates the same.
 
+    Training starts from another function unless `timm_deconv.calibrate` comes first.
+
     Args:
         network: a name of timm's registry, with or without a tag, or `local-dir:` or `hf-hub:` and a place. A name that
             has a registered deconvolution form becomes that; others are converted and saved by the name `deconv`.

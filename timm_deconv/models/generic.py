@@ -22,6 +22,7 @@ from timm_deconv.errors import InputError, unknown_name
 
 from ._blocks import check_counts
 from ._checkpoints import checkpoint_filter
+from ._created import created
 from ._registration import as_built, default_cfg, list_models
 
 __all__ = ["deconv"]
@@ -43,7 +44,9 @@ def deconv(
     """The timm network `base` with its layers whitened and its batch norms removed.
 
     Args:
-        pretrained: load weights; there are some where a saved network is loaded, by `local-dir:` or `hf-hub:`.
+        pretrained: load weights; there are some where a saved network is loaded, by `local-dir:` or `hf-hub:`. Those of
+            a batch-norm network evaluate as before; training starts from another function unless the network is
+            calibrated first (`timm_deconv.calibrate`, or `python -m timm_deconv --calibrate DATA SCRIPT.py`).
         base: name of the network, with or without a tag.
         deconv: a preset's name, a dictionary over a preset, or a `DeconvPolicy`, as in `convert_deconv_model`.
         fused: make the plain network that `timm_deconv.fuse` makes of it.
@@ -67,7 +70,7 @@ def deconv(
         return as_built(model, fused)
 
     cfg = pretrained_cfg or {**default_cfg(base), "architecture": GENERIC_NAME}
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         build,
         GENERIC_NAME,
         pretrained,
@@ -76,6 +79,7 @@ def deconv(
         feature_cfg={"feature_cls": "getter"},
         **kwargs,
     )
+    return created(model)
 
 
 def _check_base(base: str | None) -> str:
