@@ -132,6 +132,14 @@ def test_another_norm_takes_the_place_of_a_batch_norm_too() -> None:
     assert report.norms == ["1"]
 
 
+def test_looking_for_the_size_that_a_network_takes_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 26 * 26, 4))
+    assert convert_deconv_model(layers).unseen is None  # 28 x 28
+    fixed = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(7, 4))
+    assert "does not run" in str(convert_deconv_model(fixed).unseen)
+    assert capfd.readouterr() == ("", "")
+
+
 class NeedsTwo(nn.Module):
     """Two inputs: no run on an image shows what it computes."""
 

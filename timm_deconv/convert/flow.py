@@ -24,7 +24,7 @@ LINEAR_OPS = (
 class Flow:
     """How values flow through one forward.
 
-    Squeeze-excites are left out of the flow: what multiplies a map, computed from pooled values, leads to no step.
+    Squeeze-excites are left out of it: what multiplies a map, computed from pooled values, and what is added so.
     """
 
     def __init__(self, run: Run, modules: Mapping[str, nn.Module]) -> None:
@@ -95,8 +95,8 @@ class Flow:
 
         A residual branch is an operand of a sum that comes, over two layers or more, from a value that another operand
         is, or is a projection of. A dense layer is an operand of a concatenation that comes, over two layers or more,
-        from all the operands before it. Neither holds another such block, nor goes to a lower
-        resolution and back, unless it is added to what it comes from itself.
+        from all the operands before it. Neither holds another such block, nor goes to a lower resolution and back,
+        unless it is added to the very value that it comes from.
         """
         ends: set[str] = set()
         for index, step in enumerate(self.steps):
@@ -230,20 +230,20 @@ class Flow:
 
         A convolution is one if each of its channels is a class, behind a pooling or before it.
         """
-        found: dict[str, None] = {}
-        for output in self.run.outputs if self.run.complete else ():
-            shape = self.steps[output].shape
-            if len(shape) <= 2:
-                todo, seen = [output], set[int]()
-                while todo:
-                    index = todo.pop()
-                    step = self.steps[index]
-                    if step.kind == "layer" and self._classifies(step, shape):
-                        found[step.name] = None
-                    if step.kind == "op" and index not in seen:
-                        seen.add(index)
-                        todo += self.sources(index)
-        return list(found)
+        outputs = self.run.outputs if self.run.complete else ()
+        classes = (output for output in outputs if len(self.steps[output].shape) <= 2)
+        return list(dict.fromkeys(name for output in classes for name in self._heads_of(output)))
+
+    def _heads_of(self, output: int) -> Iterator[str]:
+        todo, seen = [output], set[int]()
+        while todo:
+            index = todo.pop()
+            step = self.steps[index]
+            if step.kind == "layer" and self._classifies(step, self.steps[output].shape):
+                yield step.name
+            if step.kind == "op" and index not in seen:
+                seen.add(index)
+                todo += self.sources(index)
 
     def _classifies(self, step: Step, shape: tuple[int, ...]) -> bool:
         layer = self.modules[step.name]

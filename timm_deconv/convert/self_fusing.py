@@ -19,6 +19,8 @@ STATISTICS = ("running_mean", "running_var")
 DEPTH = 3
 """How many calls deep a method is read."""
 
+Methods = list[tuple[nn.Module, tuple[str, ...], tuple[str, ...]]]
+
 
 class SelfFusing(Extended):
     """A module that would be re-parameterised by folding batch norms, which are gone: whitening is folded instead.
@@ -44,9 +46,6 @@ class SelfFusing(Extended):
             return getattr(super(), method)(*args, **kwargs)
         fuse_in_place(self)
         return self
-
-
-Methods = list[tuple[nn.Module, tuple[str, ...], tuple[str, ...]]]
 
 
 def own_methods(model: nn.Module) -> Methods:
@@ -79,6 +78,8 @@ def take_over(methods: Methods) -> None:
 
 def _folds_norms(method: Any, owner: type, norms: set[str]) -> bool:
     method = inspect.unwrap(method)
+    if not inspect.isfunction(method):
+        return False
     parameters = list(inspect.signature(method).parameters.values())[1:]
     if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return False
@@ -89,9 +90,9 @@ def _names(function: Any, owner: type, depth: int = DEPTH) -> Iterator[str]:
     """The names in a function's code and in that of what it calls."""
     for name in _names_in(function.__code__):
         yield name
-        called = function.__globals__.get(name) or getattr(owner, name, None)
-        if depth > 1 and inspect.isfunction(called):
-            yield from _names(inspect.unwrap(called), owner, depth - 1)
+        called = inspect.unwrap(function.__globals__.get(name, getattr(owner, name, None)))
+        if depth > 1 and name != "forward" and inspect.isfunction(called):
+            yield from _names(called, owner, depth - 1)
 
 
 def _names_in(code: CodeType) -> Iterator[str]:

@@ -4,14 +4,15 @@ The run sees what Python does, so any control flow is allowed.
 """
 
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
 from torch.utils._pytree import tree_map_only
 
 from timm_deconv.errors import InputError
@@ -135,10 +136,22 @@ class _OnFakes(_OnMeta):
         return {id(tensor): tensor for tensor in tensors}
 
     def _context(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.like.is_meta else FakeTensorMode(allow_non_fake_inputs=True)
+        return nullcontext() if self.like.is_meta else _fakes()
 
     def _inputs(self) -> Inputs:
         return (torch.zeros(2, *self.size, device=self.like.device, dtype=self.like.dtype),)
+
+
+@contextmanager
+def _fakes() -> Iterator[None]:
+    """Fake tensors, whose failures are expected here and not to be logged."""
+    logger = logging.getLogger(fake_tensor.__name__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        logger.disabled = before
 
 
 class _InEarnest(_OnFakes):
