@@ -52,6 +52,7 @@ class WhiteningMixin(nn.Module):
         running_gain, running_power: (S,) and (2, S), with `cfg.gain_corrected` only; see `gain`.
 
     Attributes:
+        cumulative: average all batches alike, as batch norm does without momentum.
         statistics_frozen: use the running values in training too, as they are, and count no forwards; see
             `timm_deconv.freeze`. `requires_grad` changes no statistics, as in batch norm.
         saw_nonfinite: bool (), whether the latest batch's statistics were not finite. Such a batch leaves the running
@@ -69,6 +70,7 @@ class WhiteningMixin(nn.Module):
     num_batches_tracked: Tensor
     partition: Partition
     statistics_frozen: bool
+    cumulative: bool
 
     @abstractmethod
     def rows(self, input: Tensor) -> Tensor:
@@ -133,6 +135,7 @@ class WhiteningMixin(nn.Module):
         self.cfg: DeconvCfg = cfg
         self.partition = partition
         self.statistics_frozen = False
+        self.cumulative = False
         self.notices = Notices()
         self.label = ""
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
@@ -244,6 +247,8 @@ class WhiteningMixin(nn.Module):
         corrected it is the larger of m and RECENT / (t - 1 + RECENT), as weights move fastest at the start.
         """
         momentum = self.cfg.momentum
+        if self.cumulative:
+            return 1 / (self._updates(self._forwards()) + 1)
         if momentum == 1 or not (self.cfg.start_corrected or self.cfg.gain_corrected):
             return momentum
         if not torch.compiler.is_compiling():

@@ -45,6 +45,7 @@ class ChannelDeconv(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
     statistics_frozen: bool
+    cumulative: bool
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class ChannelDeconv(nn.Module):
         self.cfg = resolve_cfg(cfg, "channel")
         self.eps = self.cfg.eps
         self.statistics_frozen = False
+        self.cumulative = False
         self.notices = Notices()
         self.label = ""
         self.saw_nonfinite = torch.zeros((), dtype=torch.bool, device="cpu")
@@ -159,7 +161,8 @@ class ChannelDeconv(nn.Module):
     @torch.no_grad()
     def _track(self, *live: Tensor) -> None:
         finite = torch.stack([value.isfinite().all() for value in live]).all()
-        momentum = torch.where(self.num_batches_tracked == 0, 1.0, self.cfg.momentum)
+        alike = 1 / (self.num_batches_tracked + 1)
+        momentum = alike if self.cumulative else torch.where(self.num_batches_tracked == 0, 1.0, self.cfg.momentum)
         for running, value in zip(
             (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var), live, strict=True
         ):
