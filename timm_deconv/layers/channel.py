@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_deconv.errors import InputError
 from timm_deconv.linalg import covariance, full_precision
 
-from .base import MANY_BATCHES, in_recomputation
+from .base import MANY_BATCHES, be_leaf, in_recomputation
 from .config import DeconvCfg
 from .notices import Notices
 from .presets import resolve_cfg
@@ -59,6 +59,7 @@ class ChannelDeconv(nn.Module):
         self.num_features = num_features
         self.cfg = resolve_cfg(cfg, "channel")
         self.eps = self.cfg.eps
+        be_leaf(self)
         self.statistics_frozen = False
         self.cumulative = False
         self.notices = Notices()
@@ -134,8 +135,7 @@ class ChannelDeconv(nn.Module):
         with full_precision(input):
             x = input.to(torch.promote_types(input.dtype, torch.float32))
             live = self._statistics(x)
-            if not in_recomputation():
-                self._track(*(value.detach() for value in live))
+            self._track(*(value.detach() for value in live))
             return normalise(x, *live, self.eps).to(input.dtype)
 
     @torch.jit.unused
@@ -161,6 +161,8 @@ class ChannelDeconv(nn.Module):
     @torch.no_grad()
     def _track(self, *live: Tensor) -> None:
         finite = torch.stack([value.isfinite().all() for value in live]).all()
+        self.saw_nonfinite = ~finite
+        finite = finite & (not in_recomputation())  # with the same operations, as selective checkpointing counts them
         alike = 1 / (self.num_batches_tracked + 1)
         momentum = alike if self.cumulative else torch.where(self.num_batches_tracked == 0, 1.0, self.cfg.momentum)
         for running, value in zip(
@@ -169,7 +171,6 @@ class ChannelDeconv(nn.Module):
             value = value.to(running.dtype)
             running.copy_(torch.where(finite, running + momentum * (value - running), running))
         self.num_batches_tracked.add_(finite)
-        self.saw_nonfinite = ~finite
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "running_deconv" in state_dict and prefix + "num_batches_tracked" not in state_dict:
@@ -206,6 +207,3 @@ def normalise(x: Tensor, mean1: Tensor, whitener: Tensor, mean2: Tensor, var: Te
     rows = first.reshape(whitener.shape[0], -1)
     whitened = (whitener @ (rows - mean1)).reshape(first.shape).transpose(0, 1)
     return torch.cat([whitened, rest], 1).to(x.dtype)
-
-
-torch.fx.wrap("normalise")

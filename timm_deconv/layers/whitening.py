@@ -125,7 +125,7 @@ def whiten_vectors(vectors: Tensor, mean: Tensor, whitener: Tensor, partition: P
 
 def fold_bias(bias: Tensor | None, sums: Tensor, shift: Tensor, partition: Partition) -> Tensor:
     """Bias (O,) minus the products of `sum_blocks` (S, O / groups, F) of a weight with what it meets, (S, 1, F)."""
-    products = sum_shift(torch.bmm(sums, shift.mT).squeeze(-1), partition)
+    products = sum_shift(torch.bmm(sums, shift.transpose(1, 2)).squeeze(-1), partition)  # ONNX has no mT
     return -products if bias is None else bias - products
 
 
