@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import timm
@@ -10,8 +11,9 @@ from timm.layers import BatchNormAct2d, SelectAdaptivePool2d, convert_sync_batch
 from torch import Tensor, nn
 
 from tests.convert.networks import Shared, Tiny, converted, images, trained
-from timm_deconv import ChannelDeconv, Deconv2d, DeconvLinear, convert_deconv_model, fuse
+from timm_deconv import ChannelDeconv, Deconv2d, DeconvLinear, convert_deconv_model, fuse, transfer
 from timm_deconv.convert.classifier import WhitenedPool
+from timm_deconv.errors import InputError
 
 
 def test_weights_are_the_same_objects_and_missing_biases_are_zero() -> None:
@@ -200,3 +202,22 @@ def test_fusing_leaves_the_network_training() -> None:
     plain = fuse(model)
     assert type(plain.stem) is nn.Conv2d and not plain.training
     assert type(model.stem) is Deconv2d and model.training
+
+
+@pytest.mark.parametrize("function", [convert_deconv_model, transfer, fuse])
+@pytest.mark.parametrize(
+    ("value", "way_out"),
+    [("resnet18", r"; timm\.create_model\('resnet18'\) makes a network"), (None, "$"), ([nn.ReLU()], "$")],
+)
+def test_what_is_no_network_is_named(function: Any, value: Any, way_out: str) -> None:
+    with pytest.raises(InputError, match=rf"{function.__name__}\(.*\): it takes a network, an nn\.Module{way_out}"):
+        function(value)
+
+
+def test_fusing_a_network_without_whitening_layers_says_what_makes_them() -> None:
+    model = Tiny()
+    with pytest.raises(InputError, match=r"no whitening layer in Tiny, so nothing to fuse: .*convert_deconv_model"):
+        fuse(model)
+    convert_deconv_model(model)
+    with pytest.raises(InputError, match="a fused network has none"):
+        fuse(fuse(model))

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
+from timm.layers import FrozenBatchNormAct2d
 from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 import timm_deconv
 from timm_deconv import Deconv2d, DeconvLinear, transfer
@@ -287,3 +290,96 @@ def test_nothing_to_fold_and_norms_without_statistics_are_refused() -> None:
         transfer(model, keep_affine=True)
     with pytest.raises(InputError, match="no batch norm"):
         transfer(timm.create_model("resnet18_cifar_deconv", width=0.25))
+
+
+class Detector(nn.Module):
+    """Takes a list of images of different sizes and, if asked, how much to scale them by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, images: list[Tensor], scale: float = 1.0) -> list[dict[str, Tensor]]:
+        maps = [self.head(self.norm(self.conv(image[None] * scale)).relu()) for image in images]
+        return [{"boxes": m[m > float(m.mean())]} for m in maps]
+
+
+def test_network_of_unusual_inputs_is_folded_by_example_inputs() -> None:
+    images = [torch.randn(3, 8, 9, dtype=torch.float64), torch.randn(3, 11, 7, dtype=torch.float64)]
+    for inputs in ((images,), (images, 2.0), {"images": images, "scale": 0.5}):
+        model = randomised(Detector()).double()
+        with torch.no_grad():
+            before, kept = model(images), snapshot(model)
+        with pytest.raises(InputError, match=r"Detector does not run on .*; give .* or example_inputs=\(\.\.\.\)"):
+            transfer(model)
+        assert_unchanged(model, kept)
+        report = transfer(model, example_inputs=inputs)
+        assert report.norms == ["norm"] and report.unseen is None
+        with torch.no_grad():
+            after = model(images)
+        for a, b in zip(after, before, strict=True):
+            assert difference(a["boxes"], b["boxes"]) < 1e-12
+
+
+def test_example_inputs_that_cannot_be_are_named() -> None:
+    with pytest.raises(InputError, match=r"example_inputs of type Tensor: give a tuple .* or a dictionary"):
+        transfer(Detector(), example_inputs=torch.zeros(2, 3, 8, 8))  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match=r"Detector does not run on the example_inputs: .*; give what its forward takes"
+    ):
+        transfer(Detector(), example_inputs=(torch.zeros(2, 3), "x"))
+
+
+@pytest.mark.slow
+def test_torchvisions_faster_rcnn_computes_the_same_features() -> None:
+    make = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    model = randomised(make(weights=None, weights_backbone=None, min_size=64, max_size=96))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model.backbone(x)
+        report = transfer(model, example_inputs=([torch.rand(3, 64, 64), torch.rand(3, 80, 64)],))
+        after = model.backbone(x)
+    assert report.norms and not [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    assert all(difference(after[key], before[key]) < 1e-4 for key in before)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "mobilenetv2_050"])
+def test_norms_that_timms_freeze_has_frozen_are_folded_as_others_are(name: str) -> None:
+    model = randomised(timm.create_model(name))
+    timm.utils.freeze(model)
+    assert not [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    after, before = outputs_before_and_after(model, torch.randn(2, 3, 64, 64))
+    assert difference(after, before) < 1e-4
+    assert not [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d | FrozenBatchNormAct2d)]
+
+
+def test_torchvisions_frozen_norms_are_folded_or_stay_as_scale_and_shift_without_gradients() -> None:
+    model = nn.Sequential(FrozenBatchNorm2d(3), nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    for norm in (model[0], model[2]):
+        for buffer in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            buffer.uniform_(0.5, 2)
+    model.eval()
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(InputError, match="keep_affine=True"):
+        transfer(model)
+    after, before = outputs_before_and_after(model, x, keep_affine=True)
+    assert difference(after, before) < 1e-5
+    assert isinstance(model[0], ChannelAffine) and isinstance(model[2], nn.Identity)
+    assert not model[0].weight.requires_grad and model[1].bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"), [(nn.LazyConv2d(4, 3), "0 is a LazyConv2d"), (nn.LazyBatchNorm2d(), "0 is a LazyBatchNorm2d")]
+)
+@pytest.mark.parametrize("function", [transfer, timm_deconv.convert_deconv_model])
+def test_lazy_layers_are_refused_by_name(function: Any, layer: nn.Module, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} without a shape yet: run the network once on a batch first"):
+        function(nn.Sequential(layer, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+
+
+def test_lazy_layers_that_have_a_shape_are_converted() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    model(x)
+    after, before = outputs_before_and_after(model, x)
+    assert difference(after, before) < 1e-5 and isinstance(model[0], Deconv2d) and isinstance(model[1], nn.Identity)

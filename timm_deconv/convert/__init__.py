@@ -1,5 +1,6 @@
 """From any network to a deconvolution network and back to a plain one."""
 
+from .adapters import refuse_adapters
 from .calibrate import calibrate
 from .converter import convert_deconv_model
 from .fuse import fuse
@@ -16,3 +17,5 @@ __all__ = [
     "resolve_policy",
     "transfer",
 ]
+
+refuse_adapters()

@@ -38,7 +38,7 @@ def convert_deconv_model(
     `deconv` and loads as such. Methods of its blocks that would fold batch norms (`fuse`, `reparameterize`,
     `switch_to_deploy`) fold whitening instead.
 
-    To see what reads what, the network is run once on an input without data. Where it does not run so, roles are taken
+    To see what reads what, the network is run once on an input without data. Of what does not run so, roles are taken
     from shapes alone, norms are judged by the layers beside them, and the report says it.
 
     Args:

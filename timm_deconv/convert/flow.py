@@ -231,7 +231,7 @@ class Flow:
         A convolution is one if each of its channels is a class, behind a pooling or before it.
         """
         found: dict[str, None] = {}
-        for output in self.run.outputs:
+        for output in self.run.outputs if self.run.complete else ():
             shape = self.steps[output].shape
             if len(shape) <= 2:
                 todo, seen = [output], set[int]()

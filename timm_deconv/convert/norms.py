@@ -36,8 +36,8 @@ def reasons_to_stay(model: nn.Module, trace: Trace, layers: Layers, norms: Itera
 
     Args:
         model: the network, as yet unchanged.
-        trace: what it computes; of a network that was not run, `()`, the layers beside a norm in the order in which
-            they were made decide.
+        trace: what it computes. Of a norm that was not run the layers beside it, in the order in which they were made,
+            decide.
         layers: which layers are going to be whitened.
         norms: names of the norms in question.
     """

@@ -13,7 +13,7 @@ from .norms import Layers, reasons_to_stay
 from .policy import DeconvPolicy, Role
 from .roles import classifier_names, find_roles, linear_layers_as_convs, token_linears
 from .surgery import why_not_whitened
-from .trace import Inputs, Trace, trace_network
+from .trace import Inputs, RunError, Trace, trace_network
 
 __all__ = ["Plan", "decide", "look_at"]
 
@@ -36,13 +36,13 @@ class Plan:
 
 
 def look_at(model: nn.Module, example_inputs: Inputs | None) -> tuple[Trace, str | None]:
-    """What a network computes, and why that is not known where it does not run; inputs that the user gives must."""
+    """What a network computes and, where it does not run to its end, why; on inputs that the user gives it must."""
     try:
         return trace_network(model, example_inputs=example_inputs), None
-    except InputError as error:
+    except RunError as error:
         if example_inputs is not None:
             raise
-        return (), str(error)
+        return (error.so_far,) if error.so_far.steps else (), str(error)
 
 
 def decide(model: nn.Module, requested: DeconvPolicy, policy: DeconvPolicy, trace: Trace, norms: Iterable[str]) -> Plan:
@@ -52,7 +52,7 @@ def decide(model: nn.Module, requested: DeconvPolicy, policy: DeconvPolicy, trac
         model: the network.
         requested: the part of the policy that the user asked for, which is judged.
         policy: with what lies beneath it.
-        trace: what the network computes; `()` where that is not known.
+        trace: what the network computes, as far as that is known.
         norms: names of the norms in question.
 
     Raises:

@@ -40,10 +40,14 @@ class Step:
 
 @dataclass
 class Run:
-    """The steps of one forward in order, and which of their values it gives back."""
+    """The steps of one forward in order, and which of their values it gives back.
+
+    Of a forward that failed, `complete` is False and `outputs` are the values that nothing has read yet.
+    """
 
     steps: list[Step] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    complete: bool = True
 
     @cached_property
     def readers(self) -> list[list[int]]:
@@ -89,13 +93,23 @@ class Recorder(TorchDispatchMode):
 
     def finish(self, outputs: Any) -> Run:
         """The steps so far, of a forward that gave back `outputs`."""
+        self.result.outputs = list(self._indices(outputs))
+        self._forget()
+        return self.result
+
+    def give_up(self) -> Run:
+        """The steps so far, of a forward that failed."""
+        self.result.complete = False
+        self.result.outputs = [index for index, readers in enumerate(self.result.readers) if not readers]
+        self._forget()
+        return self.result
+
+    def _forget(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self.result.outputs = list(self._indices(outputs))
         self._known.clear()
         self._weights.clear()
         self._sharers.clear()
-        return self.result
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

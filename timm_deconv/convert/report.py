@@ -29,8 +29,8 @@ class ConversionReport:
         norms_kept: (name, reason) of the batch norms that stay, as a plain layer reads them.
         norms_left: (name, class) of the other normalisation layers, which stay.
         affine: names of the batch norms that stay as a scale and shift of each channel (`transfer`).
-        unseen: why it is not known what the network computes, if it is not: roles were taken from shapes alone, and
-            norms judged by the layers beside them.
+        unseen: why the network did not run to its end, if it did not: roles of what was not computed were taken from
+            shapes alone, and norms judged by the layers beside them.
         parameters_before, parameters_after: counts.
     """
 
@@ -64,7 +64,9 @@ class ConversionReport:
             lines.append(f"{len(self.norms_kept)} batch norms stay:")
             lines += [f"  {name}: {reason}" for name, reason in self.norms_kept]
         if self.unseen:
-            lines.append(f"roles by shape alone, norms by the layers beside them: {self.unseen}")
+            lines.append(
+                f"roles of what did not run are by shape alone, norms by the layers beside them: {self.unseen}"
+            )
         if self.norms_left:
             kinds = sorted(Counter(kind for _, kind in self.norms_left).items())
             lines.append("other norms, left as they are: " + ", ".join(f"{n} {kind}" for kind, n in kinds))

@@ -5,12 +5,10 @@ from timm.models.vgg import ConvMlp
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_deconv.errors import InputError
-
 from .flow import Flow
 from .kinds import other_norms, weighted_layers
 from .policy import Role
-from .trace import Trace, trace_network
+from .trace import RunError, Trace, trace_network
 
 __all__ = ["block_ends", "classifier_names", "find_roles", "linear_layers_as_convs", "token_linears"]
 
@@ -23,8 +21,8 @@ def find_roles(model: nn.Module, trace: Trace | None = None) -> dict[str, Role]:
 
     Args:
         model: any network.
-        trace: what it computes; by default it is run to see. Of a network that was not run, `()`, the roles are those
-            that its shapes and timm's configuration say.
+        trace: what it computes; by default it is run to see. Of what was not run the roles are those that shapes and
+            timm's configuration say.
     """
     trace = _traced(model) if trace is None else trace
     stems, classifiers = _stem_names(model, trace), classifier_names(model, trace)
@@ -102,8 +100,8 @@ def token_linears(model: nn.Module) -> set[str]:
 def _traced(model: nn.Module) -> Trace:
     try:
         return trace_network(model)
-    except InputError:
-        return ()
+    except RunError as error:
+        return (error.so_far,)
 
 
 def _flows(model: nn.Module, trace: Trace | None) -> list[Flow]:

@@ -19,13 +19,22 @@ from timm_deconv.errors import InputError
 from .kinds import is_any_norm, weighted_layers
 from .record import Recorder, Run
 
-__all__ = ["Inputs", "Trace", "trace_network"]
+__all__ = ["Inputs", "RunError", "Trace", "trace_network"]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """What a network's forward takes: a tuple of positional or a dictionary of keyword arguments."""
 
 Trace = tuple[Run, ...]
 """A forward in evaluation and, where modules took no part in it, one in training: auxiliary heads speak only there."""
+
+
+class RunError(InputError):
+    """A network that does not run; `so_far` is what it computed until then."""
+
+    def __init__(self, message: str, so_far: Run | None = None) -> None:
+        super().__init__(message)
+        self.so_far = so_far or Run(complete=False)
+
 
 USUAL_SIZES = (224, 32, 28, 64, 128, 256, 299)
 
@@ -42,7 +51,7 @@ def trace_network(
         example_inputs: what its forward takes, in place of an image. The network is then run in earnest.
 
     Raises:
-        InputError: the network does not run so.
+        RunError: the network does not run so.
     """
     if example_inputs is not None:
         if not isinstance(example_inputs, tuple | Mapping):
@@ -52,15 +61,17 @@ def trace_network(
                 " of its keyword arguments"
             )
         return _InEarnest(model, example_inputs).trace()
-    first: InputError | None = None
+    errors: list[RunError] = []
     for size in [tuple(input_size)] if input_size else _input_sizes(model):
         for stage in (_OnMeta, _OnFakes):
             try:
                 return stage(model, size).trace()
-            except InputError as error:
-                first = first or error
-    assert first is not None
-    raise first
+            except RunError as error:
+                errors.append(error)
+        if [str(e.__cause__) for e in errors[-4:-2]] == [str(e.__cause__) for e in errors[-2:]]:
+            break  # it is not the size
+    longest = max((error.so_far for error in errors), key=lambda run: len(run.steps))
+    raise RunError(str(errors[0]), longest) from errors[0].__cause__
 
 
 class _OnMeta:
@@ -75,7 +86,7 @@ class _OnMeta:
         try:
             self.network = copy.deepcopy(model, {**self._stand_ins(tensors), **_hooks(model)})
         except Exception as error:
-            raise InputError(f"{self.kind} cannot be copied, to see what it computes: {_first_line(error)}") from error
+            raise RunError(f"{self.kind} cannot be copied, to see what it computes: {_first_line(error)}") from error
 
     def trace(self) -> Trace:
         """The forwards that show all modules."""
@@ -89,13 +100,15 @@ class _OnMeta:
 
     def _run(self, training: bool) -> Run:
         self.network.train(training)
+        recorder = None
         try:
             with torch.no_grad(), self._context():
                 inputs = self._inputs()
                 with Recorder(self.network, self.names, inputs) as recorder:
                     outputs = self.network(**inputs) if isinstance(inputs, Mapping) else self.network(*inputs)
         except Exception as error:
-            raise InputError(self._failure(_first_line(error))) from error
+            so_far = recorder.give_up() if recorder else Run()
+            raise RunError(self._failure(_first_line(error)), so_far) from error
         return recorder.finish(outputs)
 
     def _stand_ins(self, tensors: list[Tensor]) -> dict[int, Any]:
@@ -213,4 +226,5 @@ def _input_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 160 else f"{line[:157]}..."

@@ -1,0 +1,29 @@
+"""Adapters that are merged into a weight, such as PEFT's LoRA, are refused around whitening layers.
+
+They compute `base(x) + B A x` and write B A into the weight of `base`. That of a whitening layer acts on the whitened
+x, so that merging would change the function, and the copy of the layer's class that they make for A would whiten, too.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from timm_deconv.errors import InputError
+
+from .surgery import WHITENING_TYPES
+
+__all__ = ["refuse_adapters"]
+
+
+def refuse_adapters() -> None:
+    """Let no module that can `merge` take a whitening layer for its `base_layer`, PEFT's name for what it adapts."""
+    register_module_module_registration_hook(_check)
+
+
+def _check(parent: nn.Module, name: str, child: Any) -> None:
+    if name == "base_layer" and isinstance(child, WHITENING_TYPES) and callable(getattr(type(parent), "merge", None)):
+        raise InputError(
+            f"an adapter ({type(parent).__name__}) around a {type(child).__name__}: merged, it would add to a weight"
+            " that acts on whitened inputs; adapt the plain network that timm_deconv.fuse(model) makes"
+        )
