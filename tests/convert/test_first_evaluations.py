@@ -45,7 +45,7 @@ CASES = [
     ("mobilenetv3_small_050", 16, 0.0, 1),
     ("mobilenetv3_small_050", 16, 0.1, 8),
     ("mobilenetv3_small_050", 2, 0.01, 8),
-    ("ghostnet_050", 8, 0.1, 1),
+    ("ghostnet_050", 8, 0.01, 1),
     ("mnasnet_small", 8, 0.01, 8),
     ("efficientnet_b0", 8, 0.01, 8),
 ]
