@@ -62,7 +62,7 @@ def covariance(rows: Tensor, *, centred: bool = True, overwrite: bool = False) -
         mean = rows.mean(-2, keepdim=True)
         deviations = (rows.sub_(mean) if overwrite else rows - mean) if centred else rows
         samples = deviations.reshape(-1, *rows.shape[-2:])
-        cov = inner_products(samples, samples).div_(rows.shape[-2])
+        cov = inner_products(samples, samples) / rows.shape[-2]
         return mean.squeeze(-2), cov.reshape(*rows.shape[:-2], *cov.shape[-2:])
 
 
@@ -154,7 +154,7 @@ def isqrt_of_rows(rows: Tensor, eps: float, n_iter: int = 5, quartic: bool = Fal
             root = _newton_schulz_of_pair(first, gram, n_iter)
         of_eps, core = (part / scale.sqrt() for part in root)
         whole = wide.mT @ (core / scale) @ wide
-        whole.diagonal(dim1=-2, dim2=-1).add_(of_eps.squeeze(-1))
+        whole = whole + of_eps * _eye_like(whole)  # not in place: selective checkpointing may keep the product
         return whole.to(promote(rows).dtype).reshape(*rows.shape[:-2], *whole.shape[-2:])
 
 
@@ -230,7 +230,7 @@ def _quartic_iterates(a: Tensor, coefficients: Quartic) -> list[Tensor]:
     """A, A^2, U = c2 I + c3 A + c4 A^2 and the polynomial c0 I + c1 A + A^2 U; (B, F, F)."""
     c0, c1, c2, c3, c4 = coefficients
     square = rows_times(a, a, symmetric=True)
-    upper = _plus_eye((c3 * a).add_(square, alpha=c4), c2)
+    upper = _plus_eye(torch.add(c3 * a, square, alpha=c4), c2)
     return [a, square, upper, _plus_eye(rows_times_plus(square, upper, a, beta=c1, symmetric=True), c0)]
 
 
@@ -315,9 +315,8 @@ def _factor(y: Tensor, z: Tensor) -> Tensor:
 
 
 def _plus_eye(matrices: Tensor, scale: float) -> Tensor:
-    """In place."""
-    matrices.diagonal(dim1=-2, dim2=-1).add_(scale)
-    return matrices
+    """A new tensor: what a product gave is not written to, as selective checkpointing may keep it."""
+    return torch.add(matrices, _eye_like(matrices), alpha=scale)
 
 
 def _symmetric(matrices: Tensor) -> Tensor:

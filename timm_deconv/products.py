@@ -49,7 +49,8 @@ def rows_times_plus(
     """beta summand + alpha rows matrices, as `rows_times`: (S, R, G). Differentiable."""
     if not _by_convolution(rows, matrices.shape[-1]):
         return torch.baddbmm(summand, rows, matrices, beta=beta, alpha=alpha)
-    return rows_times(rows, matrices, symmetric=symmetric).mul_(alpha).add_(summand, alpha=beta)
+    product = rows_times(rows, matrices, symmetric=symmetric)  # not written to: selective checkpointing may keep it
+    return torch.add(summand if beta == 1 else beta * summand, product, alpha=alpha)
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .partition import Partition
 from .statistics import Statistics
 from .whitening import fold
 
-__all__ = ["MANY_BATCHES", "WhiteningMixin", "check_dtype", "fold_running", "in_recomputation"]
+__all__ = ["MANY_BATCHES", "WhiteningMixin", "be_leaf", "check_dtype", "in_recomputation"]
 
 Folded = tuple[Tensor, Tensor]
 
@@ -29,15 +29,12 @@ RECENT = 4
 """With `gain_corrected` the t-th of the first batches weighs about as many times as much as in the mean of all t."""
 
 
-def fold_running(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, whitener: Tensor, partition: Partition
-) -> tuple[Tensor, Tensor]:
-    """`fold` in full precision whatever the autocast mode; symbolic traces take it as one function."""
-    with full_precision(weight):
-        return fold(weight, bias, mean, whitener, partition)
+def be_leaf(layer: nn.Module) -> None:
+    """Let symbolic traces take a layer as one module in training and evaluation, as they take torch's own layers.
 
-
-torch.fx.wrap("fold_running")
+    `torch.fx`, and torchvision's feature extraction with it, asks the module itself where it comes from.
+    """
+    layer.__dict__["__module__"] = nn.Conv2d.__module__
 
 
 class WhiteningMixin(nn.Module):
@@ -52,6 +49,7 @@ class WhiteningMixin(nn.Module):
         running_gain, running_power: (S,) and (2, S), with `cfg.gain_corrected` only; see `gain`.
 
     Attributes:
+        cumulative: average all batches alike, as batch norm does without momentum.
         statistics_frozen: use the running values in training too, as they are, and count no forwards; see
             `timm_deconv.freeze`. `requires_grad` changes no statistics, as in batch norm.
         saw_nonfinite: bool (), whether the latest batch's statistics were not finite. Such a batch leaves the running
@@ -69,6 +67,7 @@ class WhiteningMixin(nn.Module):
     num_batches_tracked: Tensor
     partition: Partition
     statistics_frozen: bool
+    cumulative: bool
 
     @abstractmethod
     def rows(self, input: Tensor) -> Tensor:
@@ -96,7 +95,8 @@ class WhiteningMixin(nn.Module):
 
     def folded(self) -> Folded:
         """Weight and bias of the plain layer, from the running values."""
-        return fold_running(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
+        with full_precision(self.weight):
+            return fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
 
     def reset_running_stats(self) -> None:
         """Forget all batches: mean zero, whitener identity, no batch counted."""
@@ -132,7 +132,9 @@ class WhiteningMixin(nn.Module):
     def _init_statistics(self, cfg: DeconvCfg, partition: Partition) -> None:
         self.cfg: DeconvCfg = cfg
         self.partition = partition
+        be_leaf(self)
         self.statistics_frozen = False
+        self.cumulative = False
         self.notices = Notices()
         self.label = ""
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
@@ -170,7 +172,7 @@ class WhiteningMixin(nn.Module):
             statistics = self._statistics(input)
             if not recomputing:
                 self._speak()
-                self._track(statistics, frozen)
+            self._track(statistics, frozen, recomputing)
             on_device = frozen if isinstance(frozen, Tensor) else None
             if on_device is not None:
                 statistics = self._running_where(on_device, statistics)
@@ -196,18 +198,23 @@ class WhiteningMixin(nn.Module):
 
     def _frozen_fold(self) -> Folded:
         mean, whitener = (value.detach().clone() for value in self._running_values())
-        return fold_running(self.weight, self.bias, mean, whitener, self.partition)
+        with full_precision(self.weight):
+            return fold(self.weight, self.bias, mean, whitener, self.partition)
 
     def _running_values(self) -> tuple[Tensor, Tensor]:
         sets, features = self.partition.sets, self.partition.features
         return self.running_mean.reshape(sets, features), self.running_deconv.reshape(sets, features, features)
 
     @torch.no_grad()
-    def _track(self, live: Statistics, frozen: bool | Tensor) -> None:
-        """Average in a batch's mean and, of the sets that vary, its whitener; neither if they are not finite."""
+    def _track(self, live: Statistics, frozen: bool | Tensor, recomputing: bool) -> None:
+        """Average in a batch's mean and, of the sets that vary, its whitener; neither if they are not finite.
+
+        Recomputation changes nothing but does the same operations, as selective checkpointing counts them.
+        """
         finite = live.whitener.sum().abs() < math.inf  # false of NaN; the whitener is not finite if the mean is not
         self.saw_nonfinite = ~finite
         moving = finite & ~frozen if isinstance(frozen, Tensor) else finite
+        moving = moving & (not recomputing)
         momentum = self._momentum()
         mean, whitener = self._running_values()
         if self.cfg.gain_corrected:
@@ -244,6 +251,8 @@ class WhiteningMixin(nn.Module):
         corrected it is the larger of m and RECENT / (t - 1 + RECENT), as weights move fastest at the start.
         """
         momentum = self.cfg.momentum
+        if self.cumulative:
+            return 1 / (self._updates(self._forwards()) + 1)
         if momentum == 1 or not (self.cfg.start_corrected or self.cfg.gain_corrected):
             return momentum
         if not torch.compiler.is_compiling():

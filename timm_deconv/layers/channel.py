@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_deconv.errors import InputError
 from timm_deconv.linalg import covariance, full_precision
 
-from .base import MANY_BATCHES, in_recomputation
+from .base import MANY_BATCHES, be_leaf, in_recomputation
 from .config import DeconvCfg
 from .notices import Notices
 from .presets import resolve_cfg
@@ -45,6 +45,7 @@ class ChannelDeconv(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
     statistics_frozen: bool
+    cumulative: bool
 
     def __init__(
         self,
@@ -58,7 +59,9 @@ class ChannelDeconv(nn.Module):
         self.num_features = num_features
         self.cfg = resolve_cfg(cfg, "channel")
         self.eps = self.cfg.eps
+        be_leaf(self)
         self.statistics_frozen = False
+        self.cumulative = False
         self.notices = Notices()
         self.label = ""
         self.saw_nonfinite = torch.zeros((), dtype=torch.bool, device="cpu")
@@ -132,8 +135,7 @@ class ChannelDeconv(nn.Module):
         with full_precision(input):
             x = input.to(torch.promote_types(input.dtype, torch.float32))
             live = self._statistics(x)
-            if not in_recomputation():
-                self._track(*(value.detach() for value in live))
+            self._track(*(value.detach() for value in live))
             return normalise(x, *live, self.eps).to(input.dtype)
 
     @torch.jit.unused
@@ -159,14 +161,16 @@ class ChannelDeconv(nn.Module):
     @torch.no_grad()
     def _track(self, *live: Tensor) -> None:
         finite = torch.stack([value.isfinite().all() for value in live]).all()
-        momentum = torch.where(self.num_batches_tracked == 0, 1.0, self.cfg.momentum)
+        self.saw_nonfinite = ~finite
+        finite = finite & (not in_recomputation())  # with the same operations, as selective checkpointing counts them
+        alike = 1 / (self.num_batches_tracked + 1)
+        momentum = alike if self.cumulative else torch.where(self.num_batches_tracked == 0, 1.0, self.cfg.momentum)
         for running, value in zip(
             (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var), live, strict=True
         ):
             value = value.to(running.dtype)
             running.copy_(torch.where(finite, running + momentum * (value - running), running))
         self.num_batches_tracked.add_(finite)
-        self.saw_nonfinite = ~finite
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "running_deconv" in state_dict and prefix + "num_batches_tracked" not in state_dict:
@@ -203,6 +207,3 @@ def normalise(x: Tensor, mean1: Tensor, whitener: Tensor, mean2: Tensor, var: Te
     rows = first.reshape(whitener.shape[0], -1)
     whitened = (whitener @ (rows - mean1)).reshape(first.shape).transpose(0, 1)
     return torch.cat([whitened, rest], 1).to(x.dtype)
-
-
-torch.fx.wrap("normalise")

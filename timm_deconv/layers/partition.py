@@ -135,8 +135,8 @@ def unsplit_weight(rows: Tensor, shape: list[int], partition: Partition) -> Tens
         blocks = rows.transpose(0, 1)
     if partition.interleaved:
         blocks = blocks.reshape(-1, partition.blocks, partition.features).transpose(1, 2)
-    if partition.of_channels and len(shape) == 4 and shape[2] * shape[3] > 1:
-        return blocks.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+    if partition.of_channels and len(shape) == 4:
+        return blocks.reshape(shape[0], -1, shape[1]).transpose(1, 2).reshape(shape)
     return blocks.reshape(shape)
 
 

@@ -39,7 +39,7 @@ class Deconv2dSame(Deconv2d):
         return super().rows(pad_same(input, self.kernel_size, self.stride, self.dilation))  # type: ignore[arg-type]
 
 
-torch.fx.wrap("pad_same")
+torch.fx.wrap("pad_same")  # for `Conv2dSame`, which is traced as what it does
 
 
 def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:

@@ -29,6 +29,7 @@ from .whitening import (
     LEAST_VARIANCE,
     count_padding,
     count_padding_backward,
+    differ,
     regularise,
     regularise_backward,
     varies,
@@ -67,7 +68,8 @@ def batch_statistics(x: Tensor, conv_map: ConvMap) -> Statistics:
         mean, cov = covariance(rows, overwrite=conv_map.copies)
         deviations = _probe(rows, None if conv_map.copies else mean, cfg)
         mean, cov = count_padding(mean, cov, conv_map.padding_share(x))
-        varying = varies(cov, samples, cfg)
+        # one row has no deviation, but those that were passed over may differ from it
+        varying = varies(cov, cfg.eps) if samples > 1 else differ(x, cfg.eps).expand(cov.shape[0])
         root, iterates = isqrt_with_iterates(regularise(cov, samples, cfg), cfg.n_iter, cfg.quartic)
         return Statistics(mean, root * varying[:, None, None], varying, samples, deviations, tuple(iterates))
 
@@ -81,7 +83,7 @@ def vector_statistics(rows: Tensor, cfg: DeconvCfg) -> Statistics:
     check_rows(samples)
     if 2 * samples > features or samples < cfg.min_rows * features:
         mean, cov = covariance(rows)
-        varying, root = varies(cov, samples, cfg), whitener(cov, samples, cfg)
+        varying, root = varies(cov, cfg.eps), whitener(cov, samples, cfg)
     else:
         mean = rows.mean(-2)
         deviations = rows - mean.unsqueeze(-2)

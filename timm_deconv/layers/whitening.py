@@ -19,6 +19,7 @@ __all__ = [
     "apply_whitener_backward",
     "count_padding",
     "count_padding_backward",
+    "differ",
     "fold",
     "fold_bias",
     "fold_weight",
@@ -37,14 +38,19 @@ LEAST_VARIANCE = 1e-5
 """Of eps: below it a set of features is taken not to vary at all."""
 
 
-def varies(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
-    """Whether the features of covariances (S, F, F) of `samples` rows vary: bool (S,); of one row nobody knows.
+def varies(cov: Tensor, eps: float) -> Tensor:
+    """Whether the features of covariances (S, F, F) vary: bool (S,).
 
     Where all rows are equal there is nothing to whiten, and only eps would be inverted: deviations stay zero, but each
     layer multiplies gradients by eps ** -0.5. Such a set's whitener counts as zero, which changes no output by more
     than LEAST_VARIANCE ** 0.5 of a deviation.
     """
-    return cov.diagonal(dim1=-2, dim2=-1).mean(-1) > (LEAST_VARIANCE * cfg.eps if samples > 1 else -1.0)
+    return cov.diagonal(dim1=-2, dim2=-1).mean(-1) > LEAST_VARIANCE * eps
+
+
+def differ(x: Tensor, eps: float) -> Tensor:
+    """Whether the pixels of images (N, C, H, W) differ, as `varies` means it: bool ()."""
+    return (x - x[:1, :, :1, :1]).square().mean() > LEAST_VARIANCE * eps
 
 
 def whitener(cov: Tensor, samples: int, cfg: DeconvCfg) -> Tensor:
@@ -119,7 +125,7 @@ def whiten_vectors(vectors: Tensor, mean: Tensor, whitener: Tensor, partition: P
 
 def fold_bias(bias: Tensor | None, sums: Tensor, shift: Tensor, partition: Partition) -> Tensor:
     """Bias (O,) minus the products of `sum_blocks` (S, O / groups, F) of a weight with what it meets, (S, 1, F)."""
-    products = sum_shift(torch.bmm(sums, shift.mT).squeeze(-1), partition)
+    products = sum_shift(torch.bmm(sums, shift.transpose(1, 2)).squeeze(-1), partition)  # ONNX has no mT
     return -products if bias is None else bias - products
 
 
