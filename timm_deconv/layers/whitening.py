@@ -158,7 +158,9 @@ def fold_weight_backward(
 def _unsplit_like(rows: Tensor, weight: Tensor, partition: Partition) -> Tensor:
     """Rows in the shape and memory format of the weight."""
     values = unsplit_weight(rows, list(weight.shape), partition)
-    return values.contiguous() if weight.is_contiguous() else values
+    if not weight.is_contiguous():
+        return values
+    return values.reshape(-1).view(weight.shape)  # contiguous() leaves 1x1 kernels strides that look like channels_last
 
 
 def sum_weight(weight: Tensor, partition: Partition) -> Tensor:
