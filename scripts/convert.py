@@ -28,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep-affine", action="store_true", help="pre-norm networks: keep the norms' scale and shift")
     parser.add_argument("--calibrate", metavar="DATA", help="folder or tar of images to whiten by, or 'digits'")
     parser.add_argument("--images", type=int, default=1024, help="of them, at most; default 1024")
+    parser.add_argument("--image-size", type=int, help="their height and width, where the network trains at others")
     parser.add_argument("--fuse", action="store_true", help="fold whitening away, for inference")
     return parser.parse_args()
 
@@ -42,7 +43,8 @@ def main() -> None:
             args.network, args.checkpoint, policy=args.policy, keep_affine=args.keep_affine, **options
         ).eval()
         if args.calibrate:
-            calibrate(model, calibration_loader(model, args.calibrate, images=args.images))
+            images = calibration_loader(model, args.calibrate, images=args.images, image_size=args.image_size)
+            calibrate(model, images)
         save_network(fuse(model) if args.fuse else model, args.output)
         print(f"{args.output}: load it by timm.create_model('local-dir:{args.output}', pretrained=True)")
 

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
+from tests.data.test_datasets import take_of_each_class
+
 SCRIPT = Path(__file__).parent / "other_project" / "script.py"
+FINETUNE = SCRIPT.with_name("finetune.py")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +35,7 @@ def test_without_a_script_the_usage_is_shown(arguments: tuple[str, ...], status:
 def test_help_is_no_error() -> None:
     done = run("--help")
     assert done.returncode == 0 and done.stdout.startswith(
-        "usage: python -m timm_deconv [--calibrate DATA [--images N]] SCRIPT"
+        "usage: python -m timm_deconv [--calibrate DATA [--images N]"
     )
 
 
@@ -99,6 +103,8 @@ def test_what_was_calibrated_is_said_and_that_nothing_was(carried_over: tuple[st
         (["--images", "5"], "--images is for --calibrate DATA"),
         (["--calibrate", "digits", "--images", "none"], "--images none: a whole number"),
         (["--calibrate", "digits", "--images=0"], "--images 0: a whole number"),
+        (["--image-size", "64"], "--image-size is for --calibrate DATA"),
+        (["--calibrate", "digits", "--image-size", "-64"], "--image-size -64: a whole number"),
         (["--calibrate", "digits", "--images", "2"], "--calibrate digits: too few samples to calibrate"),
     ],
 )
@@ -107,3 +113,21 @@ def test_what_cannot_be_calibrated_ends_in_one_line(
 ) -> None:
     done = run(*options, *([] if options == ["--calibrate"] else carried_over))
     assert done.returncode == 1 and done.stderr.startswith(line) and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_fine_tuning_by_a_foreign_script_is_ahead_of_the_uncalibrated_start(data_dir: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for split, count in (("train", 40), ("test", 20)):
+        packed = tmp_path / f"{split}.tar"
+        take_of_each_class(data_dir / "cifar10" / "jpeg75" / f"{split}.tar.gz", packed, count)
+        with tarfile.open(packed) as tar:
+            tar.extractall(images / split, filter="data")
+    model = ("--model", "tf_efficientnet_lite0_deconv", "--pretrained", "--num-classes", "10", "--img-size", "64")
+    calibrate = ("--calibrate", str(images), "--images", "256", "--image-size", "64")
+    runs = [run(*options, str(FINETUNE), str(images), *model, "--batch-size", "25") for options in ((), calibrate)]
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+    plain, calibrated = (float(done.stdout.split()[1]) for done in runs)
+    assert "carried over from batch norm" in runs[0].stderr and "carried over" not in runs[1].stderr
+    assert plain < 15 and calibrated > plain + 10, "in %; 10 is chance"

@@ -19,13 +19,17 @@ from timm_deconv.errors import InputError
 from timm_deconv.models._created import when_carried_over
 
 USAGE = """\
-usage: python -m timm_deconv [--calibrate DATA [--images N]] SCRIPT.py [arguments]
+usage: python -m timm_deconv [--calibrate DATA [--images N] [--image-size N]] SCRIPT.py [arguments]
 
 Runs the script as `python SCRIPT.py [arguments]` would, with the deconvolution networks registered with timm.
 
   --calibrate DATA   folder or tar of images, or 'digits': networks that timm.create_model makes of batch-norm weights
                      (pretrained=True) are calibrated on them, so that training starts from the function of the weights
-  --images N         use N of them, always the same; default 1024"""
+  --images N         use N of them, always the same; default 1024
+  --image-size N     at the size that the script trains at (its own --img-size); default the network's configuration"""
+
+
+COUNTS = ("--images", "--image-size")
 
 
 class Options(NamedTuple):
@@ -33,6 +37,7 @@ class Options(NamedTuple):
 
     calibrate: str | None
     images: int
+    image_size: int | None
     command: list[str]
 
 
@@ -43,20 +48,22 @@ def parse(arguments: list[str]) -> Options:
         InputError: an option without a value, or with one that makes no sense.
     """
     given: dict[str, str] = {}
-    while arguments and arguments[0].partition("=")[0] in ("--calibrate", "--images"):
+    while arguments and arguments[0].partition("=")[0] in ("--calibrate", *COUNTS):
         name, sign, value = arguments[0].partition("=")
         if not sign and len(arguments) < 2:
             raise InputError(f"{name} needs a value")
         given[name] = value if sign else arguments[1]
         arguments = arguments[1 if sign else 2 :]
-    data, images = given.get("--calibrate"), given.get("--images", "1024")
-    if data is None and "--images" in given:
-        raise InputError("--images is for --calibrate DATA, which is missing")
-    if not images.isdecimal() or int(images) < 1:
-        raise InputError(f"--images {images}: a whole number, at least 1")
+    data = given.pop("--calibrate", None)
+    for name, value in given.items():
+        if data is None:
+            raise InputError(f"{name} is for --calibrate DATA, which is missing")
+        if not value.isdecimal() or int(value) < 1:
+            raise InputError(f"{name} {value}: a whole number, at least 1")
     if data not in (None, "digits") and not Path(data).exists():
         raise InputError(f"--calibrate {data}: no such folder or tar")
-    return Options(data, int(images), arguments)
+    images, size = (int(given[name]) if name in given else None for name in COUNTS)
+    return Options(data, images or 1024, size, arguments)
 
 
 class Calibrator:
@@ -67,17 +74,18 @@ class Calibrator:
     Args:
         data: folder or tar of images, or `digits`.
         images: how many, at most.
+        image_size: height and width; None for those of each network's configuration.
     """
 
-    def __init__(self, data: str, images: int) -> None:
-        self.data, self.images = data, images
+    def __init__(self, data: str, images: int, image_size: int | None) -> None:
+        self.data, self.images, self.image_size = data, images, image_size
         self.networks = 0
 
     def __call__(self, model: nn.Module) -> None:
         """Calibrate a network; ends the script in one line where that cannot be."""
         try:
             with torch.random.fork_rng(devices=[]):
-                loader = calibration_loader(model, self.data, images=self.images)
+                loader = calibration_loader(model, self.data, images=self.images, image_size=self.image_size)
                 calibrate(model, loader)
         except (InputError, OSError) as error:
             raise SystemExit(f"--calibrate {self.data}: {' '.join(str(error).split())}") from error
@@ -104,7 +112,7 @@ def main() -> None:
     script = Path(options.command[0])
     if not script.is_file():
         raise SystemExit(f"no script {str(script)!r}\n\n{USAGE}")
-    calibrator = None if options.calibrate is None else Calibrator(options.calibrate, options.images)
+    calibrator = None if options.calibrate is None else Calibrator(*options[:3])
     if calibrator is not None:
         when_carried_over(calibrator)
     sys.argv = options.command

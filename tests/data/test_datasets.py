@@ -21,13 +21,13 @@ def cifar(data_dir, tmp_path_factory):
     """Ten real CIFAR-10 images of each class a split, as tars in `tars` and as folders in `folders`."""
     root = tmp_path_factory.mktemp("cifar")
     for split in ("train", "test"):
-        _take(data_dir / "cifar10" / "jpeg75" / f"{split}.tar.gz", root / "tars" / f"{split}.tar", 10)
+        take_of_each_class(data_dir / "cifar10" / "jpeg75" / f"{split}.tar.gz", root / "tars" / f"{split}.tar", 10)
         with tarfile.open(root / "tars" / f"{split}.tar") as tar:
             tar.extractall(root / "folders" / split, filter="data")
     return root
 
 
-def _take(source, target, count):
+def take_of_each_class(source, target, count):
     target.parent.mkdir(parents=True, exist_ok=True)
     taken = dict.fromkeys(CLASSES, 0)
     with tarfile.open(source) as packed, tarfile.open(target, "w") as tar:

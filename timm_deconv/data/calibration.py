@@ -11,13 +11,17 @@ from .datasets import chosen_images, create_dataset
 __all__ = ["calibration_loader"]
 
 
-def calibration_loader(model: nn.Module, data: str, *, images: int = 1024, batch_size: int = 32) -> DataLoader:
+def calibration_loader(
+    model: nn.Module, data: str, *, images: int = 1024, image_size: int | None = None, batch_size: int = 32
+) -> DataLoader:
     """Batches of (images, targets), normalised and cropped as `timm.data.resolve_data_config(model=model)` says.
 
     Args:
         model: a timm network.
         data: folder or tar with a training part, or `digits`.
         images: how many, drawn at random (always the same ones).
+        image_size: height and width, where the network is to be trained at others than its configuration says: the
+            statistics of its inputs depend on them.
         batch_size: images a batch.
 
     Raises:
@@ -25,6 +29,8 @@ def calibration_loader(model: nn.Module, data: str, *, images: int = 1024, batch
     """
     cfg = timm.data.resolve_data_config(model=model)
     channels = cfg["input_size"][0]
+    if image_size is not None:
+        cfg["input_size"] = (channels, image_size, image_size)
     digits = data == "digits"
     dataset: Any = create_dataset("digits" if digits else "", None if digits else data, "train", channels=channels)
     dataset.transform = timm.data.create_transform(**cfg, is_training=False)
