@@ -1,6 +1,15 @@
 """Network deconvolution (Ye et al., ICLR 2020) as a timm plugin: importing it registers the models with timm."""
 
-from .convert import DeconvPolicy, calibrate, convert_deconv_model, fuse, transfer
+from .convert import (
+    DeconvPolicy,
+    calibrate,
+    convert_deconv_model,
+    freeze,
+    fuse,
+    transfer,
+    unfreeze,
+    update_statistics,
+)
 from .layers import ChannelDeconv, Deconv2d, DeconvCfg, DeconvLinear
 from .models import list_models
 
@@ -14,7 +23,10 @@ __all__ = [
     "DeconvPolicy",
     "calibrate",
     "convert_deconv_model",
+    "freeze",
     "fuse",
     "list_models",
     "transfer",
+    "unfreeze",
+    "update_statistics",
 ]

@@ -19,6 +19,8 @@ from timm_deconv.layers.notices import share_notices
 from timm_deconv.layers.whitening import count_padding, fold, whitener
 from timm_deconv.linalg import covariance, full_precision
 
+from .batches import checked_count, image_batches, images_of
+
 __all__ = ["calibrate"]
 
 WITHOUT_DOUBLE = ("mps",)
@@ -59,8 +61,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
     moments = {name: _Moments() for name in layers}
     seen = 0
     with _evaluating(model, layers, moments):
-        for batch in islice(_batches(loader), _checked(batches)):
-            model(_images(batch, next(iter(layers.values())).weight))
+        for batch in islice(image_batches(loader), checked_count(batches)):
+            model(images_of(batch, next(iter(layers.values())).weight))
             seen += 1
     if not seen:
         raise InputError("no batches to calibrate on: the loader is empty, or its iterator was used up before")
@@ -76,7 +78,7 @@ def _write(layer: WhiteningMixin, values: Values, batches: int) -> None:
     for tensor, value in zip(_targets(layer), values, strict=True):
         tensor.copy_(value)
     layer.num_batches_tracked.fill_(layer.cfg.freeze_iter + 1 if layer.cfg.freeze else batches)
-    layer.train(layer.training)  # what it kept of the weight of before is dropped
+    layer.forget_power()
 
 
 def _targets(layer: WhiteningMixin) -> tuple[Tensor, ...]:
@@ -147,20 +149,6 @@ def _check_parameters(name: str, layer: WhiteningMixin) -> None:
         raise InputError(f"{name} was made in inference mode: calibrate there too, or copy the network outside")
 
 
-def _checked(batches: int | None) -> int | None:
-    if batches is not None and batches < 1:
-        raise InputError(f"batches={batches}: at least one is needed; None takes all")
-    return batches
-
-
-def _batches(loader: Iterable[Any]) -> Iterable[Any]:
-    if not isinstance(loader, Tensor):
-        return loader
-    if loader.ndim != 4:
-        raise InputError(f"a tensor of shape {tuple(loader.shape)}: calibrate takes batches of images (N, C, H, W)")
-    return [loader]
-
-
 @contextmanager
 def _evaluating(model: nn.Module, layers: dict[str, WhiteningMixin], moments: dict[str, _Moments]) -> Iterator[None]:
     """The network in evaluation mode, its layers' inputs being watched; afterwards all is as before."""
@@ -188,14 +176,6 @@ def _watch(name: str, layer: WhiteningMixin, moments: _Moments) -> Any:
             moments.add(layer.rows(input), layer.padding_share(input))
 
     return watch
-
-
-def _images(batch: Any, like: Tensor) -> Tensor:
-    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__
-        raise InputError(f"a batch of {kind}: calibrate takes normalised floating-point images, or (images, targets)")
-    return images.to(like.device, like.dtype)
 
 
 def _values(name: str, layer: WhiteningMixin, moments: _Moments) -> Values:
