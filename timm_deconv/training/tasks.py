@@ -6,12 +6,13 @@ from typing import Protocol
 import timm
 import torch
 import torch.nn.functional as F
-from timm.utils.model import freeze, freeze_batch_norm_2d, unfreeze
+from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_deconv import data
 from timm_deconv.convert import calibrate
+from timm_deconv.convert.freezing import freeze, unfreeze
 from timm_deconv.convert.roles import classifier_names
 from timm_deconv.errors import InputError, unknown_name
 
