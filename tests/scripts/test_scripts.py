@@ -63,6 +63,7 @@ def test_validate_takes_another_data_set_and_settings(monkeypatch, tmp_path, cap
         ("train.py", ["digits", "num_classes=-3"], "num_classes=-3: "),
         ("train.py", ["digits", "model_kwargs.num_classes=7"], "model_kwargs.num_classes is decided by num_classes"),
         ("train.py", ["digits", *SMALL, "batch_size=1"], "batch_size=1 gives a batch norm of test_resnet"),
+        ("train.py", ["digits", "model=resnet18_cifar_deconv", "model_kwargs.width=0.125", "batch_size=1"], "one row"),
         ("validate.py", ["nowhere"], "no model or folder 'nowhere'"),
         ("validate.py", ["runs/nowhere/here"], "no folder runs/nowhere/here "),
         ("validate.py", ["/runs/nowhere"], "no folder /runs/nowhere"),

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from timm_deconv.errors import InputError
+from timm_deconv.layers.notices import share_notices
 
 from .classifier import ConvertedNetwork, check_pooling, mix_in, new_channel_whitening, whiten_pooling
 from .kinds import batch_norms, check_network, is_any_norm
@@ -99,6 +100,7 @@ def carry_out(
         write_out_of_place(model)
     mix_in(model, requested, policy)
     take_over(methods)
+    share_notices(model)
     report.parameters_after = _count_parameters(model)
     return report
 

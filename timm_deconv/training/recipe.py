@@ -43,8 +43,8 @@ class Recipe(BaseModel):
         calibration_images: of the training set, to whiten by before the first step, in a deconvolution network that
             starts from such weights (see `timm_deconv.calibrate`); 0 starts from whitening by the identity.
         head_init_scale: multiplies the classifier's weights and bias at the start; 0 lets it begin with equal scores.
-        freeze_backbone: train the classifier alone; the statistics of norms and whiteners stay too, but for those of
-            `ChannelDeconv`, which has no parameters to freeze.
+        freeze_backbone: train the classifier alone; the statistics of norms and whiteners stay too (see
+            `timm_deconv.freeze`).
         freeze_bn: batch norms keep their statistics, scale and shift, as by `timm.utils.freeze_batch_norm_2d`.
         dataset: `digits` (embedded), `torch/cifar10` and others of torchvision, `hfds/...`, or '' for folders and tars.
         data_dir: where the data set lies or is downloaded to. A folder with train/ or train.tar is read as it is.
