@@ -76,6 +76,7 @@ def _write(layer: WhiteningMixin, values: Values, batches: int) -> None:
     for tensor, value in zip(_targets(layer), values, strict=True):
         tensor.copy_(value)
     layer.num_batches_tracked.fill_(layer.cfg.freeze_iter + 1 if layer.cfg.freeze else batches)
+    layer.forget_power()
     layer.train(layer.training)  # what it kept of the weight of before is dropped
 
 
