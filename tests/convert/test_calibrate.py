@@ -19,6 +19,7 @@ from timm_deconv.data.calibration import calibration_loader
 from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv, WhiteningMixin
 from timm_deconv.linalg import isqrt_newton_schulz
+from timm_deconv.models._checkpoints import STATISTICS
 
 Data = tuple[Tensor, Tensor]
 
@@ -377,6 +378,20 @@ def test_in_inference_mode_the_next_output_comes_from_the_new_weight() -> None:
         calibrate(net, images)
         found = net(images)
     assert torch.equal(found, copy.deepcopy(net)(images))
+
+
+def test_what_was_measured_of_the_whitener_of_before_is_forgotten() -> None:
+    net = whitened(cfg=DeconvCfg(gain_corrected=True))
+    for _ in range(3):
+        net.train()(torch.randn(16, 3, 12, 12))
+    assert not torch.equal(net[1].running_gain, torch.ones(1))
+    calibrate(net, torch.randn(16, 3, 12, 12))
+    assert torch.equal(net[1].running_gain, torch.ones(1)) and not net[1].running_power.any()
+
+
+def test_a_statistic_that_a_layer_may_keep_is_known_to_the_filter_of_weights() -> None:
+    layer = Deconv2d(1, 1, 1, cfg=DeconvCfg(gain_corrected=True))
+    assert {name for name, _ in layer.named_buffers()} == set(STATISTICS)
 
 
 def test_devices_without_float64_are_calibrated_in_float64_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation is as sound as batch norm's from the first steps on, in deep networks of pointwise and depthwise layers."""
+"""Evaluation is as sound as batch norm's from the first steps on, in deep networks of pointwise and depthwise ones."""
 
 import copy
 

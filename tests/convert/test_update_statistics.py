@@ -106,8 +106,12 @@ def test_layers_that_freeze_go_on_where_they_were() -> None:
 
 @pytest.mark.parametrize(
     ("loader", "message"),
-    [([], "no batches to estimate from"), ([*batches(2), "label"], "a batch of str"), (torch.zeros(3, 8, 8), "a tensor of")],
-)  # fmt: skip
+    [
+        ([], "no batches to estimate from"),
+        ([*batches(2), "label"], "a batch of str"),
+        (torch.zeros(3, 8, 8), "a tensor of shape"),
+    ],
+)
 def test_bad_batches_leave_the_statistics_as_they_were(loader, message: str) -> None:
     model = network()
     for images in batches():

@@ -70,5 +70,5 @@ def test_dilating_every_convolution_of_an_encoder_dilates_ours() -> None:
 def test_input_channels_set_after_construction_are_refused_in_one_line() -> None:
     layer = Deconv2d(3, 4, 3)
     layer.in_channels, layer.weight = 1, nn.Parameter(torch.randn(4, 1, 3, 3))
-    with pytest.raises(InputError, match="in_channels=1 was set after construction.*in_chans="):
+    with pytest.raises(InputError, match=r"in_channels=1 was set after construction.*in_chans="):
         layer(torch.randn(2, 1, 8, 8))

@@ -128,6 +128,6 @@ def test_selective_checkpointing_gives_the_gradients_of_none(preset: str, few: i
     checkpoint(net, y, use_reentrant=False, context_fn=contexts).square().sum().backward()
     torch.testing.assert_close(y.grad, x.grad)
     for (name, ours), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
     for name, value in plain.named_buffers():
         assert torch.equal(net.get_buffer(name), value), name

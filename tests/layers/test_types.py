@@ -74,7 +74,7 @@ ONE_ROW = {
 def test_one_row_is_refused_in_training_as_batch_norm_refuses_it(build, shape) -> None:
     layer, x = build(), torch.randn(shape)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    with pytest.raises(InputError, match="one row to whiten in training.*timm_deconv.freeze") as error:
+    with pytest.raises(InputError, match=r"one row to whiten in training.*timm_deconv.freeze") as error:
         layer(x)
     assert "\n" not in str(error.value)
     for name, value in before.items():

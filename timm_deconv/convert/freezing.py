@@ -1,4 +1,4 @@
-"""freeze, unfreeze: parameters and statistics of a network or parts of it, of batch norms and whitening layers alike."""
+"""freeze, unfreeze: parameters and statistics of a network or parts of it, batch norms and whitening layers alike."""
 
 from collections.abc import Iterable
 

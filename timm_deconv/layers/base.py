@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,12 @@ class WhiteningMixin(nn.Module):
     partition: Partition
     statistics_frozen: bool
     cumulative: bool
+
+    if TYPE_CHECKING:  # at run time TorchScript would look for what only some layers have
+        running_gain: Tensor
+        running_power: Tensor
+        notices: Notices
+        _counted: tuple[Tensor, int, int] | None
 
     @abstractmethod
     def rows(self, input: Tensor) -> Tensor:
@@ -147,7 +153,6 @@ class WhiteningMixin(nn.Module):
         if cfg.gain_corrected:
             self.register_buffer("running_gain", torch.empty(sets, **factory))
             self.register_buffer("running_power", torch.empty(2, sets, **factory))
-        self._counted: tuple[Tensor, int, int] | None
         self.saw_nonfinite = torch.zeros((), dtype=torch.bool, device="cpu")
         self.reset_running_stats()
 
@@ -240,7 +245,7 @@ class WhiteningMixin(nn.Module):
         running = torch.where(updates == 0, first, running) if isinstance(updates, Tensor) else running
         running = first if isinstance(updates, int) and updates == 0 else running
         latest = torch.stack([running, passed_power(deviations, live.whitener)])
-        power = torch.lerp(self.running_power.to(latest.dtype), latest, momentum)
+        power = torch.lerp(self.running_power.to(latest.dtype), latest, momentum)  # type: ignore[arg-type]
         self.running_gain.copy_(torch.where(moving, gain(power, latest, updates + 1), self.running_gain))
         self.running_power.copy_(torch.where(moving, power, self.running_power))
 
@@ -345,7 +350,8 @@ def in_recomputation() -> bool:
 
 def _moved(average: Tensor, value: Tensor, momentum: float | Tensor, moving: Tensor) -> Tensor:
     """The running average with a new value in it where it moves."""
-    return torch.where(moving, torch.lerp(average, value.to(average.dtype), momentum), average)
+    moved = torch.lerp(average, value.to(average.dtype), momentum)  # type: ignore[arg-type]  # torch knows both kinds
+    return torch.where(moving, moved, average)
 
 
 def _at_most(number: Any, most: int) -> Any:

@@ -117,8 +117,9 @@ class ChannelDeconv(nn.Module):
         basis = torch.eye(channels, device=self.running_deconv.device, dtype=wide)
         buffers = (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var)
         with torch.no_grad():
-            images = normalise(torch.cat([torch.zeros_like(basis[:1]), basis]), *(b.to(wide) for b in buffers), self.eps)
-            offset, images = images.split([1, channels])
+            mean1, whitener, mean2, var = (buffer.to(wide) for buffer in buffers)
+            inputs = torch.cat([torch.zeros_like(basis[:1]), basis])
+            offset, images = normalise(inputs, mean1, whitener, mean2, var, self.eps).split([1, channels])
             weight, bias = (images - offset).mT.to(dtype), offset[0].to(dtype)
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         plain: nn.Module

@@ -109,7 +109,8 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         """The convolution as its attributes are now: encoders are dilated by setting stride, dilation and padding."""
         padding = (0, 0) if self._pads() or isinstance(self.padding, str) else _pair(self.padding)
         if self.padding == "same" and not self._pads():
-            padding = tuple(extent // 2 for extent in self._extents())
+            rows, cols = self._extents()
+            padding = (rows // 2, cols // 2)
         window = Window(_pair(self.kernel_size), _pair(self.stride), _pair(self.dilation), padding)
         return ConvMap(window, self.groups, self.partition, self.cfg)
 

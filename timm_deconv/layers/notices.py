@@ -42,5 +42,5 @@ def share_notices(model: nn.Module) -> Notices:
     found = [layer.notices for layer in layers.values()]
     shared = next((notices for notices in found if notices.uncalibrated), found[0] if found else Notices())
     for name, layer in layers.items():
-        layer.notices, layer.label = shared, name  # type: ignore[assignment]
+        layer.notices, layer.label = shared, name
     return shared

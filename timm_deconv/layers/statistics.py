@@ -117,7 +117,8 @@ def add_statistics_gradient_(
     cfg = conv_map.cfg
     grad_cov = isqrt_backward(grad_whitener, whitener, list(iterates), cfg.n_iter, cfg.quartic)
     grad_cov = regularise_backward(grad_cov, samples, cfg)
-    mean, grad_mean, grad_cov = count_padding_backward(mean.unsqueeze(-2), grad_mean, grad_cov, conv_map.padding_share(x))
+    share = conv_map.padding_share(x)
+    mean, grad_mean, grad_cov = count_padding_backward(mean.unsqueeze(-2), grad_mean, grad_cov, share)
     rows = rows.sub_(mean) if conv_map.copies else rows - mean
     grad_rows = _times_symmetric(rows, grad_cov, grad_mean / samples, 2 / samples)
     conv_map.add_columns_(grad_x, unsplit_rows(grad_rows, shape, conv_map.partition).to(grad_x.dtype))

@@ -30,7 +30,7 @@ TAG_PREFIX = "bn_"
 """Starts the tags of weights that were trained with batch norm: `.bn_a1_in1k` is timm's `.a1_in1k`."""
 
 NEEDED = ("running_mean", "running_deconv")
-STATISTICS = tuple(name for name, _ in Deconv2d(1, 1, 1).named_buffers())
+STATISTICS = (*NEEDED, "num_batches_tracked", "running_gain", "running_power")
 """Buffers of a whitening layer; it knows what is meant where older files lack one that is not needed."""
 AUXILIARY = "aux_"
 """Starts the names of heads that only training uses; weights and network may differ in having them."""
