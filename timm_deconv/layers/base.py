@@ -245,7 +245,7 @@ class WhiteningMixin(nn.Module):
         running = torch.where(updates == 0, first, running) if isinstance(updates, Tensor) else running
         running = first if isinstance(updates, int) and updates == 0 else running
         latest = torch.stack([running, passed_power(deviations, live.whitener)])
-        power = torch.lerp(self.running_power.to(latest.dtype), latest, momentum)  # type: ignore[arg-type]
+        power = torch.lerp(self.running_power.to(latest.dtype), latest, momentum)
         self.running_gain.copy_(torch.where(moving, gain(power, latest, updates + 1), self.running_gain))
         self.running_power.copy_(torch.where(moving, power, self.running_power))
 
@@ -350,7 +350,7 @@ def in_recomputation() -> bool:
 
 def _moved(average: Tensor, value: Tensor, momentum: float | Tensor, moving: Tensor) -> Tensor:
     """The running average with a new value in it where it moves."""
-    moved = torch.lerp(average, value.to(average.dtype), momentum)  # type: ignore[arg-type]  # torch knows both kinds
+    moved = torch.lerp(average, value.to(average.dtype), momentum)
     return torch.where(moving, moved, average)
 
 
