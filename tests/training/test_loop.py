@@ -145,6 +145,13 @@ def test_the_training_loss_is_smoothed_cross_entropy_and_evaluation_is_not(recip
     assert torch.equal(figures[:, 2], (output.topk(5).indices == target[:, None]).any(1).float())
 
 
+def test_float16_on_a_processor_is_refused_before_anything_is_written(recipe, tmp_path):
+    half = recipe.merged({"amp": True, "amp_dtype": "float16"})
+    with pytest.raises(InputError, match="amp_dtype='float16': a processor would train in float32"):
+        train(half, tmp_path / "half", cpu=True)
+    assert not (tmp_path / "half").exists()
+
+
 def test_bfloat16_learns_nearly_what_float32_learns(recipe, tmp_path):
     full = train(recipe, tmp_path / "full")
     half = train(recipe.merged({"amp": True}), tmp_path / "half")

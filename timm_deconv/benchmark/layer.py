@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -194,10 +195,9 @@ def check_whitening(ours: dict[str, Deconv2d], x: Tensor) -> None:
 
 def whitening(layer: Deconv2d, x: Tensor) -> Folded:
     """Everything that a training forward does but its convolution (running values too): what that is given."""
-    convolution = layer.conv_map
-    layer.conv_map = left_out = _LeftOut(*convolution)
-    layer(x)
-    layer.conv_map = convolution
+    left_out = _LeftOut(*layer.conv_map)
+    with mock.patch.object(Deconv2d, "conv_map", left_out):
+        layer(x)
     return left_out.given
 
 

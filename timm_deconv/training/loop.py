@@ -87,11 +87,14 @@ def create_accelerator(recipe: Recipe, log_dir: Path | None = None, cpu: bool = 
         cpu: stay on the processor where there is a GPU.
 
     Raises:
-        InputError: the batch does not divide into the processes.
+        InputError: the batch does not divide into the processes, or the precision is not to be had.
     """
+    cpu = cpu or not torch.cuda.is_available()
+    if cpu and recipe.amp and recipe.amp_dtype == "float16":
+        raise InputError("amp_dtype='float16': a processor would train in float32; set amp_dtype=bfloat16, or amp=false")
     AcceleratorState._reset_state()  # a second run in one process may ask for another precision
     accelerator = Accelerator(
-        cpu=cpu or not torch.cuda.is_available(),
+        cpu=cpu,
         mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no",
         gradient_accumulation_steps=recipe.grad_accum_steps,
         log_with="tensorboard" if log_dir and is_tensorboard_available() else None,
