@@ -218,57 +218,70 @@ class WhiteningMixin(nn.Module):
         """
         finite = live.whitener.sum().abs() < math.inf  # false of NaN; the whitener is not finite if the mean is not
         self.saw_nonfinite = ~finite
-        moving = finite & ~frozen if isinstance(frozen, Tensor) else finite
-        moving = moving & (not recomputing)
-        momentum = self._momentum()
+        moving = finite & (not recomputing)
+        moving = moving & ~frozen if isinstance(frozen, Tensor) else moving
+        varying = moving & live.varies
+        momentum = self._momentum(recomputing)
         mean, whitener = self._running_values()
+        value = live.whitener.to(whitener.dtype)
         if self.cfg.gain_corrected:
-            average = whitener / self.running_gain[:, None, None]
-            with full_precision(average):
-                self._track_gain(live, average, moving & live.varies, momentum)
-            average = _moved(average, live.whitener, momentum, (moving & live.varies)[:, None, None])
-            whitener = average * self.running_gain[:, None, None]
-        else:
-            whitener = _moved(whitener, live.whitener, momentum, (moving & live.varies)[:, None, None])
-        mean = _moved(mean, live.mean, momentum, moving)
-        self.running_mean.copy_(mean.reshape(self.running_mean.shape))
-        self.running_deconv.copy_(whitener.reshape(self.running_deconv.shape))
+            with full_precision(whitener):
+                before, after = self._track_gain(live, varying, momentum, recomputing)
+            whitener.mul_((after / before)[:, None, None])
+            value = value * after[:, None, None]
+        whitener.lerp_(torch.where(varying[:, None, None], value, whitener), momentum)
+        mean.lerp_(torch.where(moving, live.mean.to(mean.dtype), mean), momentum)
 
-    def _track_gain(self, live: Statistics, average: Tensor, moving: Tensor, momentum: float | Tensor) -> None:
-        """Measure what the average of the batches before passes on of this one, and what the live whitener does."""
-        deviations = live.deviations
-        assert deviations is not None
-        from_running = deviations + (live.mean - self._running_values()[0]).unsqueeze(1)
-        updates = self._updates(self.num_batches_tracked if torch.compiler.is_compiling() else self._forwards())
-        first = first_power(deviations, live.whitener, live.samples)
-        running = passed_power(from_running, average.to(from_running.dtype))
-        running = torch.where(updates == 0, first, running) if isinstance(updates, Tensor) else running
-        running = first if isinstance(updates, int) and updates == 0 else running
-        latest = torch.stack([running, passed_power(deviations, live.whitener)])
-        power = torch.lerp(self.running_power.to(latest.dtype), latest, momentum)
-        self.running_gain.copy_(torch.where(moving, gain(power, latest, updates + 1), self.running_gain))
-        self.running_power.copy_(torch.where(moving, power, self.running_power))
+    def _track_gain(
+        self, live: Statistics, moving: Tensor, momentum: float | Tensor, recomputing: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Measure what the average of the batches before passes on of this one, and what the live whitener does.
 
-    def _momentum(self) -> float | Tensor:
+        Returns:
+            the gain (S,) before and after.
+        """
+        assert live.deviations is not None
+        mean, whitener = self._running_values()
+        average = (whitener / self.running_gain[:, None, None]).to(live.whitener.dtype)
+        deviations = torch.cat([live.deviations + (live.mean - mean).unsqueeze(1), live.deviations])
+        latest = passed_power(deviations, torch.cat([average, live.whitener])).view(2, -1)
+        updates = self._live_forwards(recomputing)
+        if isinstance(updates, Tensor) or updates == 0:
+            first = torch.stack([first_power(live.deviations, live.whitener, live.samples), latest[1]])
+            latest = torch.where(updates == 0, first, latest) if isinstance(updates, Tensor) else first
+        before = self.running_gain.clone()
+        latest = torch.where(moving, latest.to(before.dtype), self.running_power)
+        self.running_power.lerp_(latest, momentum)
+        after = gain(self.running_power.float(), latest.float(), updates + 1).to(before.dtype)
+        self.running_gain.copy_(torch.where(moving, after, before))
+        return before, self.running_gain
+
+    def _momentum(self, recomputing: bool = False) -> float | Tensor:
         """The weight of the newest batch: m, or more among the first ones, so that nothing is left of the start.
 
         It is m / (1 - (1 - m)^t) at the t-th update: then all batches so far weigh alike at first. When the gain is
         corrected it is the larger of m and RECENT / (t - 1 + RECENT), as weights move fastest at the start.
         """
         momentum = self.cfg.momentum
-        if self.cumulative:
-            return 1 / (self._updates(self._forwards()) + 1)
-        if momentum == 1 or not (self.cfg.start_corrected or self.cfg.gain_corrected):
+        if not self.cumulative and (momentum == 1 or not (self.cfg.start_corrected or self.cfg.gain_corrected)):
             return momentum
-        if not torch.compiler.is_compiling():
-            updates = self._updates(self._forwards())
-            if self.cfg.gain_corrected:
-                return max(momentum, RECENT / (updates + RECENT))
-            return momentum / (1 - (1 - momentum) ** (updates + 1))
-        updates = self._updates(self.num_batches_tracked).to(self.running_mean.dtype)
+        updates = self._live_forwards(recomputing)
+        if isinstance(updates, Tensor):
+            updates = updates.to(self.running_mean.dtype)
+        if self.cumulative:
+            return 1 / (updates + 1)
         if self.cfg.gain_corrected:
-            return (RECENT / (updates + RECENT)).clamp(min=momentum)
-        return momentum / (1 - torch.full_like(updates, 1 - momentum) ** (updates + 1))
+            recent = RECENT / (updates + RECENT)
+            return recent.clamp(min=momentum) if isinstance(recent, Tensor) else max(momentum, recent)
+        if isinstance(updates, Tensor):
+            return momentum / (1 - torch.full_like(updates, 1 - momentum) ** (updates + 1))
+        return momentum / (1 - (1 - momentum) ** (updates + 1))
+
+    def _live_forwards(self, recomputing: bool) -> Any:
+        """Updates before this forward: an integer in eager mode, a tensor when compiled."""
+        if torch.compiler.is_compiling():
+            return self._updates(self.num_batches_tracked)
+        return self._updates(self._forwards() - recomputing)
 
     def _updates(self, forwards: Any) -> Any:
         """Live training forwards among `forwards`: all of them, or freeze_iter + 1 in every freezing cycle."""

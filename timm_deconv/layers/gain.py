@@ -51,18 +51,20 @@ def first_power(deviations: Tensor, whitener: Tensor, samples: int) -> Tensor:
 def gain(power: Tensor, latest: Tensor, updates: Tensor | int) -> Tensor:
     """Factor (S,) of the running whitener under which it passes on what the live ones do.
 
-    When the latest batch shows that the average has fallen behind, that counts; and as long as there are few batches,
-    less is passed on than they say.
+    When the latest batch shows that the average has fallen behind, that counts: of each set alone it would be noise, so
+    of all sets together. And as long as there are few batches, less is passed on than they say.
 
     Args:
         power: (2, S), averages of what the running and the live whiteners passed on.
         latest: the same of the latest batch.
         updates: batches averaged so far, one or more.
     """
-    behind = _excess(latest.sum(1)) / _excess(power.sum(1))
-    margin = behind.clamp(min=1) * (1 + 1 / updates**2)
-    return (_excess(power) * margin).rsqrt().clamp(SMALLEST_GAIN, 1 / SMALLEST_GAIN)
-
-
-def _excess(power: Tensor) -> Tensor:
-    return (power[0] + TINY) / (power[1] + TINY)
+    powers = torch.stack([power, latest]) + TINY
+    excess = powers[:, 0] / powers[:, 1]
+    if power.shape[1] == 1:
+        excess = excess.amax(0)
+    else:
+        averaged, of_latest = powers.sum(-1)
+        behind = (of_latest[0] * averaged[1]) / (of_latest[1] * averaged[0])
+        excess = excess[0] * behind.clamp(min=1)
+    return (excess * (1 + 1 / updates**2)).rsqrt().clamp(SMALLEST_GAIN, 1 / SMALLEST_GAIN)

@@ -91,7 +91,7 @@ def create_accelerator(recipe: Recipe, log_dir: Path | None = None, cpu: bool = 
     """
     cpu = cpu or not torch.cuda.is_available()
     if cpu and recipe.amp and recipe.amp_dtype == "float16":
-        raise InputError("amp_dtype='float16': a processor would train in float32; set amp_dtype=bfloat16, or amp=false")
+        raise InputError("amp_dtype='float16': a processor would train in float32; set amp_dtype=bfloat16 or amp=false")
     AcceleratorState._reset_state()  # a second run in one process may ask for another precision
     accelerator = Accelerator(
         cpu=cpu,
