@@ -42,7 +42,7 @@ def test_evaluation_has_the_power_of_training_where_rows_are_few(batch: int) -> 
     assert evaluated > 1.1 * live
 
 
-@pytest.mark.parametrize(("steps", "least"), [(1, 0.25), (2, 0.4), (4, 0.6), (8, 0.75)])
+@pytest.mark.parametrize(("steps", "least"), [(1, 0.2), (2, 0.35), (4, 0.6), (8, 0.75)])
 def test_among_the_first_batches_evaluation_errs_to_the_small_side(steps: int, least: float) -> None:
     _, live, evaluated = trained(FAST, 64, steps)
     assert least * live < evaluated < 1.05 * live
@@ -83,9 +83,10 @@ def test_the_gain_is_one_over_the_root_of_what_is_passed_on_too_much() -> None:
     power = torch.tensor([[4.0, 1.0], [1.0, 1.0]])
     torch.testing.assert_close(gain(power, power, 10**6), torch.tensor([0.5, 1.0]))
     latest = torch.tensor([[16.0, 4.0], [1.0, 1.0]])  # four times as much as on average
-    torch.testing.assert_close(gain(power, latest, 10**6), torch.tensor([0.25, 0.5]))
-    torch.testing.assert_close(gain(power, power / 2, 1), torch.tensor([0.5, 1.0]) / 2**0.5)
-    assert gain(torch.tensor([[6e4], [0.0]]), torch.tensor([[6e4], [0.0]]), 5).isfinite().all()
+    torch.testing.assert_close(gain(power, latest, 10**6), torch.tensor([0.25, 0.5]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(gain(power, latest, 16), torch.tensor([0.125, 0.25]) / (1 + 2 / 256) ** 0.5)
+    torch.testing.assert_close(gain(power, power / 2, 1), torch.tensor([0.5, 1.0]) / 3**0.5)
+    assert gain(torch.tensor([[1e30], [0.0]]), torch.tensor([[1e30], [0.0]]), 5).isfinite().all()
 
 
 def test_power_is_the_mean_square_of_whitened_features() -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.linalg import full_precision
+from timm_deconv.linalg import full_precision, promote
 
 from .config import DeconvCfg
-from .gain import first_power, gain, passed_power
+from .gain import LARGEST, first_power, gain, passed_power
 from .notices import LIVE_STATISTICS, UNCALIBRATED, Notices
 from .partition import Partition
 from .statistics import Statistics
@@ -249,10 +249,12 @@ class WhiteningMixin(nn.Module):
         if isinstance(updates, Tensor) or updates == 0:
             first = torch.stack([first_power(live.deviations, live.whitener, live.samples), latest[1]])
             latest = torch.where(updates == 0, first, latest) if isinstance(updates, Tensor) else first
-        before = self.running_gain.clone()
-        latest = torch.where(moving, latest.to(before.dtype), self.running_power)
+        before, limits = self.running_gain.clone(), torch.finfo(self.running_gain.dtype)
+        latest = latest.clamp(max=min(LARGEST, limits.max)).to(before.dtype)
+        latest = torch.where(moving, latest, self.running_power)
         self.running_power.lerp_(latest, momentum)
-        after = gain(self.running_power.float(), latest.float(), updates + 1).to(before.dtype)
+        after = gain(promote(self.running_power), promote(latest), updates + 1)
+        after = after.clamp(min=max(LARGEST**-0.5, limits.tiny)).to(before.dtype)
         self.running_gain.copy_(torch.where(moving, after, before))
         return before, self.running_gain
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .config import DeconvCfg
 from .partition import Partition
-from .sampling import PIXEL, Window, add_window_columns_, choose_sampling, window_columns
+from .sampling import PIXEL, Window, add_window_columns_, choose_sampling, spread_pixels, window_columns
 
 __all__ = ["ConvMap", "Gradients"]
 
@@ -70,6 +70,10 @@ class ConvMap(NamedTuple):
         """Sampled windows, (..., K), laid out as `split_rows` wants them."""
         sampling = choose_sampling(x, self.sampled, self.partition, self.cfg)
         return window_columns(x, self.sampled, sampling, samples_last=not self.partition.shared)
+
+    def other_columns(self, x: Tensor, most: int) -> Tensor | None:
+        """Pixels that the convolution sees, sampled or not, (at most `most`, K); None where it sees windows."""
+        return spread_pixels(x, self.sampled.stride, most) if self.sampled.pointwise else None
 
     def add_columns_(self, grad_x: Tensor, grad_columns: Tensor) -> None:
         """Add the gradient of `columns(x)` to that of x."""

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from timm_deconv.products import rows_times
 
-__all__ = ["PROBED_ROWS", "first_power", "gain", "passed_power", "probe"]
+__all__ = ["LARGEST", "PROBED_ROWS", "first_power", "gain", "passed_power", "probe"]
 
 PROBED_ROWS = 128
 """Rows of a batch that the power is measured on, at most."""
 
+EARLY = 16
+"""Batches after which it counts once more, not twice, that the average has fallen behind; see `gain`."""
+
 TINY = 1e-12
-MOST_POWER = 6e4
-SMALLEST_GAIN = 1e-4
-"""In the range of float16; and the average can be had again from what was scaled by the gain."""
+LARGEST = 1e30
+"""Power, at most: weights can grow a million times within the first steps, each layer's into the next one's power."""
 
 
 def probe(deviations: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ def probe(deviations: Tensor) -> Tensor:
 
 def passed_power(deviations: Tensor, whitener: Tensor) -> Tensor:
     """Mean square (S,) of the features of deviations (S, R, F) times a whitener (S, F, F)."""
-    return rows_times(deviations, whitener).square().mean((1, 2)).clamp(max=MOST_POWER)
+    return rows_times(deviations, whitener).square().mean((1, 2))
 
 
 def first_power(deviations: Tensor, whitener: Tensor, samples: int) -> Tensor:
@@ -45,26 +47,25 @@ def first_power(deviations: Tensor, whitener: Tensor, samples: int) -> Tensor:
     variance = deviations.square().mean((1, 2))
     expected = torch.maximum(variance, variance.mean())
     power = whitener.square().sum((1, 2)) / whitener.shape[-1] * expected
-    return (power * ((samples + 1) / max(samples - 1, 1))).clamp(max=MOST_POWER)
+    return power * ((samples + 1) / max(samples - 1, 1))
 
 
 def gain(power: Tensor, latest: Tensor, updates: Tensor | int) -> Tensor:
     """Factor (S,) of the running whitener under which it passes on what the live ones do.
 
-    When the latest batch shows that the average has fallen behind, that counts: of each set alone it would be noise, so
-    of all sets together. And as long as there are few batches, less is passed on than they say.
+    When the latest batch shows that the average has fallen behind, that counts, among the first batches the more, as
+    weights move fastest then: of each set alone it would be noise, so of all sets together. And as long as there are
+    few batches, less is passed on than they say.
 
     Args:
-        power: (2, S), averages of what the running and the live whiteners passed on.
+        power: (2, S), float32 or better, averages of what the running and the live whiteners passed on.
         latest: the same of the latest batch.
         updates: batches averaged so far, one or more.
     """
     powers = torch.stack([power, latest]) + TINY
-    excess = powers[:, 0] / powers[:, 1]
-    if power.shape[1] == 1:
-        excess = excess.amax(0)
-    else:
-        averaged, of_latest = powers.sum(-1)
-        behind = (of_latest[0] * averaged[1]) / (of_latest[1] * averaged[0])
-        excess = excess[0] * behind.clamp(min=1)
-    return (excess * (1 + 1 / updates**2)).rsqrt().clamp(SMALLEST_GAIN, 1 / SMALLEST_GAIN)
+    averaged, of_latest = powers.sum(-1)
+    behind = (of_latest[0] / of_latest[1]) * (averaged[1] / averaged[0])
+    early = EARLY / updates
+    caution = 1 + (early.clamp(max=2) if isinstance(early, Tensor) else min(early, 2))
+    excess = powers[0, 0] / powers[0, 1] * behind.clamp(min=1) ** caution
+    return (excess * (1 + 2 / updates**2)).rsqrt()

@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import DeconvCfg
 from .partition import Partition
 
-__all__ = ["Sampling", "Window", "add_window_columns_", "choose_sampling", "window_columns"]
+__all__ = ["Sampling", "Window", "add_window_columns_", "choose_sampling", "spread_pixels", "window_columns"]
 
 Pair = tuple[int, int]
 Index = tuple[slice | int, ...]
@@ -124,6 +124,16 @@ def window_columns(x: Tensor, window: Window, sampling: Sampling, *, samples_las
         return pixels.flatten(0, 2)[:: sampling.step[0] * sampling.step[1]]
     image, position = _flat_pixels(x, sampling.step)
     return x.flatten(2)[image, :, position]
+
+
+def spread_pixels(x: Tensor, stride: Pair, most: int) -> Tensor:
+    """Pixels of images (N, C, H, W) on a grid of `stride`, evenly spread over the batch: (at most `most`, C)."""
+    x = x[:, :, :: stride[0], :: stride[1]]
+    total, in_image, width = x.shape[0] * x.shape[2] * x.shape[3], x.shape[2] * x.shape[3], x.shape[3]
+    count = min(most, total)
+    index = (torch.arange(count, device=x.device) * total + total // 2) // count
+    inside = index % in_image
+    return x[index // in_image, :, inside // width, inside % width]
 
 
 def add_window_columns_(grad_x: Tensor, grad_columns: Tensor, window: Window, sampling: Sampling) -> None:

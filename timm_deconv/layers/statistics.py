@@ -23,7 +23,7 @@ from timm_deconv.products import rows_times
 
 from .config import DeconvCfg
 from .conv_map import ConvMap
-from .gain import probe
+from .gain import PROBED_ROWS, probe
 from .partition import split_rows, unsplit_rows
 from .whitening import (
     LEAST_VARIANCE,
@@ -46,7 +46,8 @@ class Statistics(NamedTuple):
         mean: (S, F). whitener: (S, F, F), zero for a set that does not vary.
         varies: bool (S,), see `varies`.
         samples: R, the rows.
-        deviations: (S, at most PROBED_ROWS, F), some rows less the mean, without gradient; None if nothing asks for it.
+        deviations: (S, at most PROBED_ROWS, F), some rows less the mean, without gradient, samples or not; None if
+            nothing asks for them.
         iterates: what the way back through the root needs beside the whitener.
     """
 
@@ -66,7 +67,7 @@ def batch_statistics(x: Tensor, conv_map: ConvMap) -> Statistics:
         cfg, samples = conv_map.cfg, rows.shape[-2]
         check_rows(conv_map.most_rows(x))
         mean, cov = covariance(rows, overwrite=conv_map.copies)
-        deviations = _probe(rows, None if conv_map.copies else mean, cfg)
+        deviations = _probe(x, rows, mean, conv_map) if cfg.gain_corrected else None
         mean, cov = count_padding(mean, cov, conv_map.padding_share(x))
         # one row has no deviation, but those that were passed over may differ from it
         varying = varies(cov, cfg.eps) if samples > 1 else differ(x, cfg.eps).expand(cov.shape[0])
@@ -89,7 +90,7 @@ def vector_statistics(rows: Tensor, cfg: DeconvCfg) -> Statistics:
         deviations = rows - mean.unsqueeze(-2)
         varying = deviations.detach().square().mean((1, 2)) > LEAST_VARIANCE * cfg.eps
         root = isqrt_of_rows(deviations / samples**0.5, cfg.eps, cfg.n_iter, cfg.quartic)
-    probed = _probe(rows.detach(), mean.detach(), cfg)
+    probed = probe(rows.detach()) - mean.detach().unsqueeze(1) if cfg.gain_corrected else None
     return Statistics(mean, root * varying[:, None, None], varying, samples, probed)
 
 
@@ -124,11 +125,16 @@ def add_statistics_gradient_(
     conv_map.add_columns_(grad_x, unsplit_rows(grad_rows, shape, conv_map.partition).to(grad_x.dtype))
 
 
-def _probe(rows: Tensor, mean: Tensor | None, cfg: DeconvCfg) -> Tensor | None:
-    """Some rows less the mean, if it is not None, where the gain is corrected; they do not keep all rows alive."""
-    if not cfg.gain_corrected:
-        return None
-    return (probe(rows) if mean is None else probe(rows) - mean.unsqueeze(1)).contiguous()
+def _probe(x: Tensor, rows: Tensor, mean: Tensor, conv_map: ConvMap) -> Tensor:
+    """Deviations of some rows that the convolution sees, whether they are samples or not.
+
+    A whitener fits its own samples better than what lies between them, and the output is made of both. Windows are
+    taken from the samples all the same, `rows`, which `covariance` has centred: there are many more than features.
+    """
+    columns = conv_map.other_columns(x, PROBED_ROWS)
+    if columns is None:
+        return probe(rows).contiguous()  # so that it does not keep all rows alive
+    return probe(promote(split_rows(columns, conv_map.partition))) - mean.unsqueeze(1)
 
 
 def check_rows(rows: int) -> None:
