@@ -196,8 +196,8 @@ def test_the_printed_layer_shows_what_differs_from_the_published_settings() -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(kernel_size=0), "kernel_size=0: must be positive"),
-        (dict(kernel_size=3, stride=(1, 0)), r"stride=\(1, 0\): must be positive"),
+        (dict(kernel_size=0), "kernel_size=0: must be one or two positive"),
+        (dict(kernel_size=3, stride=(1, 0)), r"stride=\(1, 0\): must be one or two positive"),
         (dict(kernel_size=2.5), "kernel_size=2.5"),
         (dict(kernel_size=3, groups=2), "divisible by groups"),
         (dict(kernel_size=3, padding_mode="mirror"), "padding_mode"),

@@ -207,7 +207,7 @@ def check_ordinary(layer: Layer, x: Tensor, dtype: torch.dtype = torch.float32) 
     to half precision adds its epsilon times |D x|, which is large where x has hardly any variance.
     """
     fresh = copy.deepcopy(layer)
-    fresh._init_statistics(layer.cfg, layer.partition)
+    fresh.reset_running_stats()
     fresh(x)
     size = x.shape[1] // fresh.partition.features if fresh.partition.of_channels else 1
     amplification = float(torch.linalg.eigvalsh(fresh.running_deconv).max())

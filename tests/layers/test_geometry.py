@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.layers import Deconv2d, DeconvCfg
+from timm_deconv.layers import Deconv2d, Deconv2dSame, DeconvCfg
 
 CHANGES = {
     "stride": {"stride": (1, 1)},
@@ -72,3 +72,36 @@ def test_input_channels_set_after_construction_are_refused_in_one_line() -> None
     layer.in_channels, layer.weight = 1, nn.Parameter(torch.randn(4, 1, 3, 3))
     with pytest.raises(InputError, match=r"in_channels=1 was set after construction.*in_chans="):
         layer(torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"padding": "same", "stride": (2, 2)}, r"padding='same' with stride=\(2, 2\)"),
+        ({"stride": 0}, "stride=0: must be one or two positive whole numbers"),
+        ({"padding": (1, 1, 1)}, r"padding=\(1, 1, 1\): must be one or two whole numbers"),
+    ],
+)
+def test_geometry_that_a_convolution_refuses_is_refused_in_training_too(changes: dict, message: str) -> None:
+    layer = Deconv2d(3, 4, 3)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    with pytest.raises(InputError, match=message):
+        layer(torch.randn(2, 3, 8, 8))
+    with pytest.raises(RuntimeError):
+        layer.eval()(torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_to_the_same_size_follows_a_stride_set_as_a_number(training: bool) -> None:
+    layer = Deconv2dSame(3, 4, 3, stride=2).train(training)
+    layer.stride = 1
+    assert layer(torch.randn(2, 3, 9, 8)).shape == (2, 4, 9, 8)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_other_paddings_are_those_of_evaluation(mode: str) -> None:
+    layer = Deconv2d(3, 4, 3, padding=2, padding_mode=mode, cfg=DeconvCfg(momentum=1.0)).double()
+    layer.stride, x = (2, 2), torch.randn(4, 3, 9, 8, dtype=torch.float64)
+    trained = layer(x)
+    torch.testing.assert_close(layer.eval()(x), trained)

@@ -7,6 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -352,3 +354,22 @@ def test_a_counter_written_by_others_is_read_again_after_train() -> None:
     layer(images())
     layer.num_batches_tracked.data.fill_(50)  # as a broadcast does, which leaves no trace in the version
     assert live_forwards(layer.train(), 2) == [False, False]
+
+
+@pytest.mark.parametrize("with_buffers", [False, True])
+@pytest.mark.parametrize("dropped", [(), ("num_batches_tracked", "running_gain", "running_power")])
+def test_accelerate_loads_into_networks_made_empty(with_buffers: bool, dropped: tuple, tmp_path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(Deconv2d(3, 4, 3, cfg="fast"), nn.Flatten(), DeconvLinear(144, 2, cfg="fast"))
+
+    source = build()
+    source(images())
+    state = {name: value for name, value in source.state_dict().items() if not name.endswith(dropped or "none")}
+    save_file(state, tmp_path / "model.safetensors")
+    if with_buffers and dropped:
+        pytest.skip("what neither the file nor the network has, accelerate cannot make up")
+    with init_empty_weights(include_buffers=with_buffers):
+        network = build()
+    load_checkpoint_and_dispatch(network, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
+    x = images()
+    torch.testing.assert_close(network.eval()(x), source.eval()(x))

@@ -6,6 +6,7 @@ from torch import nn
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvLinear
+from timm_deconv.layers.notices import share_notices
 
 LAYERS = {
     "conv": (lambda: Deconv2d(3, 4, 3), (4, 3, 8, 8)),
@@ -74,7 +75,8 @@ ONE_ROW = {
 def test_one_row_is_refused_in_training_as_batch_norm_refuses_it(build, shape) -> None:
     layer, x = build(), torch.randn(shape)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    with pytest.raises(InputError, match=r"one row to whiten in training.*timm_deconv.freeze") as error:
+    message = r"has one row to whiten in training, from an input of \(.*timm_deconv.freeze"
+    with pytest.raises(InputError, match=message) as error:
         layer(x)
     assert "\n" not in str(error.value)
     for name, value in before.items():
@@ -95,3 +97,31 @@ def test_equal_rows_pass_on_no_gradient_instead_of_a_huge_one(layer: nn.Module) 
     assert grads[0].abs().max() < 1e-3 and grads[1].abs().max() < 1e-3
     torch.testing.assert_close(grads[2], cotangent.flatten(1).sum(0))
     assert torch.equal(layer.running_deconv, before) and layer.running_mean.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Deconv2d(3, 8, (3, 3, 3)), r"kernel_size=\(3, 3, 3\): must be one or two positive whole numbers"),
+        (lambda: Deconv2d(3, 8, (3,)), r"kernel_size=\(3,\)"),
+        (lambda: Deconv2d(3, 8, 3, stride=(1, 1, 1)), r"stride=\(1, 1, 1\)"),
+        (lambda: Deconv2d(3, 8, 3, padding=-1), "padding=-1: must be one or two whole numbers"),
+        (lambda: Deconv2d((3, 3), 8, 3), r"in_channels=\(3, 3\): must be one positive"),
+        (lambda: DeconvLinear(2.5, 3), "in_features=2.5: must be a positive whole number"),
+        (lambda: ChannelDeconv(-3), "num_features=-3: must be a positive whole number, or None"),
+        (lambda: Deconv2d(3, 8, 3, cfg=7), "cfg=7: give a preset's name"),
+        (lambda: Deconv2d(3, 8, 3, cfg={"blok": 8}), "no whitening option 'blok'; nearest: block"),
+        (lambda: DeconvLinear(3, 8, cfg="fsat"), "no preset 'fsat'; nearest: fast"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_one_line(build, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        build()
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_alone_names_the_layer_of_the_network() -> None:
+    network = nn.Sequential(Deconv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), DeconvLinear(4, 2))
+    share_notices(network)
+    with pytest.raises(InputError, match="DeconvLinear 3 has one row to whiten in training"):
+        network(torch.randn(1, 3, 8, 8))

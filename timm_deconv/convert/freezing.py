@@ -52,7 +52,7 @@ def freeze_statistics(root_module: nn.Module, submodules: Iterable[str] = (), *,
 
 
 def _checked(root_module: nn.Module, submodules: str | Iterable[str]) -> list[str]:
-    names = [submodules] if isinstance(submodules, str) else list(submodules)
+    names = [submodules] if isinstance(submodules, str) else list(submodules or ())
     known = {name for name, _ in root_module.named_modules(remove_duplicate=False)}
     for name in names:
         if name not in known:

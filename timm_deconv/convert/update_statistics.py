@@ -40,7 +40,7 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, batches: int |
     layers = [module for module in model.modules() if _has_live_statistics(module)]
     if not layers:
         raise InputError(f"no live statistics in {type(model).__name__}: there is no such layer, or all are frozen")
-    like, seen = next(model.parameters()), 0
+    like, seen = next(layers[0].buffers()), 0
     with _gathering(model, layers):
         for batch in islice(image_batches(loader), checked_count(batches)):
             model(images_of(batch, like))

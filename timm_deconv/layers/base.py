@@ -135,7 +135,7 @@ class WhiteningMixin(nn.Module):
         frozen = "statistics frozen" if self.statistics_frozen else ""
         return ", ".join(part for part in (super().extra_repr(), features, str(self.cfg), frozen) if part)
 
-    def _init_statistics(self, cfg: DeconvCfg, partition: Partition) -> None:
+    def _init_statistics(self, cfg: DeconvCfg, partition: Partition, device: Any) -> None:
         self.cfg: DeconvCfg = cfg
         self.partition = partition
         be_leaf(self)
@@ -143,13 +143,13 @@ class WhiteningMixin(nn.Module):
         self.cumulative = False
         self.notices = Notices()
         self.label = ""
-        factory: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": self.weight.dtype}
         sets, features = partition.sets, partition.features
         shared = partition.groups == sets == 1
         self.register_buffer("running_mean", torch.empty(sets * features, **factory))
         matrices = (features, features) if shared else (sets, features, features)
         self.register_buffer("running_deconv", torch.empty(matrices, **factory))
-        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64, device=self.weight.device))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64, device=device))
         if cfg.gain_corrected:
             self.register_buffer("running_gain", torch.empty(sets, **factory))
             self.register_buffer("running_power", torch.empty(2, sets, **factory))
@@ -162,7 +162,7 @@ class WhiteningMixin(nn.Module):
         if bias is None:
             bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
         self.weight, self.bias = weight, bias
-        self._init_statistics(self.cfg, self.partition)
+        self._init_statistics(self.cfg, self.partition, weight.device)
         self.training = source.training
 
     # Training
@@ -353,9 +353,8 @@ def check_dtype(input: Tensor, weight: Tensor) -> None:
     autocast = not input.is_meta and torch.is_autocast_enabled(device)
     fits = input.is_floating_point() and input.dtype != torch.float64 and weight.dtype != torch.float64
     if input.dtype != weight.dtype and not (autocast and fits):
-        raise InputError(
-            f"input of {input.dtype}: the layer's weight is {weight.dtype}; convert the input, or train under autocast"
-        )
+        way_out = "convert the input" + (", or train under autocast" if fits else "")
+        raise InputError(f"input of {input.dtype}: the layer's weight is {weight.dtype}; {way_out}")
 
 
 def in_recomputation() -> bool:

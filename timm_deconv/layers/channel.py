@@ -56,6 +56,9 @@ class ChannelDeconv(nn.Module):
         cfg: str | Mapping[str, Any] | DeconvCfg | None = None,
     ) -> None:
         super().__init__()
+        known = isinstance(num_features, int) and not isinstance(num_features, bool) and num_features > 0
+        if num_features is not None and not known:
+            raise InputError(f"num_features={num_features!r}: must be a positive whole number, or None")
         self.num_features = num_features
         self.cfg = resolve_cfg(cfg, "channel")
         self.eps = self.cfg.eps
@@ -141,16 +144,16 @@ class ChannelDeconv(nn.Module):
 
     @torch.jit.unused
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        split = x.shape[1] // self.cfg.block * self.cfg.block
+        split, name = x.shape[1] // self.cfg.block * self.cfg.block, f"{type(self).__name__} {self.label}"
         mean1, matrix, mean2, var = self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
         if split:
             samples = self._sample(x, x[:, :split].transpose(0, 1).reshape(self.cfg.block, -1))
-            check_rows(samples.shape[1])
+            check_rows(x.numel() // x.shape[1] * (split // self.cfg.block), name, x)
             mean, cov = covariance(samples.mT, centred=self.cfg.centred)
             mean1, matrix = mean.unsqueeze(1), whitener(cov, samples.shape[1], self.cfg)
         if split < x.shape[1]:
             samples = self._sample(x, x[:, split:].flatten(1)).reshape(1, -1)
-            check_rows(samples.shape[1])
+            check_rows(samples.shape[1], name, x)
             mean2, var = samples.mean(1, keepdim=True), samples.var(1, keepdim=True)
         return mean1, matrix, mean2, var
 

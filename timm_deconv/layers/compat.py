@@ -3,7 +3,7 @@ import.
 
     from .compat import FastDeconv, Delinear, ChannelDeconv
 
-State dicts are the published ones; the freeze counter, which those lack, starts at 0.
+State dicts are the published ones; without the freeze counter, which those lack, they count as those of many batches.
 """
 
 from . import channel, conv, linear

@@ -15,8 +15,8 @@ from .conv_map import ConvMap
 from .operation import whitened_conv
 from .partition import partition_conv, split_rows
 from .presets import resolve_cfg
-from .sampling import Window
-from .statistics import Statistics, batch_statistics
+from .sampling import Window, as_pair
+from .statistics import Statistics, batch_statistics, check_rows
 from .whitening import fold
 
 __all__ = ["Deconv2d"]
@@ -64,11 +64,13 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     ) -> None:
         _check_positive(in_channels=in_channels, out_channels=out_channels)
         _check_positive(kernel_size=kernel_size, stride=stride, dilation=dilation)
+        _check_padding(padding)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         cfg = resolve_cfg(cfg, conv_kind(in_channels, self.kernel_size, groups))  # type: ignore[arg-type]
-        self._init_statistics(cfg, partition_conv(in_channels, self.kernel_size[0] * self.kernel_size[1], groups, cfg))
+        positions = self.kernel_size[0] * self.kernel_size[1]
+        self._init_statistics(cfg, partition_conv(in_channels, positions, groups, cfg), device)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, cfg: DeconvCfg) -> "Deconv2d":
@@ -107,11 +109,11 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     @property
     def conv_map(self) -> ConvMap:
         """The convolution as its attributes are now: encoders are dilated by setting stride, dilation and padding."""
-        padding = (0, 0) if self._pads() or isinstance(self.padding, str) else _pair(self.padding)
+        padding = (0, 0) if self._pads() or isinstance(self.padding, str) else as_pair(self.padding)
         if self.padding == "same" and not self._pads():
             rows, cols = self._extents()
             padding = (rows // 2, cols // 2)
-        window = Window(_pair(self.kernel_size), _pair(self.stride), _pair(self.dilation), padding)
+        window = Window(as_pair(self.kernel_size), as_pair(self.stride), as_pair(self.dilation), padding)
         return ConvMap(window, self.groups, self.partition, self.cfg)
 
     @torch.jit.unused
@@ -127,7 +129,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     @torch.jit.unused
     def _extents(self) -> tuple[int, int]:
         """Rows and columns of a window beside its first."""
-        (rows, cols), (row_step, col_step) = _pair(self.kernel_size), _pair(self.dilation)
+        (rows, cols), (row_step, col_step) = as_pair(self.kernel_size), as_pair(self.dilation)
         return row_step * (rows - 1), col_step * (cols - 1)
 
     @torch.jit.unused
@@ -144,7 +146,9 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _statistics(self, input: Tensor) -> Statistics:
-        return batch_statistics(input, self.conv_map)
+        conv_map = self.conv_map
+        check_rows(conv_map.most_rows(input), f"{type(self).__name__} {self.label}", input)
+        return batch_statistics(input, conv_map)
 
     @torch.jit.unused
     def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
@@ -183,6 +187,10 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     @torch.jit.unused
     def _is_trainable(self, input: Tensor) -> bool:
         """Whether there is anything to whiten; InputError for what the layer cannot take."""
+        _check_positive(stride=self.stride, dilation=self.dilation)
+        _check_padding(self.padding)
+        if self.padding == "same" and as_pair(self.stride) != (1, 1):
+            raise InputError(f"padding='same' with stride={self.stride!r}: a strided convolution is padded by numbers")
         positions, partition = self.kernel_size[0] * self.kernel_size[1], self.partition
         if partition.blocks * partition.features not in (self.in_channels, self.in_channels * positions):
             raise InputError(
@@ -206,14 +214,20 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         return input.numel() > 0
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    """Rows and columns of what may be one number for both."""
-    rows, cols = (value, value) if isinstance(value, int) else value
-    return rows, cols
-
-
-def _check_positive(**arguments: int | tuple[int, int]) -> None:
+def _check_positive(**arguments: Any) -> None:
     for name, value in arguments.items():
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{name}={value!r}: must be positive whole numbers")
+        numbers = tuple(value) if isinstance(value, tuple | list) else (value, value)
+        if name.endswith("channels") and isinstance(value, tuple | list):
+            numbers = ()
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        if len(numbers) != 2 or not whole or min(numbers) < 1:
+            wanted = "one" if name.endswith("channels") else "one or two"
+            raise InputError(f"{name}={value!r}: must be {wanted} positive whole numbers")
+
+
+def _check_padding(padding: Any) -> None:
+    if isinstance(padding, str):
+        return  # which `nn.Conv2d` checks
+    numbers = tuple(padding) if isinstance(padding, tuple | list) else (padding, padding)
+    if len(numbers) != 2 or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise InputError(f"padding={padding!r}: must be one or two whole numbers, 'same' or 'valid'")

@@ -14,7 +14,7 @@ from .base import WhiteningMixin, check_dtype
 from .config import DeconvCfg
 from .partition import partition_linear, split_rows
 from .presets import resolve_cfg
-from .statistics import Statistics, vector_statistics
+from .statistics import Statistics, check_rows, vector_statistics
 from .whitening import fold, whiten_vectors
 
 __all__ = ["DeconvLinear"]
@@ -46,11 +46,12 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         *,
         cfg: str | Mapping[str, Any] | DeconvCfg | None = None,
     ) -> None:
-        if min(in_features, out_features) < 1:
-            raise ValueError(f"in_features={in_features}, out_features={out_features}: both must be positive")
+        for name, value in {"in_features": in_features, "out_features": out_features}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name}={value!r}: must be a positive whole number")
         super().__init__(in_features, out_features, bias, device, dtype)
         cfg = resolve_cfg(cfg, "linear")
-        self._init_statistics(cfg, partition_linear(in_features, cfg))
+        self._init_statistics(cfg, partition_linear(in_features, cfg), device)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, cfg: DeconvCfg) -> "DeconvLinear":
@@ -86,7 +87,9 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
 
     @torch.jit.unused
     def _statistics(self, input: Tensor) -> Statistics:
-        return vector_statistics(self.rows(input), self.cfg)
+        rows = self.rows(input)
+        check_rows(rows.shape[-2], f"{type(self).__name__} {self.label}", input)
+        return vector_statistics(rows, self.cfg)
 
     @torch.jit.unused
     def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv import Deconv2d
+from .sampling import as_pair
 
 __all__ = ["Conv2dSame", "Deconv2dSame", "pad_same"]
 
@@ -20,7 +21,7 @@ class Conv2dSame(nn.Conv2d):
         return self._conv_forward(self._padded(input), self.weight, self.bias)
 
     def _padded(self, input: Tensor) -> Tensor:
-        return pad_same(input, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+        return pad_same(input, as_pair(self.kernel_size), as_pair(self.stride), as_pair(self.dilation))
 
 
 class Deconv2dSame(Deconv2d):
@@ -32,11 +33,14 @@ class Deconv2dSame(Deconv2d):
     plain = Conv2dSame
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._whitened_conv(pad_same(input, self.kernel_size, self.stride, self.dilation))  # type: ignore[arg-type]
+        return self._whitened_conv(self._padded(input))
 
     @torch.jit.unused
     def rows(self, input: Tensor) -> Tensor:
-        return super().rows(pad_same(input, self.kernel_size, self.stride, self.dilation))  # type: ignore[arg-type]
+        return super().rows(self._padded(input))
+
+    def _padded(self, input: Tensor) -> Tensor:
+        return pad_same(input, as_pair(self.kernel_size), as_pair(self.stride), as_pair(self.dilation))
 
 
 torch.fx.wrap("pad_same")  # for `Conv2dSame`, which is traced as what it does

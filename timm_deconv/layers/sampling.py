@@ -7,7 +7,7 @@ of theirs to that of x in place, so that no dense, mostly zero gradient of x is 
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,19 @@ from torch import Tensor
 from .config import DeconvCfg
 from .partition import Partition
 
-__all__ = ["Sampling", "Window", "add_window_columns_", "choose_sampling", "spread_pixels", "window_columns"]
+__all__ = ["Sampling", "Window", "add_window_columns_", "as_pair", "choose_sampling", "spread_pixels", "window_columns"]
 
 Pair = tuple[int, int]
 Index = tuple[slice | int, ...]
 
 FEWEST = 16
 """Positions of an image below which images are passed over and the spacing grows no more."""
+
+
+def as_pair(value: Any) -> Pair:
+    """Rows and columns of what may be one number for both."""
+    rows, cols = (value, value) if isinstance(value, int) else value
+    return rows, cols
 
 
 class Window(NamedTuple):

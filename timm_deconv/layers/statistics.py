@@ -65,7 +65,6 @@ def batch_statistics(x: Tensor, conv_map: ConvMap) -> Statistics:
     with full_precision(x):
         rows, _ = _rows(x, conv_map)
         cfg, samples = conv_map.cfg, rows.shape[-2]
-        check_rows(conv_map.most_rows(x))
         mean, cov = covariance(rows, overwrite=conv_map.copies)
         deviations = _probe(x, rows, mean, conv_map) if cfg.gain_corrected else None
         mean, cov = count_padding(mean, cov, conv_map.padding_share(x))
@@ -81,7 +80,6 @@ def vector_statistics(rows: Tensor, cfg: DeconvCfg) -> Statistics:
     Of at most half as many rows as features no covariance is made, unless it were to be shrunk.
     """
     rows, (samples, features) = promote(rows), rows.shape[-2:]
-    check_rows(samples)
     if 2 * samples > features or samples < cfg.min_rows * features:
         mean, cov = covariance(rows)
         varying, root = varies(cov, cfg.eps), whitener(cov, samples, cfg)
@@ -137,12 +135,12 @@ def _probe(x: Tensor, rows: Tensor, mean: Tensor, conv_map: ConvMap) -> Tensor:
     return probe(promote(split_rows(columns, conv_map.partition))) - mean.unsqueeze(1)
 
 
-def check_rows(rows: int) -> None:
+def check_rows(rows: int, name: str, input: Tensor) -> None:
     """Raise InputError for one row: it has no deviation from its own mean, and only the bias would learn."""
     if rows == 1:
         raise InputError(
-            "one row to whiten in training: it has no deviation from its mean, and nothing would be learnt; give larger"
-            " batches or images, or freeze the statistics (timm_deconv.freeze)"
+            f"{name.strip()} has one row to whiten in training, from an input of {tuple(input.shape)}: nothing would be"
+            " learnt; give larger batches or images, or freeze the statistics (timm_deconv.freeze)"
         )
 
 
