@@ -25,6 +25,8 @@ __all__ = [
     "isqrt_quartic",
     "promote",
     "shrink",
+    "to_double",
+    "widest",
 ]
 
 Norm = Literal["frobenius", "trace"]
@@ -33,6 +35,9 @@ Pair = tuple[Tensor, Tensor]
 """p(eps) (B, 1, 1) and Q (B, R, R), see `isqrt_of_rows`."""
 
 Quartic = tuple[float, float, float, float, float]
+
+WITHOUT_DOUBLE = ("mps",)
+"""Kinds of devices that have no float64."""
 
 FEW_STEPS = 6
 """Newton-Schulz steps run in float32: they amplify weak directions at most 1.5 ** 6 times, harmless even in TF32."""
@@ -371,7 +376,7 @@ def _norm(matrices: Tensor, norm: Norm) -> Tensor:
 
 def _widen(cov: Tensor, n_iter: int) -> Tensor:
     """In float64 for more steps than FEW_STEPS, where the device has it: in TF32 these can diverge."""
-    return cov if n_iter <= FEW_STEPS or cov.device.type == "mps" else cov.double()
+    return cov if n_iter <= FEW_STEPS else cov.to(widest(cov.device))
 
 
 def _eye_like(matrices: Tensor) -> Tensor:
@@ -381,6 +386,16 @@ def _eye_like(matrices: Tensor) -> Tensor:
 def promote(tensor: Tensor) -> Tensor:
     """In float32 or better."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no such numbers."""
+    return torch.float32 if device.type in WITHOUT_DOUBLE else torch.float64
+
+
+def to_double(tensor: Tensor) -> Tensor:
+    """In float64, on the processor where the tensor's device has no such numbers."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_DOUBLE else tensor).double()
 
 
 def _check_square(matrices: Tensor) -> None:

@@ -410,7 +410,7 @@ def test_devices_without_float64_are_calibrated_in_float64_on_the_processor(monk
         copied.moved = True  # type: ignore[attr-defined]
         return copied
 
-    monkeypatch.setattr(importlib.import_module("timm_deconv.convert.calibrate"), "WITHOUT_DOUBLE", ("cpu",))
+    monkeypatch.setattr(importlib.import_module("timm_deconv.linalg"), "WITHOUT_DOUBLE", ("cpu",))
     monkeypatch.setattr(Tensor, "double", refusing)
     monkeypatch.setattr(Tensor, "cpu", moving)
     calibrate(nets[1], images)

@@ -17,14 +17,11 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
 from timm_deconv.layers.notices import share_notices
 from timm_deconv.layers.whitening import count_padding, fold, whitener
-from timm_deconv.linalg import covariance, full_precision
+from timm_deconv.linalg import covariance, full_precision, to_double
 
 from .batches import checked_count, image_batches, images_of
 
 __all__ = ["calibrate"]
-
-WITHOUT_DOUBLE = ("mps",)
-"""Kinds of devices that have no float64."""
 
 Values = tuple[Tensor, Tensor, Tensor, Tensor]
 """New weight, bias, running mean and whitener of a layer, of its shapes and dtypes."""
@@ -87,11 +84,6 @@ def _targets(layer: WhiteningMixin) -> tuple[Tensor, ...]:
     return layer.weight, layer.bias, layer.running_mean, layer.running_deconv
 
 
-def _double(tensor: Tensor) -> Tensor:
-    """In float64, on the processor where the tensor's device has no such numbers."""
-    return (tensor.cpu() if tensor.device.type in WITHOUT_DOUBLE else tensor).double()
-
-
 class _Moments:
     """Mean and covariance of all rows so far, combined in float64 (Chan, Golub and LeVeque, 1979), and the weight of
     padding, which is not among them."""
@@ -106,7 +98,7 @@ class _Moments:
         count = rows.shape[-2]
         if not count:
             return
-        mean, cov = (_double(moment) for moment in covariance(rows))
+        mean, cov = (to_double(moment) for moment in covariance(rows))
         if not self.rows:
             self.mean, self.cov, self.padding = mean, cov, padding
         else:
@@ -188,7 +180,7 @@ def _values(name: str, layer: WhiteningMixin, moments: _Moments) -> Values:
         )
     if not (moments.mean.isfinite().all() and moments.cov.isfinite().all()):
         raise InputError(f"the input of {name} is not finite: look for NaN or infinity in the images and the weights")
-    weight, bias = (_double(value) for value in layer.folded())
+    weight, bias = (to_double(value) for value in layer.folded())
     mean, cov = count_padding(moments.mean, moments.cov, moments.padding)
     matrix = whitener(cov, moments.rows, layer.cfg)
     # Folding with D^-1 and -D mu undoes folding with D and mu.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv
 from timm_deconv.layers.notices import share_notices
+from timm_deconv.linalg import to_double
 
 from .affine import ChannelAffine
 from .converter import carry_out, check_convertible
@@ -112,11 +113,11 @@ def _check(model: nn.Module, norms: dict[str, BatchNorm], pairing: Pairing, keep
 def _scale_and_shift(norm: BatchNorm) -> ScaleShift:
     """What the norm does to a channel in evaluation, in float64."""
     mean, var, weight, bias = (getattr(norm, key) for key in ("running_mean", "running_var", "weight", "bias"))
-    scale: Tensor = (var.double() + norm.eps).rsqrt()
+    scale: Tensor = (to_double(var) + norm.eps).rsqrt()
     if weight is not None:
-        scale = scale * weight.double()
-    shift = -mean.double() * scale
-    return scale, shift if bias is None else shift + bias.double()
+        scale = scale * to_double(weight)
+    shift = -to_double(mean) * scale
+    return scale, shift if bias is None else shift + to_double(bias)
 
 
 def _folded(model: nn.Module, norms: dict[str, BatchNorm], pairing: Pairing) -> dict[str, ScaleShift]:
@@ -126,9 +127,10 @@ def _folded(model: nn.Module, norms: dict[str, BatchNorm], pairing: Pairing) -> 
         scale, shift = _scale_and_shift(norms[norm])
         for name, channels in layers:
             layer = model.get_submodule(name)
-            weight = layer.weight.double() * scale[channels].reshape(-1, *[1] * (layer.weight.ndim - 1))  # type: ignore[operator]
+            assert isinstance(layer.weight, Tensor)
+            weight = to_double(layer.weight) * scale[channels].reshape(-1, *[1] * (layer.weight.ndim - 1))
             bias = shift[channels]
-            folded[name] = weight, bias if layer.bias is None else bias + layer.bias.double() * scale[channels]  # type: ignore[operator]
+            folded[name] = weight, bias if layer.bias is None else bias + to_double(layer.bias) * scale[channels]  # type: ignore[arg-type]
     return folded
 
 
@@ -136,7 +138,7 @@ def _set_parameters(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
     assert isinstance(layer.weight, Tensor)
     layer.weight.copy_(weight.reshape(layer.weight.shape))
     if layer.bias is None:
-        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
+        layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=layer.weight.requires_grad)
     else:
         layer.bias.copy_(bias)  # type: ignore[operator]
 
@@ -144,7 +146,7 @@ def _set_parameters(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
 def _put_affine(model: nn.Module, places: list[str], values: ScaleShift, trained: bool) -> None:
     """Where a norm stood: its scale and shift, then what conversion left there, which may be its activation."""
     like = next(model.parameters())
-    affine = ChannelAffine(*(value.to(like.dtype) for value in values)).requires_grad_(trained)
+    affine = ChannelAffine(*(value.to(like) for value in values)).requires_grad_(trained)
     left = model.get_submodule(places[0])
     if isinstance(left, nn.Identity):
         keep_hooks(left, affine)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.linalg import covariance, full_precision
+from timm_deconv.linalg import covariance, full_precision, widest
 
 from .base import MANY_BATCHES, be_leaf, in_recomputation
 from .config import DeconvCfg
@@ -95,9 +95,10 @@ class ChannelDeconv(nn.Module):
                 raise RuntimeError("a scripted whitening layer only evaluates: call eval() before torch.jit.script")
         elif self.training and self._is_trainable(input) and not self.statistics_frozen:
             return self._normalise_live(input)
-        return normalise(
-            input, self.running_mean1, self.running_deconv, self.running_mean2, self.running_var, self.eps
-        )
+        mean1, whitener, mean2, var = self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
+        if self.training:  # the backward pass may come after the statistics went on
+            mean1, whitener, mean2, var = mean1.clone(), whitener.clone(), mean2.clone(), var.clone()
+        return normalise(input, mean1, whitener, mean2, var, self.eps)
 
     def extra_repr(self) -> str:
         frozen = "statistics frozen" if self.statistics_frozen else ""
@@ -116,7 +117,7 @@ class ChannelDeconv(nn.Module):
                 "ChannelDeconv() without num_features cannot be fused: construct it with the number of channels"
             )
         channels, dtype = self.num_features, self.running_deconv.dtype
-        wide = torch.float32 if self.running_deconv.device.type == "mps" else torch.float64
+        wide = widest(self.running_deconv.device)
         basis = torch.eye(channels, device=self.running_deconv.device, dtype=wide)
         buffers = (self.running_mean1, self.running_deconv, self.running_mean2, self.running_var)
         with torch.no_grad():

@@ -21,7 +21,7 @@ class Conv2dSame(nn.Conv2d):
         return self._conv_forward(self._padded(input), self.weight, self.bias)
 
     def _padded(self, input: Tensor) -> Tensor:
-        return pad_same(input, as_pair(self.kernel_size), as_pair(self.stride), as_pair(self.dilation))
+        return pad_same(input, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
 
 
 class Deconv2dSame(Deconv2d):
@@ -40,7 +40,10 @@ class Deconv2dSame(Deconv2d):
         return super().rows(self._padded(input))
 
     def _padded(self, input: Tensor) -> Tensor:
-        return pad_same(input, as_pair(self.kernel_size), as_pair(self.stride), as_pair(self.dilation))
+        if torch.jit.is_scripting():
+            return pad_same(input, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+        else:
+            return pad_same(input, as_pair(self.kernel_size), as_pair(self.stride), as_pair(self.dilation))
 
 
 torch.fx.wrap("pad_same")  # for `Conv2dSame`, which is traced as what it does

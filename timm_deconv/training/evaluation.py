@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_deconv.errors import InputError, unknown_name
+from timm_deconv.linalg import widest
 
 from .recipe import Recipe, load_recipe
 from .tasks import Classification, Task
@@ -33,7 +34,7 @@ def evaluate(task: Task, model: nn.Module, loader: DataLoader, accelerator: Acce
         accelerator: gathers from all processes.
     """
     model.eval()
-    total = torch.zeros(len(task.columns), device=accelerator.device, dtype=torch.float64)
+    total = torch.zeros(len(task.columns), device=accelerator.device, dtype=widest(accelerator.device))
     images = 0
     with torch.no_grad(), accelerator.autocast():
         for batch in loader:

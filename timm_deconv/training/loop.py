@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3, adaptive_clip_grad, dispatch_clip_grad, rando
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
+from timm_deconv.linalg import widest
 from timm_deconv.models.weights import follow_saved, saved_arguments
 
 from . import results
@@ -187,7 +188,8 @@ class Trainer:
         self.train_loader.set_epoch(epoch)
         self.model.train()
         self.display.start_epoch(epoch, len(self.train_loader) * self.recipe.batch_size)
-        total = torch.zeros(len(self.task.columns), device=self.accelerator.device, dtype=torch.float64)
+        device = self.accelerator.device
+        total = torch.zeros(len(self.task.columns), device=device, dtype=widest(device))
         images = 0
         for batch in self.train_loader:
             figures = self._batch(batch)

@@ -14,6 +14,7 @@ from timm_deconv import data
 from timm_deconv.convert import calibrate, freeze, unfreeze
 from timm_deconv.convert.roles import classifier_names
 from timm_deconv.errors import InputError, unknown_name
+from timm_deconv.linalg import to_double
 
 from .arguments import check_arguments
 from .recipe import Recipe
@@ -102,7 +103,7 @@ class Classification:
         return _figures(F.cross_entropy(output.float(), target, reduction="none"), output, target)
 
     def summarise(self, total: Tensor, images: int) -> Mapping[str, float]:
-        loss, top1, top5 = (total.double() / images).tolist()
+        loss, top1, top5 = (to_double(total) / images).tolist()
         return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
     def _dataset(self, split: str) -> Dataset:
