@@ -362,11 +362,5 @@ def in_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _moved(average: Tensor, value: Tensor, momentum: float | Tensor, moving: Tensor) -> Tensor:
-    """The running average with a new value in it where it moves."""
-    moved = torch.lerp(average, value.to(average.dtype), momentum)
-    return torch.where(moving, moved, average)
-
-
 def _at_most(number: Any, most: int) -> Any:
     return number.clamp(max=most) if isinstance(number, Tensor) else min(number, most)

@@ -18,7 +18,7 @@ PROBED_ROWS = 128
 """Rows of a batch that the power is measured on, at most."""
 
 EARLY = 16
-"""Batches after which it counts once more, not twice, that the average has fallen behind; see `gain`."""
+"""Batches after which it counts twice, and before half of which three times, that the average has fallen behind."""
 
 TINY = 1e-12
 LARGEST = 1e30
