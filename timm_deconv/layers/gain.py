@@ -10,7 +10,7 @@ whitener, and it tracks weights that move, too.
 import torch
 from torch import Tensor
 
-from timm_deconv.products import rows_times
+from timm_deconv.kernels.onednn import rows_times
 
 __all__ = ["LARGEST", "PROBED_ROWS", "first_power", "gain", "passed_power", "probe"]
 
