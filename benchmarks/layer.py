@@ -193,7 +193,7 @@ def check_whitening(ours: dict[str, Deconv2d], x: Tensor) -> None:
 
 
 def whitening(layer: Deconv2d, x: Tensor) -> Folded:
-    """Do everything that a training forward does but its convolution (running values too): return what that is given."""
+    """Return what the convolution is given after everything else that a training forward does, running values too."""
     given: list[Folded] = []
 
     def leave_out(x: Tensor, weight: Tensor, bias: Tensor, _geometry: object) -> Tensor:

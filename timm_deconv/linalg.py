@@ -143,7 +143,7 @@ def symmetric_part(matrices: Tensor) -> Tensor:
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context without autocast on the tensor's device; entering one where there is none to leave takes time."""
+    """Return a context without autocast on a tensor's device; entering one where there is none to leave takes time."""
     device = tensor.device.type
     if tensor.is_meta or not torch.is_autocast_enabled(device):
         return nullcontext()

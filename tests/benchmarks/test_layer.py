@@ -33,7 +33,7 @@ def test_the_tables_groups_are_numbers_of_blocks() -> None:
     assert all(block == row.in_channels for block, row in zip(blocks[13:], TABLE_3[13:], strict=True))
     for row, block in zip(TABLE_3, blocks, strict=True):
         blocks = Deconv2d(row.in_channels, 1, row.kernel_size, cfg=row.cfg).blocks
-        assert (blocks.count, blocks.features) == (row.blocks, block * row.kernel_size**2)
+        assert (blocks.number, blocks.features) == (row.blocks, block * row.kernel_size**2)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def test_interleaved_blocks_hold_every_pth_feature_and_others_a_run() -> None:
 
 @cases
 def test_merging_is_the_inverse_of_splitting(blocks: Blocks, shape: tuple[int, ...]) -> None:
-    columns = torch.randn(5, 7, blocks.count * blocks.features)
+    columns = torch.randn(5, 7, blocks.number * blocks.features)
     rows = split_rows(columns, blocks)
-    assert rows.shape == (blocks.sets, 35 * blocks.count // blocks.sets, blocks.features)
+    assert rows.shape == (blocks.sets, 35 * blocks.number // blocks.sets, blocks.features)
     assert torch.equal(merge_rows(rows, list(columns.shape), blocks), columns)
     weight = torch.randn(shape)
     rows = split_weight(weight, blocks)

@@ -75,7 +75,7 @@ def test_columns_are_those_of_unfold_at_the_sampled_spacing(window: Window, memo
         unfolded = F.unfold(x[::thinned], window.kernel_size, window.dilation, window.padding, step).mT
         sampling = spaced(window, step, thinned)
         columns = gather(x, sampling)
-        assert unfolded.shape[1] == sampling.window.count(size)
+        assert unfolded.shape[1] == sampling.window.positions(size)
         assert sampling.positions(x.shape) == columns.shape[0] * columns.shape[1]
         assert torch.equal(columns, unfolded), (size, step, thinned)
 

@@ -46,7 +46,7 @@ def sampled_images(x: Tensor, sampling: Sampling) -> int:
 
 
 def of_an_image(x: Tensor, window: Window, sampling: Sampling) -> int:
-    return sampling.window.count((x.shape[2], x.shape[3]))
+    return sampling.window.positions((x.shape[2], x.shape[3]))
 
 
 def test_without_need_the_spacing_is_the_configured_one_times_the_stride() -> None:
@@ -81,11 +81,11 @@ def test_a_cap_thins_no_more_than_it_must() -> None:
         size, most = (x.shape[2], x.shape[3]), cfg.max_rows
         rows, cols = sampling.window.stride
         if sampling.window != free.window:
-            assert x.shape[0] * spaced(window, rows - 1, cols - 1).count(size) > most
+            assert x.shape[0] * spaced(window, rows - 1, cols - 1).positions(size) > most
         if sampling.images > 1:
-            assert spaced(window, rows + 1, cols + 1).count(size) < FEWEST
+            assert spaced(window, rows + 1, cols + 1).positions(size) < FEWEST
             more_images = len(range(0, x.shape[0], sampling.images - 1))
-            assert more_images * sampling.window.count(size) > most
+            assert more_images * sampling.window.positions(size) > most
 
 
 def test_sampled_pixels_lie_in_the_middle_of_the_image() -> None:
@@ -143,7 +143,7 @@ def test_too_few_rows_lower_the_spacing_at_most_to_the_stride(
 def test_blocks_that_share_statistics_count_as_rows_and_groups_do_not() -> None:
     x, cfg = torch.empty(1, 64, 6, 6, device="meta"), DeconvCfg(layout="channels", block=16, min_rows=1.0)
     shared, apart = (conv_blocks(64, 9, groups, cfg) for groups in (1, 4))
-    assert (shared.count, shared.sets, apart.sets) == (4, 1, 4)
+    assert (shared.number, shared.sets, apart.sets) == (4, 1, 4)
     assert choose_sampling(x.shape, PIXEL, shared, cfg).window.stride == (3, 3)  # 2 x 2 pixels of 4 blocks
     assert choose_sampling(x.shape, PIXEL, apart, cfg).window.stride == (1, 1)  # 3 x 3 pixels at a spacing of 2
 
@@ -156,7 +156,7 @@ def test_the_cap_counts_the_rows_of_all_blocks_that_share_a_covariance() -> None
         blocks = conv_blocks(64, 9, groups, cfg)
         sampling = choose_sampling(x.shape, PIXEL, blocks, cfg)
         positions = sampled_images(x, sampling) * of_an_image(x, PIXEL, sampling)
-        rows[groups] = positions * blocks.count // blocks.sets
+        rows[groups] = positions * blocks.number // blocks.sets
     assert rows == {1: 1024, 4: 512}  # 16 pixels of 16 or of all 32 images
 
 

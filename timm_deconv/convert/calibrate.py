@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
-from timm_deconv.layers.notices import share_notices
 from timm_deconv.layers.functional import Moments, estimate, fold
+from timm_deconv.layers.notices import share_notices
 from timm_deconv.linalg import to_double
 
 from .batches import checked_count, image_batches, images_of

@@ -91,7 +91,7 @@ def carry_out(
         replace_module(model, layer, new[name])
         part = new[name].blocks
         kind = type(new[name]).__name__
-        report.converted.append(ConvertedLayer(name, role, kind, part.count, part.features, str(cfg)))
+        report.converted.append(ConvertedLayer(name, role, kind, part.number, part.features, str(cfg)))
     if policy.classifier == "channel":
         whiten_pooling(model, new_channel_whitening(model, policy))
     remove_norms(model, plan.removed)

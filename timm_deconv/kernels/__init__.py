@@ -6,8 +6,8 @@ Each is a `torch.library.custom_op` with a fake form, an autograd formula and a 
 - `inverse_root`: D of a covariance; `inverse_root_backward`;
 - `apply_whitener`: D times a weight or an activation; `apply_whitener_backward`.
 
-Geometry passes through as lists of whole numbers, `Sampling.ints` and `Blocks.ints`. What is computed is written in plain
-torch; where a processor is faster by other means, `onednn` knows it. Another device registers its kernels with
+Geometry passes through as lists of whole numbers, `Sampling.ints` and `Blocks.ints`. What is computed is written in
+plain torch; where a processor is faster by other means, `onednn` knows it. Another device registers its kernels with
 `moments.register_kernel` and the like.
 """
 

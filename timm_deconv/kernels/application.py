@@ -100,7 +100,7 @@ def _merge_like(rows: Tensor, weight: Tensor, parts: Blocks) -> Tensor:
 def _formatted(values: Tensor, like: Tensor) -> Tensor:
     """Return values in channels_last if `like` is so alone, else contiguous, as the fake form promises."""
     if like.is_contiguous() or not _in_channels_last(like):
-        return values.reshape(-1).view(like.shape)  # contiguous() leaves 1x1 kernels strides that look like channels_last
+        return values.reshape(-1).view(like.shape)  # contiguous() leaves 1x1 kernels in what looks like channels_last
     return values.contiguous(memory_format=torch.channels_last)
 
 
@@ -146,7 +146,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values, whitener = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
         wanted = [tensor for tensor, need in zip((values, whitener), ctx.needs_input_grad, strict=False) if need]
-        grads = iter(torch.autograd.grad(plain_application(values, whitener, ctx.blocks), wanted, grad, create_graph=True))
+        plain = plain_application(values, whitener, ctx.blocks)
+        grads = iter(torch.autograd.grad(plain, wanted, grad, create_graph=True))
         return *(next(grads) if need else None for need in ctx.needs_input_grad[:2]), None
     return *apply_whitener_backward(grad, values, whitener, ctx.blocks), None
 

@@ -11,14 +11,22 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Blocks", "merge_rows", "merge_weight", "split_rows", "split_weight", "spread_over_window", "sum_over_window"]
+__all__ = [
+    "Blocks",
+    "merge_rows",
+    "merge_weight",
+    "split_rows",
+    "split_weight",
+    "spread_over_window",
+    "sum_over_window",
+]
 
 
 class Blocks(NamedTuple):
     """P blocks of F features.
 
     Attributes:
-        count: P.
+        number: P.
         features: F.
         interleaved: block j holds the features j modulo P; else a run of F of them.
         groups: the convolution's.
@@ -26,7 +34,7 @@ class Blocks(NamedTuple):
             at every position; else it is a part of a window.
     """
 
-    count: int
+    number: int
     features: int
     interleaved: bool = False
     groups: int = 1
@@ -45,8 +53,8 @@ class Blocks(NamedTuple):
     @classmethod
     def of_ints(cls, ints: Sequence[int]) -> "Blocks":
         """Return the blocks that `ints` was made of."""
-        count, features, interleaved, groups, pixels = ints
-        return cls(count, features, bool(interleaved), groups, bool(pixels))
+        number, features, interleaved, groups, pixels = ints
+        return cls(number, features, bool(interleaved), groups, bool(pixels))
 
 
 def split_rows(columns: Tensor, blocks: Blocks) -> Tensor:
@@ -58,14 +66,14 @@ def split_rows(columns: Tensor, blocks: Blocks) -> Tensor:
     rows = _split_features(columns, blocks)
     if blocks.groups == 1:
         return rows.reshape(1, -1, blocks.features)
-    samples = rows.reshape(-1, blocks.count, blocks.features)
+    samples = rows.reshape(-1, blocks.number, blocks.features)
     return samples.transpose(0, 1) if blocks.features == 1 else samples.permute(1, 2, 0).contiguous().mT
 
 
 def merge_rows(rows: Tensor, shape: list[int], blocks: Blocks) -> Tensor:
     """Merge rows (S, R, F) into columns of the given shape (..., P F): the inverse of `split_rows`."""
     samples = rows if blocks.groups == 1 else rows.transpose(0, 1)
-    columns = samples.reshape(*shape[:-1], blocks.count, blocks.features)
+    columns = samples.reshape(*shape[:-1], blocks.number, blocks.features)
     return (columns.transpose(-1, -2) if blocks.interleaved else columns).reshape(shape)
 
 
@@ -79,22 +87,29 @@ def split_weight(weight: Tensor, blocks: Blocks) -> Tensor:
     if blocks.groups > 1:
         return weight.reshape(blocks.groups, -1, blocks.features)
     if blocks.interleaved:
-        weight = _split_features(weight.reshape(-1, blocks.count * blocks.features), blocks)
+        weight = _split_features(weight.reshape(-1, blocks.number * blocks.features), blocks)
     return weight.reshape(1, -1, blocks.features)
 
 
 def merge_weight(rows: Tensor, shape: list[int], blocks: Blocks) -> Tensor:
     """Merge rows (S, N, F) into a weight of the given shape: the inverse of `split_weight`."""
     if blocks.interleaved:
-        rows = rows.reshape(-1, blocks.count, blocks.features).transpose(1, 2)
+        rows = rows.reshape(-1, blocks.number, blocks.features).transpose(1, 2)
     if blocks.pixels and len(shape) == 4:
         return rows.reshape(shape[0], -1, shape[1]).transpose(1, 2).reshape(shape)
     return rows.reshape(shape)
 
 
 def spread_over_window(vectors: Tensor, shape: list[int], blocks: Blocks) -> Tensor:
-    """Spread vectors (S, F), of each set, over all blocks of a window: (S, ...) of a weight (O, ...) of the given shape,
-    the part of each group being one output of it."""
+    """Spread the vector of each set over all blocks of a window.
+
+    Args:
+        vectors: (S, F).
+        shape: of a weight (O, ...) that meets the window.
+
+    Returns:
+        (S, ...), the window of a group as one output of the weight.
+    """
     numbers = 1
     for extent in shape[1:]:
         numbers *= extent
@@ -109,5 +124,5 @@ def sum_over_window(window: Tensor, blocks: Blocks) -> Tensor:
 
 def _split_features(columns: Tensor, blocks: Blocks) -> Tensor:
     if blocks.interleaved:
-        return columns.unflatten(-1, [blocks.features, blocks.count]).transpose(-1, -2)
-    return columns.unflatten(-1, [blocks.count, blocks.features])
+        return columns.unflatten(-1, [blocks.features, blocks.number]).transpose(-1, -2)
+    return columns.unflatten(-1, [blocks.number, blocks.features])

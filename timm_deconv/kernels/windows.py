@@ -48,7 +48,7 @@ class Window(NamedTuple):
         rows, cols = (max((size[i] + 2 * self.padding[i] - spans[i]) // self.stride[i] + 1, 0) for i in (0, 1))
         return rows, cols
 
-    def count(self, size: Pair) -> int:
+    def positions(self, size: Pair) -> int:
         """Return the number of windows in an image of (height, width)."""
         rows, cols = self.grid(size)
         return rows * cols
@@ -101,7 +101,7 @@ class Sampling(NamedTuple):
         if self.flat:
             return math.ceil(shape[0] * size[0] * size[1] / (rows * cols))
         inside = (size[0] - self.offset[0], size[1] - self.offset[1])
-        return math.ceil(shape[0] / self.images) * self.window.count(inside)
+        return math.ceil(shape[0] / self.images) * self.window.positions(inside)
 
 
 def gather(x: Tensor, sampling: Sampling, *, samples_last: bool = False) -> Tensor:
@@ -140,9 +140,9 @@ def scatter_add_(grad_x: Tensor, grad_columns: Tensor, sampling: Sampling) -> No
 
 
 def spread_windows(x: Tensor, window: Window, most: int) -> Tensor:
-    """Gather windows of images (N, C, H, W), evenly spread over all of the batch: (at most `most`, K), channel-major."""
+    """Gather at most `most` windows of images (N, C, H, W), evenly spread over the batch: (count, K), channel-major."""
     (height, width), (_, cols) = x.shape[2:], window.grid((x.shape[2], x.shape[3]))
-    in_image = window.count((height, width))
+    in_image = window.positions((height, width))
     total = x.shape[0] * in_image
     count = min(most, total)
     index = (torch.arange(count, device=x.device) * total + total // 2) // count
@@ -198,8 +198,8 @@ def _scatter_windows_(grad_x: Tensor, grad_columns: Tensor, window: Window) -> N
 
 
 def _kernel_positions(x: Tensor, window: Window) -> Iterator[tuple[Index, Index]]:
-    """Yield, for every kernel position, its place in columns (N, rows, columns, C, kernel height, kernel width), without
-    the windows where it lies in the padding, and its pixels in x (N, C, H, W)."""
+    """Yield, for every kernel position, its place in columns (N, rows, columns, C, kernel height, kernel width) and its
+    pixels in x (N, C, H, W), without the windows where it lies in the padding."""
     size = (x.shape[2], x.shape[3])
     rows, cols = window.grid(size)
     everything = slice(None)

@@ -1,5 +1,5 @@
-"""ChannelDeconv: a layer that whitens activations themselves, published beside the deconvolution layers for use in front
-of the global pooling."""
+"""ChannelDeconv: a layer that whitens activations themselves (published beside the deconvolution layers, for use in
+front of the global pooling)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -107,7 +107,7 @@ class ChannelDeconv(nn.Module):
 
     @torch.jit.unused
     def fuse(self, spatial: bool = True) -> nn.Module:
-        """Return the fixed 1x1 convolution, or linear layer if not `spatial`, that does in evaluation what this layer does.
+        """Return the fixed 1x1 convolution, or linear layer if not `spatial`, that evaluates as this layer does.
 
         Raises:
             ValueError: the number of channels is not known.
@@ -198,9 +198,10 @@ class ChannelDeconv(nn.Module):
 
 
 def normalise(x: Tensor, mean1: Tensor, whitener: Tensor, mean2: Tensor, var: Tensor, eps: float) -> Tensor:
-    """Whiten the first channels of (N, C) or (N, C, H, W) and divide the remaining ones by one deviation.
+    """Whiten the first channels and divide the remaining ones by one deviation.
 
     Args:
+        x: (N, C) or (N, C, H, W).
         mean1: (B, 1). whitener: (B, B). mean2, var: one number each.
 
     Returns:

@@ -57,8 +57,8 @@ class DeconvCfg:
         min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more
             densely, and what is still missing is made up for by shrinking the covariance towards its mean variance.
             0 switches it off.
-        freeze: use the running values, detached, after freeze_iter + 1 training forwards; the layer is live again for as
-            many out of every 10 * freeze_iter (published).
+        freeze: use the running values, detached, after freeze_iter + 1 training forwards; the layer is live again for
+            as many out of every 10 * freeze_iter (published).
         freeze_iter: see `freeze`.
         gain_corrected: scale the whitener of evaluation so that it passes on as much power as the live ones do,
             measured on each batch before it is averaged in; running averages of inverse roots alone amplify too much

@@ -138,8 +138,10 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @property
     def window(self) -> Window:
-        """The convolution's windows as its attributes are now: encoders are dilated by setting stride, dilation and
-        padding."""
+        """The convolution's windows as its attributes are now; encoders are dilated by setting these.
+
+        With `_pads` the input is padded before, and the windows have no padding of their own.
+        """
         padding = (0, 0) if self._pads() or isinstance(self.padding, str) else as_pair(self.padding)
         if self.padding == "same" and not self._pads():
             rows, cols = self._extents()
@@ -148,7 +150,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _pads(self) -> list[int]:
-        """Return left, right, top and bottom of what is padded apart: unequally, or not with zeros; empty for nothing."""
+        """Return left, right, top and bottom of what is padded apart, unequally or not with zeros; [] for nothing."""
         if self.padding_mode != "zeros":
             return list(self._reversed_padding_repeated_twice)
         extents = self._extents()
@@ -199,7 +201,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         if self.padding == "same" and as_pair(self.stride) != (1, 1):
             raise InputError(f"padding='same' with stride={self.stride!r}: a strided convolution is padded by numbers")
         positions = self.kernel_size[0] * self.kernel_size[1]
-        if self.blocks.count * self.blocks.features not in (self.in_channels, self.in_channels * positions):
+        if self.blocks.number * self.blocks.features not in (self.in_channels, self.in_channels * positions):
             raise InputError(
                 f"in_channels={self.in_channels} was set after construction, and the statistics are of another number:"
                 " make the layer, or the network by in_chans=, with it"
@@ -213,7 +215,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         size = (input.shape[-2], input.shape[-1])
         left, right, top, bottom = self._pads() or (0, 0, 0, 0)
         padded = (size[0] + top + bottom, size[1] + left + right)
-        if input.numel() and not self.window.count(padded):
+        if input.numel() and not self.window.positions(padded):
             raise InputError(
                 f"input of {size[0]}x{size[1]} pixels: smaller than the kernel {self.kernel_size} with dilation"
                 f" {self.dilation} and padding {self.padding!r}; use larger images or more padding"

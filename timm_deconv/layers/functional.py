@@ -100,12 +100,12 @@ def estimate_backward(
 def zero_constant(statistics: Statistics, x: Tensor, cfg: DeconvCfg) -> Statistics:
     """Zero the whiteners of sets whose rows are all equal.
 
-    There is nothing to whiten there, and only eps would be inverted: deviations stay zero, but each layer would multiply
-    gradients by eps ** -0.5. No output changes by more than LEAST_VARIANCE ** 0.5 of a deviation.
+    There is nothing to whiten there, and only eps would be inverted: deviations stay zero, but each layer would
+    multiply gradients by eps ** -0.5. No output changes by more than LEAST_VARIANCE ** 0.5 of a deviation.
 
     Args:
         statistics: by `estimate`.
-        x: the batch (N, C, ...) that they are of; one row has no deviation, but what was passed over may differ from it.
+        x: the batch (N, C, ...) that they are of; one row has no deviation, but others may differ from it.
         cfg: the layer's.
     """
     varies = statistics.varies
@@ -117,10 +117,17 @@ def zero_constant(statistics: Statistics, x: Tensor, cfg: DeconvCfg) -> Statisti
 
 @torch.no_grad()
 def sample_deviations(x: Tensor, window: Window, blocks: Blocks, mean: Tensor) -> Tensor:
-    """Return some rows less the mean (S, F), evenly spread over the windows of x (N, C, H, W), samples or not: (S, at most
-    PROBED_ROWS, F).
+    """Return some rows less the mean, evenly spread over the windows of x, samples or not.
 
     A whitener fits its own samples better than what lies between them, and the output is made of both.
+
+    Args:
+        x: (N, C, H, W).
+        window, blocks: what the layer sees.
+        mean: (S, F).
+
+    Returns:
+        (S, at most PROBED_ROWS, F), without gradient.
     """
     rows = split_rows(spread_windows(x, window, PROBED_ROWS), blocks)
     return promote(probe(rows)) - mean.unsqueeze(1)
@@ -146,7 +153,7 @@ def _count_padding(mean: Tensor, cov: Tensor, share: float) -> tuple[Tensor, Ten
 def _count_padding_backward(
     mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the image's own mean (S, F), and its and the covariance's gradients, from the result of `_count_padding`."""
+    """Return the image's own mean (S, F), and its and the covariance's gradients, from what `_count_padding` gave."""
     if not share:
         return mean, grad_mean, grad_cov
     of_cov = torch.bmm(mean.unsqueeze(1), grad_cov).squeeze(1)
@@ -208,7 +215,7 @@ def fold_bias(bias: Tensor | None, weight: Tensor, shift: Tensor, blocks: Blocks
 def fold_bias_backward_(
     grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, shift: Tensor, blocks: Blocks
 ) -> Tensor:
-    """Add to the gradient of the weight, in place, what reaches it through `fold_bias`; return that of the shift (S, F).
+    """Add to the gradient of the weight, in place, what reaches it through `fold_bias`; return the shift's (S, F).
 
     Args:
         grad_weight, weight: (O, C, h, w). grad_bias: (O,), of what `fold_bias` gave.

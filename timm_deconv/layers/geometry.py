@@ -15,7 +15,7 @@ FEWEST = 16
 
 MOST_PADDING = 0.01
 """Most weight of padding in the statistics of blocks of pixels: enough to bound what leaves at the border of an image
-without variance, where D mu is near weight ** -0.5. Counting all of it cost a point of accuracy (docs/experiments.md)."""
+without variance, where D mu is near weight ** -0.5. Counting all of it cost a point of accuracy."""
 
 
 def conv_blocks(in_channels: int, positions: int, groups: int, cfg: DeconvCfg) -> Blocks:
@@ -75,11 +75,11 @@ class ConvGeometry(NamedTuple):
 
     def rows(self, shape: Sequence[int]) -> int:
         """Return how many rows are sampled from a batch of shape (N, C, H, W), in each set of statistics."""
-        return self.sampling.positions(shape) * (self.blocks.count // self.blocks.sets)
+        return self.sampling.positions(shape) * (self.blocks.number // self.blocks.sets)
 
     def most_rows(self, shape: Sequence[int]) -> int:
         """Return how many rows there are in a batch of shape (N, C, H, W), sampled or not."""
-        return shape[0] * self.seen.count((shape[2], shape[3])) * (self.blocks.count // self.blocks.sets)
+        return shape[0] * self.seen.positions((shape[2], shape[3])) * (self.blocks.number // self.blocks.sets)
 
 
 def conv_geometry(shape: Sequence[int], window: Window, groups: int, blocks: Blocks, cfg: DeconvCfg) -> ConvGeometry:
@@ -104,12 +104,18 @@ def conv_geometry(shape: Sequence[int], window: Window, groups: int, blocks: Blo
 def choose_sampling(shape: Sequence[int], window: Window, blocks: Blocks, cfg: DeconvCfg) -> Sampling:
     """Choose samples of a batch of shape (N, C, H, W) among windows.
 
-    The spacing is the configured one times the stride of the windows. It is reduced, at most to that stride, until there
-    are `cfg.min_rows` * F rows; or increased, down to FEWEST windows an image, and then images are passed over, until
-    there are no more than `cfg.max_rows`.
+    The spacing is the configured one times the stride of the windows. It is reduced, at most to that stride, until
+    there are `cfg.min_rows` * F rows; or increased, down to FEWEST windows an image, and then images are passed over,
+    until there are no more than `cfg.max_rows`.
+
+    Args:
+        shape: (N, C, H, W).
+        window: what samples are taken from, at its stride or wider.
+        blocks: the features of a row.
+        cfg: how many samples.
     """
     flat = window.pointwise and cfg.layout != "channels"
-    per_position = blocks.count // blocks.sets
+    per_position = blocks.number // blocks.sets
     for spacing in range(cfg.sampling_stride, 0, -1):
         sampling = Sampling(_spaced(window, spacing * window.stride[0], spacing * window.stride[1]), flat=flat)
         if sampling.positions(shape) * per_position >= cfg.min_rows * blocks.features:
@@ -123,7 +129,7 @@ def choose_sampling(shape: Sequence[int], window: Window, blocks: Blocks, cfg: D
 def _sparser(shape: Sequence[int], window: Window, most: int) -> Sampling:
     images, size = shape[0], (shape[2], shape[3])
     wider = _spaced(window, window.stride[0] + 1, window.stride[1] + 1)
-    while images * window.count(size) > most and wider.count(size) >= FEWEST:
+    while images * window.positions(size) > most and wider.positions(size) >= FEWEST:
         window, wider = wider, _spaced(wider, wider.stride[0] + 1, wider.stride[1] + 1)
     rows, cols = window.grid(size)
     offset = (0, 0)

@@ -24,12 +24,10 @@ EVERY_VECTOR = Sampling(PIXEL)
 
 
 class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch declares that there always is a bias
-    """`nn.Linear` of whitened input features, in runs of `cfg.block` contiguous ones that share one mean and
-    covariance.
+    """`nn.Linear` of whitened input features, in runs of `cfg.block` that share one mean and covariance.
 
     Every feature vector of the batch is a sample. Freezing, running averages, regularisation and `wide_block` as in
-    `Deconv2d`; the layout and sampling options do not apply. For the backward pass whitener
-    and root are kept, and three times the input if it is whitened.
+    `Deconv2d`; the layout and sampling options do not apply.
 
     Args:
         cfg: how to whiten: a preset's name, a dictionary of options over a preset, or a `DeconvCfg`; by default the
@@ -97,20 +95,23 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     def moments(self, input: Tensor) -> Moments:
         vectors = input.reshape(-1, self.in_features)
         mean, cov = moments(_as_images(vectors), EVERY_VECTOR.ints, self.blocks.ints)
-        return Moments(mean, cov, len(vectors) * self.blocks.count)
+        return Moments(mean, cov, len(vectors) * self.blocks.number)
 
     @torch.jit.unused
     def _whitened(self, vectors: Tensor, statistics: Statistics) -> Tensor:
         """Whiten the vectors or, if they are not fewer than the outputs, the weight: the same function."""
         mean, whitener = statistics.mean, statistics.whitener
+        if len(vectors) < self.out_features:
+            return F.linear(self._whiten(vectors, mean, whitener), self.weight, self.bias)
         with full_precision(vectors):
-            if len(vectors) >= self.out_features:
-                weight, bias = fold(self.weight, self.bias, mean, whitener, self.blocks)
-            else:
-                centred = vectors.to(whitener.dtype) - spread_over_window(mean, list(self.weight.shape), self.blocks)
-                vectors = apply_whitener(_as_images(centred), whitener, self.blocks.ints).flatten(1).to(vectors.dtype)
-                weight, bias = self.weight, self.bias
+            weight, bias = fold(self.weight, self.bias, mean, whitener, self.blocks)
         return F.linear(vectors, weight, bias)
+
+    @torch.jit.unused
+    def _whiten(self, vectors: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
+        """Compute D (x - mu) of vectors (R, in_features)."""
+        centred = vectors.to(whitener.dtype) - spread_over_window(mean, list(self.weight.shape), self.blocks)
+        return apply_whitener(_as_images(centred), whitener, self.blocks.ints).flatten(1).to(vectors.dtype)
 
     @torch.jit.unused
     def fuse(self) -> nn.Linear:

@@ -121,7 +121,7 @@ class WhiteningMixin(nn.Module):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        features = f"blocks={self.blocks.count}x{self.blocks.features}"
+        features = f"blocks={self.blocks.number}x{self.blocks.features}"
         frozen = "statistics frozen" if self.statistics_frozen else ""
         return ", ".join(part for part in (super().extra_repr(), features, str(self.cfg), frozen) if part)
 

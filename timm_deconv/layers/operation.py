@@ -68,8 +68,8 @@ def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: St
         RuntimeError: in a backward pass through these gradients, which are written by hand.
     """
     live = statistics
-    arguments = (live.mean, live.whitener, live.frozen, live.rows, *live.kept)
-    output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, *arguments)
+    tensors = (live.mean, live.whitener, live.varies, live.frozen, *live.kept)
+    output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, live.rows, *tensors)
     return output
 
 
@@ -86,10 +86,11 @@ class _WhitenedConv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         setting: Setting,
+        rows: int,
         mean: Tensor,
         whitener: Tensor,
+        varies: Tensor,
         frozen: Tensor | None,
-        rows: int,
         *kept: Tensor,
     ) -> Tensor:
         geometry, dtype = setting.geometry, _conv_dtype(x)
@@ -102,7 +103,7 @@ class _WhitenedConv(torch.autograd.Function):
             else:
                 input, kernel = x.to(dtype), apply_whitener(wide, whitener, blocks.ints)
             output = convolve(input, kernel.to(dtype), folded_bias.to(dtype), geometry)
-        ctx.save_for_backward(x, weight, mean, shift, whitener, frozen, *kept)
+        ctx.save_for_backward(x, weight, shift, mean, whitener, varies, frozen, *kept)
         ctx.setting, ctx.rows, ctx.has_bias, ctx.dtype = setting, rows, bias is not None, dtype
         return output
 
@@ -134,37 +135,49 @@ class _OnlyOnce(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, weight and bias, each None where it is not asked for."""
-    x, weight, mean, shift, whitener, frozen, *kept = ctx.saved_tensors
+    x, weight, shift, mean, whitener, varies, frozen, *kept = ctx.saved_tensors
     geometry, cfg, _ = ctx.setting
-    blocks, with_x = geometry.blocks, ctx.needs_input_grad[0]
-    input, wide = x.to(ctx.dtype), weight.to(whitener.dtype)
+    blocks, wide = geometry.blocks, weight.to(whitener.dtype)
     with full_precision(x):
-        if whitens_input(x, weight, geometry):
-            whitened = apply_whitener(input, whitener, blocks.ints)
-            grad_whitened, grad_weight, grad_bias = convolve_backward(
-                grad.to(ctx.dtype), whitened, wide.to(ctx.dtype), geometry, with_x
-            )
-            grad_x, grad_whitener = grad_whitened, None
-            if grad_whitened is not None:
-                grad_x, grad_whitener = apply_whitener_backward(grad_whitened, input, whitener, blocks.ints)
-            grad_weight = grad_weight.to(whitener.dtype)
-        else:
-            kernel = apply_whitener(wide, whitener, blocks.ints).to(ctx.dtype) if with_x else wide.to(ctx.dtype)
-            grad_x, grad_kernel, grad_bias = convolve_backward(grad.to(ctx.dtype), input, kernel, geometry, with_x)
-            grad_weight, grad_whitener = apply_whitener_backward(
-                grad_kernel.to(whitener.dtype), wide, whitener, blocks.ints
-            )
+        input, grad = x.to(ctx.dtype), grad.to(ctx.dtype)
+        grads = _plain_gradients(grad, input, wide, whitener, geometry, ctx.needs_input_grad[0])
+        grad_x, grad_weight, grad_bias, grad_whitener = grads
         grad_shift = fold_bias_backward_(grad_weight, grad_bias.to(whitener.dtype), wide, shift, blocks)
-        if grad_x is not None and grad_whitener is not None:
+        if grad_x is not None:
             grad_x = grad_x.to(x.dtype)
             grad_whitener = torch.baddbmm(grad_whitener, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
             grad_mean = torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1)
             if frozen is not None:
                 grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
-            statistics = Statistics(mean, whitener, frozen, ctx.rows, kept)
-            own_mean, *grads = estimate_backward(grad_mean, grad_whitener, statistics, geometry.padding, cfg)
-            add_moments_gradient_(grad_x, x, own_mean, *grads, geometry.sampling.ints, blocks.ints)
+            statistics = Statistics(mean, whitener, varies, ctx.rows, kept)
+            own_mean, *of_moments = estimate_backward(grad_mean, grad_whitener, statistics, geometry.padding, cfg)
+            add_moments_gradient_(grad_x, x, own_mean, *of_moments, geometry.sampling.ints, blocks.ints)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype) if ctx.has_bias else None
+
+
+def _plain_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, whitener: Tensor, geometry: ConvGeometry, with_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Compute the gradients of x (None unless `with_x`), weight, bias and D, as if statistics and bias were constants.
+
+    Args:
+        grad: (N, O, H', W'), of the output. x: (N, C, H, W); both in the dtype of the convolution.
+        weight: (O, C / groups, h, w). whitener: (S, F, F); both in the dtype of the statistics.
+        geometry: the layer's.
+        with_x: whether the gradient of x, and with it that of D, is asked for.
+    """
+    ints, dtype = geometry.blocks.ints, weight.dtype
+    if whitens_input(x, weight, geometry):
+        whitened = apply_whitener(x, whitener, ints)
+        grad_x, grad_weight, grad_bias = convolve_backward(grad, whitened, weight.to(x.dtype), geometry, with_x)
+        grad_whitener = torch.zeros_like(whitener)
+        if grad_x is not None:
+            grad_x, grad_whitener = apply_whitener_backward(grad_x, x, whitener, ints)
+        return grad_x, grad_weight.to(dtype), grad_bias, grad_whitener
+    kernel = apply_whitener(weight, whitener, ints) if with_x else weight
+    grad_x, grad_kernel, grad_bias = convolve_backward(grad, x, kernel.to(x.dtype), geometry, with_x)
+    grad_weight, grad_whitener = apply_whitener_backward(grad_kernel.to(dtype), weight, whitener, ints)
+    return grad_x, grad_weight, grad_bias, grad_whitener
 
 
 def whitens_input(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
