@@ -36,3 +36,18 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (InputError, NonFiniteError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Import optional packages inside of it: says which extra installs one that is missing.
+
+    Raises:
+        InputError: a package is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("timm_deconv", "benchmarks"):
+            raise
+        raise InputError(f"{error.name} is not installed; pip install 'timm-deconv[{extra}]'") from None

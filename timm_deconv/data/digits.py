@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from timm_deconv.errors import needs_extra
+
 SIDE = 32
 TEST_EVERY = 5
 # over the enlarged training images, values 0..1
@@ -40,7 +42,8 @@ class Digits(Dataset):
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # a second of imports that only this data set needs
+    with needs_extra("train"):
+        from sklearn.datasets import load_digits  # a second of imports that only this data set needs
 
     digits = load_digits()
     return digits.images, digits.target
