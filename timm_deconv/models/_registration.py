@@ -21,7 +21,7 @@ from timm.models import (
 from torch import nn
 
 from timm_deconv.convert import DeconvPolicy, convert_deconv_model
-from timm_deconv.convert.policy import GUARDED, as_saved
+from timm_deconv.convert.policy import SMALL_BATCH_DEFAULTS, as_saved
 from timm_deconv.convert.surgery import fuse_in_place
 from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame, DeconvLinear
 
@@ -38,7 +38,7 @@ for _layer in (Deconv2d, Deconv2dSame, DeconvLinear, ChannelDeconv, Conv2dSame):
 CIFAR_POLICY = DeconvPolicy(roles={"classifier": {"block": 512}})
 """Under the preset 'paper', the 32x32 networks of the paper's Table 1: published behaviour throughout."""
 
-IMAGENET_POLICY = GUARDED
+IMAGENET_POLICY = SMALL_BATCH_DEFAULTS
 """Under the preset 'paper', ImageNet networks and converted ones: layers that see fewer rows than features are kept in
 bounds."""
 
