@@ -40,7 +40,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Import optional packages inside of it: says which extra installs one that is missing.
+    """Say which extra of the package installs an import that is missing; optional imports stand in this context.
 
     Raises:
         InputError: a package is missing.
@@ -48,6 +48,7 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("timm_deconv", "benchmarks"):
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "timm_deconv", "benchmarks"):
             raise
-        raise InputError(f"{error.name} is not installed; pip install 'timm-deconv[{extra}]'") from None
+        raise InputError(f"{package} is not installed; pip install 'timm-deconv[{extra}]'") from None
