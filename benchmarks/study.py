@@ -20,12 +20,11 @@ from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.layers import PRESETS
 from timm_deconv.training.loop import train
 from timm_deconv.training.recipe import Recipe, load_recipe, parse_settings
-from timm_deconv.training.results import append_rows
 from timm_deconv.training.tasks import Classification
 
 from . import plots
 from .networks import with_iterative_norm
-from .rows import CONDITIONS, Row, add_rows, conditions, result_files, rounded, table
+from .rows import CONDITIONS, Row, add_rows, conditions, print_table, result_files, rounded
 from .segmentation import Segmentation
 from .step import StepSettings, check_training, random_batch, training_step
 from .timing import interleave
@@ -72,7 +71,7 @@ class Variant:
     task: type[Classification] | type[Segmentation]
 
     def create_model(self) -> nn.Module:
-        """A fresh network, in training mode."""
+        """Create a fresh network, in training mode."""
         return self.task(self.recipe, torch.device("cpu")).create_model().train()
 
 
@@ -84,7 +83,7 @@ class IterativeNormalisation(Classification):
 
 
 def variant(text: str, network: str, recipe: Recipe) -> Variant:
-    """The variant that a text means, of a registered pair of networks and a recipe whose model is filled in.
+    """Read a text as a variant of a registered pair of networks and a recipe, whose model is filled in.
 
     Raises:
         InputError: an unknown first word, network or setting.
@@ -136,8 +135,7 @@ def study(
             place = folder / f"{_slug(each.name)}-{recipe.model}-{_slug(data_name(recipe))}-{recipe.hash()}-seed{seed}"
             train(recipe, place, resume=True, task=each.task)
             rows = list(_epoch_rows(each.name, recipe, place / "curve.csv"))
-            for file in missing:
-                append_rows(file, COLUMNS, rows)
+            add_rows(missing, COLUMNS, rows)
 
 
 def run(
@@ -174,14 +172,14 @@ def run(
         plots.need_matplotlib()
         measured = pareto_rows(files[-1], chosen, StepSettings(batch=common.batch_size, rounds=rounds))
         add_rows([file.with_name("study_pareto.csv") for file in files], PARETO_COLUMNS, measured)
-        print(table(measured, SHOWN))
+        print_table(measured, SHOWN)
         plots.pareto_picture(measured, picture)
     else:
         study(chosen, seeds, output.parent / "runs", files)
 
 
 def final_accuracies(file: Path, variants: Sequence[Variant]) -> dict[str, list[float]]:
-    """Accuracy after the last epoch in the rows of `study`, by variant, of all seeds that there are."""
+    """Read the accuracies after the last epoch from the rows of `study`, by variant, of all seeds that there are."""
     found: dict[str, list[float]] = {each.name: [] for each in variants}
     for row in _read(file):
         for each in variants:
@@ -191,7 +189,7 @@ def final_accuracies(file: Path, variants: Sequence[Variant]) -> dict[str, list[
 
 
 def rate_rows(file: Path) -> list[Row]:
-    """What the variants in a file reached at each rate: the mean over seeds of the last epoch's figure, and deviation.
+    """Average over seeds what the variants in a file reached at each rate after the last epoch, with the deviation.
 
     A variant's own `lr=` is taken out of its text. Other widths, recipes, lengths of training, optimisers and
     precisions stand apart; settings given for all variants of a study do not: keep such studies in files of their own.
@@ -215,7 +213,7 @@ def rate_rows(file: Path) -> list[Row]:
 def pareto_rows(
     file: Path, variants: Sequence[Variant], settings: StepSettings, progress: Callable[[str], object] = print
 ) -> list[Row]:
-    """Accuracy and seconds of a training step of every variant that `file` has rows of, timed interleaved, as SHOWN.
+    """Time a training step of every variant that `file` has rows of, interleaved, beside their accuracies.
 
     The first of them is what times are compared with, usually `twin`.
 
@@ -272,12 +270,12 @@ def _epoch_rows(name: str, recipe: Recipe, curve: Path) -> Iterator[Row]:
 
 
 def data_name(recipe: Recipe) -> str:
-    """The data folder's name, by which rows tell variants of a data set apart."""
+    """Return the data folder's name, by which rows tell variants of a data set apart."""
     return Path(recipe.data_dir).resolve().name if recipe.data_dir else ""
 
 
 def _identity(name: str, recipe: Recipe) -> Row:
-    """What tells the rows of two runs apart."""
+    """Return the columns that tell the rows of two runs apart."""
     return {
         "network": recipe.model.removesuffix("_deconv"),
         "width": recipe.model_kwargs.get("width", 1.0),
