@@ -204,7 +204,11 @@ def _check_small(name: str, row: ConversionRow) -> None:
 
 
 def smallest_input(name: str) -> int:
-    """Find the smallest square image of SIZES that the batch-norm network takes, or its own size if that is fixed."""
+    """Find the smallest square image of SIZES that the batch-norm network takes, or its own size if that is fixed.
+
+    Raises:
+        Failure: it takes none.
+    """
     model = _on_meta(name).train()
     channels, *native = model.pretrained_cfg["input_size"]  # type: ignore[index, misc]
     for size in (*(s for s in SIZES if s < native[0]), native[0]):

@@ -35,11 +35,13 @@ __all__ = [
     "PARETO_COLUMNS",
     "SHOWN",
     "Variant",
+    "compare_with_steps",
     "final_accuracies",
     "pareto_rows",
     "rate_rows",
-    "run",
-    "study",
+    "study_files",
+    "study_recipe",
+    "train_variants",
     "variant",
 ]
 
@@ -73,6 +75,32 @@ class Variant:
     def create_model(self) -> nn.Module:
         """Create a fresh network, in training mode."""
         return self.task(self.recipe, torch.device("cpu")).create_model().train()
+
+
+def study_recipe(name: str, settings: Sequence[str], *, data_dir: str | None, width: float | None) -> Recipe:
+    """Load the recipe that all variants of a study have in common.
+
+    Args:
+        name: of hub_configs/recipes, or a YAML file.
+        settings: `key=value`, in place of the recipe's.
+        data_dir: the recipe's `data_dir`; None leaves it.
+        width: multiplies the channels of the network; None leaves it.
+
+    Raises:
+        InputError: a name or setting that is not known.
+    """
+    recipe = load_recipe(name, [*settings, *([f"data_dir={data_dir}"] if data_dir else [])])
+    return recipe if width is None else recipe.merged({"model_kwargs": recipe.model_kwargs | {"width": width}})
+
+
+def study_files(recipe: Recipe, output: Path | None, record: bool) -> list[Path]:
+    """List the files that rows go to, see `rows.result_files`; runs from weights have another one than those without.
+
+    Raises:
+        InputError: there is no checkout to record in.
+    """
+    name = "finetune.csv" if recipe.pretrained or recipe.pretrained_path else "study.csv"
+    return result_files(output or Path("output", name), record, name)
 
 
 class IterativeNormalisation(Classification):
@@ -109,7 +137,7 @@ def variant(text: str, network: str, recipe: Recipe) -> Variant:
     return Variant(text, changed, IterativeNormalisation if first == "iterative" else Classification)
 
 
-def study(
+def train_variants(
     variants: Sequence[Variant],
     seeds: Sequence[int],
     folder: Path,
@@ -138,48 +166,8 @@ def study(
             add_rows(missing, COLUMNS, rows)
 
 
-def run(
-    recipe: str,
-    network: str,
-    settings: Sequence[str],
-    *,
-    variants: Sequence[str],
-    seeds: Sequence[int],
-    width: float | None,
-    data_dir: str | None,
-    output: Path | None,
-    record: bool,
-    picture: Path | None,
-    rates: Path | None,
-    rounds: int,
-) -> None:
-    """Do what the command line of `scripts/study.py` asks for, see there.
-
-    Raises:
-        InputError: a name or setting that is not known, or a file with other columns.
-    """
-    overrides = [*settings, *([f"data_dir={data_dir}"] if data_dir else [])]
-    common = load_recipe(recipe, overrides)
-    if width is not None:
-        common = common.merged({"model_kwargs": common.model_kwargs | {"width": width}})
-    chosen = [variant(text, network, common) for text in variants]
-    name = "finetune.csv" if common.pretrained or common.pretrained_path else "study.csv"
-    output = output or Path("output", name)
-    files = result_files(output, record, name)
-    if rates:
-        plots.rates_picture(rate_rows(files[-1]), rates)
-    elif picture:
-        plots.need_matplotlib()
-        measured = pareto_rows(files[-1], chosen, StepSettings(batch=common.batch_size, rounds=rounds))
-        add_rows([file.with_name("study_pareto.csv") for file in files], PARETO_COLUMNS, measured)
-        print_table(measured, SHOWN)
-        plots.pareto_picture(measured, picture)
-    else:
-        study(chosen, seeds, output.parent / "runs", files)
-
-
 def final_accuracies(file: Path, variants: Sequence[Variant]) -> dict[str, list[float]]:
-    """Read the accuracies after the last epoch from the rows of `study`, by variant, of all seeds that there are."""
+    """Read the accuracies of the last epoch from the rows of `train_variants`: of each variant, those of all seeds."""
     found: dict[str, list[float]] = {each.name: [] for each in variants}
     for row in _read(file):
         for each in variants:
@@ -210,12 +198,38 @@ def rate_rows(file: Path) -> list[Row]:
     ]
 
 
+def compare_with_steps(
+    files: Sequence[Path], variants: Sequence[Variant], picture: Path, *, batch: int, rounds: int
+) -> None:
+    """Print and draw accuracies against seconds of a training step, and add the rows to study_pareto.csv.
+
+    Args:
+        files: of `train_variants`; the last one is read, and new rows go beside each of them.
+        variants: what is compared, see `pareto_rows`.
+        picture: file that is drawn.
+        batch: images a step.
+        rounds: measurements of each step.
+
+    Raises:
+        InputError: the file has rows of none, or there is no matplotlib.
+    """
+    plots.need_matplotlib()
+    measured = pareto_rows(files[-1], variants, StepSettings(batch=batch, rounds=rounds))
+    add_rows([file.with_name("study_pareto.csv") for file in files], PARETO_COLUMNS, measured)
+    print_table(measured, SHOWN)
+    plots.pareto_picture(measured, picture)
+
+
 def pareto_rows(
     file: Path, variants: Sequence[Variant], settings: StepSettings, progress: Callable[[str], object] = print
 ) -> list[Row]:
     """Time a training step of every variant that `file` has rows of, interleaved, beside their accuracies.
 
-    The first of them is what times are compared with, usually `twin`.
+    Args:
+        file: of `train_variants`.
+        variants: of one network and recipe; the first is what times are compared with, usually `twin`.
+        settings: batch and rounds of the steps.
+        progress: is told of each round.
 
     Raises:
         InputError: `file` has rows of none.
