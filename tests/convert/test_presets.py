@@ -147,14 +147,6 @@ def test_options_of_layout_and_sampling_leave_linear_layers_held_as_convolutions
     assert (layer.cfg.layout, layer.cfg.sampling_stride) == ("window", 2)
 
 
-def test_the_epsilon_of_channel_whitening_is_the_published_one_unless_the_user_says() -> None:
-    for name in PRESETS:
-        deconv: dict[str, Any] = {"preset": name, "classifier": "channel"}
-        assert {m.cfg.eps for m in cifar_resnet(deconv).modules() if isinstance(m, ChannelDeconv)} == {1e-2}
-        deconv["eps"] = 0.1
-        assert {m.cfg.eps for m in cifar_resnet(deconv).modules() if isinstance(m, ChannelDeconv)} == {0.1}
-
-
 @pytest.mark.parametrize(
     ("deconv", "message"),
     [

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_deconv.convert import ConversionReport, convert_deconv_model, fuse
-from timm_deconv.convert.self_fusing import SelfFusing
+from timm_deconv.convert.fuse import SelfFusing
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
 from timm_deconv.training.results import append_rows

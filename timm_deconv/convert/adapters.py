@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from timm_deconv.errors import InputError
 
-from .surgery import WHITENING_TYPES
+from .module_types import WHITENING_TYPES
 
 __all__ = ["refuse_adapters"]
 

@@ -1,56 +1,29 @@
-"""The classifier of a converted network: of the policy's kind, and again so after `reset_classifier`."""
+"""A converted timm network: it is saved as such, and a new classifier is whitened as the policy says."""
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import timm
-from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
-from timm_deconv.errors import InputError
-from timm_deconv.layers import ChannelDeconv
-
-from .affine import ChannelAffine
-from .kinds import batch_norms
-from .policy import DeconvPolicy
-from .roles import classifier_names, linear_layers_as_convs
-from .self_fusing import SelfFusing, own_methods, take_over
-from .surgery import (
+from .bn_folding import ChannelAffine
+from .fuse import SelfFusing, folding_methods, fused_form, take_over
+from .module_replace import (
     extend_class,
-    fused_form,
-    is_whitened,
     remove_norms,
-    replace_module,
+    replace_modules,
     whitened_form,
     why_not_whitened,
     write_out_of_place,
     writes_in_place,
 )
+from .module_types import batch_norms, is_whitened
+from .policy import DeconvPolicy
+from .roles import classifier_names, linear_layers_as_convs
 
-__all__ = ["GENERIC_NAME", "ConvertedNetwork", "WhitenedPool", "check_pooling", "mix_in", "whiten_pooling"]
+__all__ = ["GENERIC_NAME", "ConvertedNetwork", "mix_in"]
 
 GENERIC_NAME = "deconv"
 """timm's name for what a conversion makes of any of its networks; `base` names the network."""
-
-
-class WhitenedPool(nn.Sequential):
-    """Channel whitening in front of a global pooling; answers what timm asks of the pooling."""
-
-    if TYPE_CHECKING:  # at run time TorchScript would compile what is annotated here
-        whiten: nn.Module
-        pool: SelectAdaptivePool2d
-
-    def __init__(self, whiten: nn.Module, pool: SelectAdaptivePool2d) -> None:
-        super().__init__(OrderedDict(whiten=whiten, pool=pool))
-        self.pool_type = pool.pool_type
-
-    def is_identity(self) -> bool:
-        """Whether nothing is pooled."""
-        return self.pool.is_identity()
-
-    def feat_mult(self) -> int:
-        """Channels after pooling, as a multiple of those before."""
-        return self.pool.feat_mult()
 
 
 class ConvertedNetwork(SelfFusing):
@@ -70,15 +43,11 @@ class ConvertedNetwork(SelfFusing):
         default_cfg: dict[str, Any]
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
-        fused, in_place = not is_whitened(self), writes_in_place(self)
-        whiten = next((m.whiten for m in self.modules() if isinstance(m, WhitenedPool)), None)
-        staying = batch_norms(self).keys()
+        """Make a new classifier as the network's own method does, whitened by the policy and without batch norms."""
+        fused, in_place, staying = not is_whitened(self), writes_in_place(self), batch_norms(self).keys()
         super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
-        if self.deconv_policy.classifier == "channel":
-            new = new_channel_whitening(self, self.deconv_policy)
-            whiten_pooling(self, whiten or (new.fuse() if fused else new))
         self._whiten_classifier(fused)
-        methods = own_methods(self)
+        methods = folding_methods(self)
         remove_norms(self, batch_norms(self).keys() - staying)
         if not in_place:
             write_out_of_place(self)
@@ -93,7 +62,7 @@ class ConvertedNetwork(SelfFusing):
             cfg = self.deconv_policy.cfg(name, "classifier", linear_as_conv=name in convs)
             if cfg is not None and why_not_whitened(plain) is None:
                 layer = whitened_form(plain, cfg)
-                replace_module(self, plain, fused_form(layer) if fused else layer)
+                replace_modules(self, {plain: fused_form(layer) if fused else layer})
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -123,30 +92,3 @@ def mix_in(model: nn.Module, requested: DeconvPolicy, policy: DeconvPolicy) -> N
     if isinstance(cfg, dict) and timm.is_model(cfg.get("architecture") or ""):
         model._model_args = {"base": cfg["architecture"], **args}
         model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": GENERIC_NAME}
-
-
-def check_pooling(model: nn.Module) -> None:
-    """Raise InputError for a network whose channels cannot be whitened in front of one global pooling."""
-    if not isinstance(getattr(model, "num_features", None), int) or len(_pools(model)) != 1:
-        raise InputError(
-            f"{len(_pools(model))} global poolings in {type(model).__name__}: classifier='channel' needs one;"
-            " use 'linear'"
-        )
-
-
-def whiten_pooling(model: nn.Module, whiten: nn.Module) -> None:
-    """Put channel whitening in front of the network's global pooling; none where nothing is pooled."""
-    ((name, pool),) = _pools(model)
-    if not pool.is_identity() and not any(isinstance(m, WhitenedPool) for m in model.modules()):
-        model.set_submodule(name, WhitenedPool(whiten, pool).train(pool.training))
-
-
-def new_channel_whitening(model: nn.Module, policy: DeconvPolicy) -> ChannelDeconv:
-    """Channel whitening of a network's features, on its device."""
-    like = next(model.parameters())
-    features: Any = model.num_features
-    return ChannelDeconv(features, like.device, like.dtype, cfg=policy.channel_cfg())
-
-
-def _pools(model: nn.Module) -> list[tuple[str, SelectAdaptivePool2d]]:
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, SelectAdaptivePool2d)]
