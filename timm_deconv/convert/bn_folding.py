@@ -5,7 +5,7 @@ linear layer take in. A batch norm follows a convolution when its input is that 
 of such outputs, and nothing else reads them.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,26 +77,18 @@ class Folding:
 def find_folding(model: nn.Module, flows: Sequence[Flow], norms: Mapping[str, BatchNorm]) -> Folding:
     """Find for every norm the convolutions or linear layers that it can be folded into."""
     values = [_Values(flow) for flow in flows]
+    users = Counter(id(p) for module in model.modules() for p in set(module._parameters.values()))
+    shared = {name for name, m in model.named_modules() if users[id(m._parameters.get("weight"))] > 1}
     folding = Folding()
-    users: dict[int, set[int]] = defaultdict(set)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            users[id(parameter)].add(id(module))
     for name, norm in norms.items():
         try:
-            layers = list(_producers(name, norm, values))
-            for layer, _ in layers:
-                if len(users[id(model.get_submodule(layer).weight)]) > 1:
-                    raise _CannotFoldError(f"follows {layer}, which shares its weight with another layer")
-            folding.layers[name] = layers
+            folding.layers[name] = list(_producers(name, norm, values, shared))
         except _CannotFoldError as reason:
             folding.refused[name] = str(reason)
     return folding
 
 
-def fold_norms(
-    model: nn.Module, norms: Mapping[str, BatchNorm], folding: Folding
-) -> dict[str, tuple[Tensor, Tensor]]:
+def fold_norms(model: nn.Module, norms: Mapping[str, BatchNorm], folding: Folding) -> dict[str, tuple[Tensor, Tensor]]:
     """Compute weight and bias, in float64, of every layer that takes a norm in, by its name.
 
     A convolution's are (O, C / groups, ...) and (O,), as those of the layer.
@@ -116,8 +108,9 @@ class _CannotFoldError(Exception):
     """Why a norm cannot be folded."""
 
 
-def _producers(name: str, norm: BatchNorm, forwards: list["_Values"]) -> Iterator[tuple[str, slice]]:
-    """Yield the layers whose outputs a norm normalises, and their channels among the norm's."""
+def _producers(name: str, norm: BatchNorm, forwards: list["_Values"], shared: set[str]) -> Iterator[tuple[str, slice]]:
+    """Yield the layers whose outputs a norm normalises, and their channels among the norm's, or raise why it cannot be
+    folded. A weight that two layers share cannot take two norms."""
     if norm.running_mean is None:
         raise _CannotFoldError("keeps no running statistics")
     inputs = next((found for found in (values.of_norm(name) for values in forwards) if found), [])
@@ -137,7 +130,10 @@ def _producers(name: str, norm: BatchNorm, forwards: list["_Values"]) -> Iterato
             if found.setdefault(layer, span) != span:
                 raise _CannotFoldError(f"normalises the output of {layer} in two ways")
             start += channels
-    yield from found.items()
+    for layer, span in found.items():
+        if layer in shared:
+            raise _CannotFoldError(f"follows {layer}, which shares its weight with another layer")
+        yield layer, span
 
 
 class _Values:

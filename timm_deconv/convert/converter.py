@@ -11,15 +11,15 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers.notices import share_notices
 
 from .flow import observe_what_runs
-from .fuse import folding_methods, take_over
-from .head import ConvertedNetwork, mix_in
+from .fuse import folding_methods, override_folding
+from .head import ConvertedNetwork, extend_network
 from .module_replace import remove_norms, replace_modules, whitened_form, write_out_of_place
 from .module_types import batch_norms, check_network, is_any_norm
 from .plan import Plan, make_plan
 from .policy import SMALL_BATCH_DEFAULTS, DeconvPolicy, resolve_policy
 from .trace import Inputs
 
-__all__ = ["ConversionReport", "ConvertedLayer", "carry_out", "check_convertible", "convert_deconv_model"]
+__all__ = ["ConversionReport", "ConvertedLayer", "apply_plan", "check_convertible", "convert_deconv_model"]
 
 
 def convert_deconv_model(
@@ -70,7 +70,7 @@ def convert_deconv_model(
     check_convertible(model)
     flows, unseen = observe_what_runs(model, example_inputs)
     plan = make_plan(model, requested, requested.over_published(family), flows, batch_norms(model))
-    report = carry_out(model, plan, in_place=in_place)
+    report = apply_plan(model, plan, in_place=in_place)
     report.unseen = unseen
     return report
 
@@ -88,7 +88,7 @@ def check_convertible(model: nn.Module) -> None:
         raise InputError(f"{kind} wraps the network: convert it before it is wrapped")
 
 
-def carry_out(model: nn.Module, plan: Plan, *, in_place: bool = False) -> "ConversionReport":
+def apply_plan(model: nn.Module, plan: Plan, *, in_place: bool = False) -> "ConversionReport":
     """Change a network as the plan says, in place, and report."""
     report = ConversionReport(
         parameters_before=_count_parameters(model),
@@ -109,8 +109,8 @@ def carry_out(model: nn.Module, plan: Plan, *, in_place: bool = False) -> "Conve
     report.norms_left = [(name, type(module).__name__) for name, module in others]
     if not in_place:
         write_out_of_place(model)
-    mix_in(model, plan.requested, plan.policy)
-    take_over(methods)
+    extend_network(model, plan.requested, plan.policy)
+    override_folding(methods)
     share_notices(model)
     report.parameters_after = _count_parameters(model)
     return report

@@ -31,9 +31,7 @@ def observe(
     return tuple(Flow(run, dict(model.named_modules())) for run in runs)
 
 
-def observe_what_runs(
-    model: nn.Module, example_inputs: Inputs | None = None
-) -> tuple[tuple["Flow", ...], str | None]:
+def observe_what_runs(model: nn.Module, example_inputs: Inputs | None = None) -> tuple[tuple["Flow", ...], str | None]:
     """Return the flows of a network as far as it runs and, if that is not to its end, why.
 
     Raises:

@@ -15,7 +15,7 @@ from timm_deconv.layers import ChannelDeconv, WhiteningMixin
 from .module_replace import Extended, extend_class, keep_hooks, replace_modules
 from .module_types import WHITENING_TYPES, check_network, is_batch_norm, is_whitened
 
-__all__ = ["SelfFusing", "folding_methods", "fuse", "fuse_in_place", "fused_form", "take_over"]
+__all__ = ["SelfFusing", "folding_methods", "fuse", "fuse_in_place", "fused_form", "override_folding"]
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -128,7 +128,7 @@ def folding_methods(model: nn.Module) -> Methods:
     return found
 
 
-def take_over(methods: Methods) -> None:
+def override_folding(methods: Methods) -> None:
     """Let the modules that `folding_methods` found fold their whitened layers, if they hold any now.
 
     Methods that fold no batch norms stay the module's own.

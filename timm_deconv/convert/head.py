@@ -6,7 +6,7 @@ import timm
 from torch import nn
 
 from .bn_folding import ChannelAffine
-from .fuse import SelfFusing, folding_methods, fused_form, take_over
+from .fuse import SelfFusing, folding_methods, fused_form, override_folding
 from .module_replace import (
     extend_class,
     remove_norms,
@@ -20,7 +20,7 @@ from .module_types import batch_norms, is_whitened
 from .policy import DeconvPolicy
 from .roles import classifier_names, linear_layers_as_convs
 
-__all__ = ["GENERIC_NAME", "ConvertedNetwork", "mix_in"]
+__all__ = ["GENERIC_NAME", "ConvertedNetwork", "extend_network"]
 
 GENERIC_NAME = "deconv"
 """timm's name for what a conversion makes of any of its networks; `base` names the network."""
@@ -51,7 +51,7 @@ class ConvertedNetwork(SelfFusing):
         remove_norms(self, batch_norms(self).keys() - staying)
         if not in_place:
             write_out_of_place(self)
-        take_over(methods)
+        override_folding(methods)
 
     def _whiten_classifier(self, fused: bool) -> None:
         if self.deconv_policy.classifier != "linear":
@@ -80,7 +80,7 @@ class ConvertedNetwork(SelfFusing):
         self.__dict__["_recorded_args"] = {key: value for key, value in args.items() if key not in derived}
 
 
-def mix_in(model: nn.Module, requested: DeconvPolicy, policy: DeconvPolicy) -> None:
+def extend_network(model: nn.Module, requested: DeconvPolicy, policy: DeconvPolicy) -> None:
     """Make a timm network a `ConvertedNetwork` that is saved by the generic name; others are left as they are."""
     if not hasattr(model, "reset_classifier"):
         return

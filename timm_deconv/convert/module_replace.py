@@ -35,21 +35,13 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
                 parent._modules[key] = new[child]
 
 
-HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-
-
 def keep_hooks(old: nn.Module, new: nn.Module) -> None:
     """Let `new`, which is to stand in the place of `old`, call its hooks; the handles of these go on removing them."""
-    for name in HOOKS:
-        hooks = vars(old).get(name)
-        if hooks and vars(new).get(name):
+    for name, hooks in vars(old).items():
+        if "_hooks" in name and hooks and vars(new).get(name):
             vars(new)[name].update(hooks)
-        elif hooks:
-            setattr(new, name, hooks)
+        elif "_hooks" in name and hooks:
+            vars(new)[name] = hooks
     if old._backward_hooks:
         new._is_full_backward_hook = old._is_full_backward_hook
 

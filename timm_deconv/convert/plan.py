@@ -168,17 +168,16 @@ def _reasons_to_stay(
     """Find the norms that stay: name -> why.
 
     A norm goes where each way on from its output comes to a whitened layer or to another norm, through whatever stands
-    between. Ways through a squeeze-excite do not count: what they end in is bounded. A way that ends in the network's
-    output, or in a classifier that stays plain, is as good where what the norm normalises comes out of whitened layers.
+    between. Ways through a squeeze-excite do not count: what they end in is bounded. A way may also end in the
+    network's output, or in a classifier that stays plain, if what the norm normalises comes out of whitened layers.
 
-    Of a norm that was not run the layers beside it, in the order in which they were made, decide.
+    For a norm that was not run, the layers beside it decide, in the order in which they were made.
     """
     judges = [_FlowJudge(flow, whitened, classifiers) for flow in flows]
-    neighbours = _NeighbourJudge(model, whitened, classifiers)
     reasons = {}
     for name in norms:
         judged = [judge.reason(name) for judge in judges if name in judge.flow.run.calls]
-        found = judged or [neighbours.reason(name)]
+        found = judged or [_reason_beside(model, name, whitened, classifiers)]
         if reason := next((reason for reason in found if reason), None):
             reasons[name] = reason
     return reasons
@@ -245,23 +244,15 @@ class _FlowJudge:
         return next((m for m in (self.made_by[source] for source in self.flow.sources(index)) if m), None)
 
 
-class _NeighbourJudge:
-    """Knows the layers beside a norm in the order in which a network's modules were made."""
-
-    def __init__(self, model: nn.Module, whitened: Collection[str], classifiers: Collection[str]) -> None:
-        self.layers = dict(weighted_layers(model))
-        self.order = [name for name, m in model.named_modules() if name in self.layers or is_batch_norm(m)]
-        self.whitened = whitened
-        self.classifiers = classifiers
-
-    def reason(self, norm: str) -> str | None:
-        """Return why a norm stays, or None."""
-        place = self.order.index(norm)
-        following = next((name for name in self.order[place:] if name in self.layers), None)
-        before = next((name for name in reversed(self.order[:place]) if name in self.layers), None)
-        if following in self.classifiers and following not in self.whitened:
-            following = None
-        neighbour = following or before
-        if neighbour is None or neighbour in self.whitened:
-            return None
-        return f"{neighbour}, the layer {'after' if following else 'before'} it, stays plain"
+def _reason_beside(model: nn.Module, norm: str, whitened: Collection[str], classifiers: Collection[str]) -> str | None:
+    """Judge a norm by the layers before and after it in the order in which the network's modules were made."""
+    layers = dict(weighted_layers(model))
+    order = [name for name, _ in model.named_modules() if name in layers or name == norm]
+    place = order.index(norm)
+    before, after = order[:place][-1:], order[place + 1 :][:1]
+    if after and after[0] in classifiers and after[0] not in whitened:
+        after = []
+    neighbour = next(iter(after + before), None)
+    if neighbour is None or neighbour in whitened:
+        return None
+    return f"{neighbour}, the layer {'after' if after else 'before'} it, stays plain"

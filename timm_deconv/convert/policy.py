@@ -10,7 +10,15 @@ from timm_deconv.layers import DeconvCfg
 from timm_deconv.layers.config import layered
 from timm_deconv.layers.presets import LINEAR_AS_CONV, PRESET_VERSION, PRESETS, find_preset, frozen
 
-__all__ = ["DEFAULT_PRESET", "SMALL_BATCH_DEFAULTS", "ClassifierKind", "DeconvPolicy", "Role", "as_saved", "resolve_policy"]
+__all__ = [
+    "DEFAULT_PRESET",
+    "SMALL_BATCH_DEFAULTS",
+    "ClassifierKind",
+    "DeconvPolicy",
+    "Role",
+    "as_saved",
+    "resolve_policy",
+]
 
 Role = Literal[
     "stem", "pointwise", "spatial", "block_end", "depthwise", "grouped", "squeeze_excite", "linear", "classifier"

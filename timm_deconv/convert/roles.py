@@ -22,7 +22,7 @@ def find_roles(model: nn.Module, flows: Sequence[Flow] | None = None) -> dict[st
 
     Args:
         model: any network.
-        flows: what it computes; by default it is run to see. Of what was not run the roles are those that shapes and
+        flows: what it computes; by default it is run to see. Layers that were not run have the roles that shapes and
             timm's configuration say.
     """
     flows = _observed(model, flows)
@@ -51,21 +51,17 @@ def block_ends(model: nn.Module, flows: Sequence[Flow] | None = None) -> set[str
 
 
 def classifier_names(model: nn.Module, flows: Sequence[Flow] | None = None) -> tuple[str, ...]:
-    """Find the classifier's layers: as timm's `get_classifier()` or default_cfg say, else what the output comes of.
+    """Find the classifier's layers: as timm's `get_classifier()` says, else what the output comes of.
 
-    Of a classifier of several layers, such as norm and linear layer, it is the last layer with a weight matrix.
+    A classifier of several layers, such as norm and linear layer, is named by its last convolution or linear layer.
     """
-    if hasattr(model, "get_classifier"):
-        found = model.get_classifier()  # type: ignore[operator]
-        parts = found if isinstance(found, tuple | list) else (found,)
-    elif said := _cfg_names(model, "classifier"):
-        modules = dict(model.named_modules(remove_duplicate=False))
-        parts = [modules.get(name) for name in said]
-    else:
+    if not hasattr(model, "get_classifier"):
         return tuple(dict.fromkeys(name for flow in _observed(model, flows) for name in flow.heads()))
-    names = {id(module): name for name, module in model.named_modules()}
-    last = (_last_layer(part) for part in parts if isinstance(part, nn.Module))
-    return tuple(names[id(layer)] for layer in last if id(layer) in names)
+    found = model.get_classifier()  # type: ignore[operator]
+    parts = [part for part in (found if isinstance(found, tuple | list) else (found,)) if isinstance(part, nn.Module)]
+    layers = [[m for m in part.modules() if isinstance(m, nn.Conv2d | nn.Linear)] for part in parts]
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(names[held[-1]] for held in layers if held and held[-1] in names)
 
 
 def linear_layers_as_convs(model: nn.Module, flows: Sequence[Flow] | None = None) -> set[str]:
@@ -99,23 +95,13 @@ def _observed(model: nn.Module, flows: Sequence[Flow] | None) -> Sequence[Flow]:
     return observe_what_runs(model)[0] if flows is None else flows
 
 
-def _last_layer(module: nn.Module) -> nn.Module | None:
-    layers = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return layers[-1] if layers else None
-
-
 def _stem_names(model: nn.Module, flows: Sequence[Flow]) -> tuple[str, ...]:
-    if named := tuple(name for name in _cfg_names(model, "first_conv") if name):
-        return named
+    cfg = getattr(model, "pretrained_cfg", None)
+    if named := cfg.get("first_conv") if isinstance(cfg, dict) else None:
+        return (named,) if isinstance(named, str) else tuple(named)
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     computed = (step.name for flow in flows for step in flow.steps if step.kind == "layer" and step.name in convs)
     return (next(computed, convs[0] if convs else ""),)
-
-
-def _cfg_names(model: nn.Module, key: str) -> tuple[str, ...]:
-    cfg = getattr(model, "pretrained_cfg", None)
-    value = cfg.get(key) if isinstance(cfg, dict) else None
-    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def _excites_without_norm(flows: Sequence[Flow]) -> set[str]:

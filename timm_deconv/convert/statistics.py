@@ -18,9 +18,7 @@ from .module_types import WHITENING_TYPES
 __all__ = ["freeze", "freeze_statistics", "images_of", "unfreeze", "update_statistics"]
 
 
-def freeze(
-    root_module: nn.Module, submodules: str | Iterable[str] = (), include_bn_running_stats: bool = True
-) -> None:
+def freeze(root_module: nn.Module, submodules: str | Iterable[str] = (), include_bn_running_stats: bool = True) -> None:
     """Freeze parameters and statistics as `timm.utils.freeze` does, of whitening layers as well as of batch norms.
 
     A frozen whitening layer uses its running values in training too and leaves them as they are.

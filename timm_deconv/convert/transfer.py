@@ -11,7 +11,7 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers.notices import share_notices
 
 from .bn_folding import ChannelAffine, Folding, find_folding, fold_norms, scale_and_shift
-from .converter import ConversionReport, carry_out, check_convertible
+from .converter import ConversionReport, apply_plan, check_convertible
 from .flow import observe
 from .module_replace import keep_hooks, replace_modules
 from .module_types import BatchNorm, batch_norms, check_network, frozen_norms
@@ -68,7 +68,7 @@ def transfer(
     folding = find_folding(model, flows, {name: norms[name] for name in plan.removed})
     _check_folding(model, norms, folding, keep_affine)
     folded = fold_norms(model, norms, folding)
-    report = carry_out(model, plan)
+    report = apply_plan(model, plan)
     for name, parameters in folded.items():
         _set_parameters(model.get_submodule(name), *parameters)
     for name in folding.refused:
