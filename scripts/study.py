@@ -14,12 +14,13 @@ beginning in study.csv.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from timm_deconv.benchmark import plots, rows, study
-from timm_deconv.benchmark.step import StepSettings
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is part of a checkout, and not installed
+
+from benchmarks.study import run
 from timm_deconv.errors import one_line_errors
-from timm_deconv.training import load_recipe
 
 
 def parse() -> argparse.Namespace:
@@ -40,27 +41,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse()
     with one_line_errors():
-        arguments = {} if args.width is None else {"width": args.width}
-        overrides = [*args.settings, *([f"data_dir={args.data_dir}"] if args.data_dir else [])]
-        recipe = load_recipe(args.recipe, overrides)
-        recipe = recipe.merged({"model_kwargs": recipe.model_kwargs | arguments})
-        variants = [study.variant(text, args.network, recipe) for text in args.variants]
-        name = "finetune.csv" if recipe.pretrained or recipe.pretrained_path else "study.csv"
-        output = args.output or Path("output", name)
-        files = rows.result_files(output, args.record, name)
-        if args.rates:
-            plots.rates_picture(study.rate_rows(files[-1]), args.rates)
-            return
-        if args.picture is None:
-            study.study(variants, args.seeds, output.parent / "runs", files)
-            return
-        plots.need_matplotlib()
-        measured = study.pareto_rows(files[-1], variants, StepSettings(batch=recipe.batch_size, rounds=args.rounds))
-        rows.add_rows([file.with_name("study_pareto.csv") for file in files], study.PARETO_COLUMNS, measured)
-        print(rows.table(measured, study.SHOWN))
-        plots.pareto_picture(measured, args.picture)
+        run(**vars(parse()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from timm_deconv.benchmark.timing import Spread, Timings, interleave
+from benchmarks.timing import Spread, Timings, interleave
 
 
 class FakeClock:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from timm_deconv.benchmark import scaling
-from timm_deconv.benchmark.plots import share_picture
-from timm_deconv.benchmark.scaling import (
+from benchmarks import scaling
+from benchmarks.plots import share_picture
+from benchmarks.scaling import (
     COLUMNS,
     ScalingSettings,
     exponent,
@@ -16,8 +16,8 @@ from timm_deconv.benchmark.scaling import (
     scaling_rows,
     scaling_summary,
 )
-from timm_deconv.benchmark.step import StepSettings
-from timm_deconv.benchmark.timing import Timings
+from benchmarks.step import StepSettings
+from benchmarks.timing import Timings
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 

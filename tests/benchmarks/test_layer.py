@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_deconv.benchmark import layer as layers
-from timm_deconv.benchmark.layer import TABLE_3, Geometry, LayerSettings, layer_rows, layer_summary, whitening
-from timm_deconv.benchmark.timing import Timings
+from benchmarks import layer as layers
+from benchmarks.layer import TABLE_3, Geometry, LayerSettings, layer_rows, layer_summary, whitening
+from benchmarks.timing import Timings
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d, DeconvCfg, preset
 

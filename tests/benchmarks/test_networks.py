@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_deconv.benchmark.baselines import PublishedChannel, PublishedConv2d, PublishedLinear
-from timm_deconv.benchmark.networks import PublishedWindows, build, with_published_layers
+from benchmarks.baselines import PublishedChannel, PublishedConv2d, PublishedLinear
+from benchmarks.networks import PublishedWindows, build, with_published_layers
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvCfg, DeconvLinear
 
 

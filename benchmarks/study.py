@@ -19,12 +19,13 @@ from torch import nn
 from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.layers import PRESETS
 from timm_deconv.training.loop import train
-from timm_deconv.training.recipe import Recipe, parse_settings
+from timm_deconv.training.recipe import Recipe, load_recipe, parse_settings
 from timm_deconv.training.results import append_rows
 from timm_deconv.training.tasks import Classification
 
+from . import plots
 from .networks import with_iterative_norm
-from .rows import CONDITIONS, Row, conditions, rounded
+from .rows import CONDITIONS, Row, add_rows, conditions, result_files, rounded, table
 from .segmentation import Segmentation
 from .step import StepSettings, check_training, random_batch, training_step
 from .timing import interleave
@@ -38,6 +39,7 @@ __all__ = [
     "final_accuracies",
     "pareto_rows",
     "rate_rows",
+    "run",
     "study",
     "variant",
 ]
@@ -136,6 +138,46 @@ def study(
             rows = list(_epoch_rows(each.name, recipe, place / "curve.csv"))
             for file in missing:
                 append_rows(file, COLUMNS, rows)
+
+
+def run(
+    recipe: str,
+    network: str,
+    settings: Sequence[str],
+    *,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    width: float | None,
+    data_dir: str | None,
+    output: Path | None,
+    record: bool,
+    picture: Path | None,
+    rates: Path | None,
+    rounds: int,
+) -> None:
+    """Do what the command line of `scripts/study.py` asks for, see there.
+
+    Raises:
+        InputError: a name or setting that is not known, or a file with other columns.
+    """
+    overrides = [*settings, *([f"data_dir={data_dir}"] if data_dir else [])]
+    common = load_recipe(recipe, overrides)
+    if width is not None:
+        common = common.merged({"model_kwargs": common.model_kwargs | {"width": width}})
+    chosen = [variant(text, network, common) for text in variants]
+    name = "finetune.csv" if common.pretrained or common.pretrained_path else "study.csv"
+    output = output or Path("output", name)
+    files = result_files(output, record, name)
+    if rates:
+        plots.rates_picture(rate_rows(files[-1]), rates)
+    elif picture:
+        plots.need_matplotlib()
+        measured = pareto_rows(files[-1], chosen, StepSettings(batch=common.batch_size, rounds=rounds))
+        add_rows([file.with_name("study_pareto.csv") for file in files], PARETO_COLUMNS, measured)
+        print(table(measured, SHOWN))
+        plots.pareto_picture(measured, picture)
+    else:
+        study(chosen, seeds, output.parent / "runs", files)
 
 
 def final_accuracies(file: Path, variants: Sequence[Variant]) -> dict[str, list[float]]:

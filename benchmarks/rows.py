@@ -1,5 +1,6 @@
 """Measurements as CSV rows, with the conditions under which they were taken."""
 
+import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "conditions",
     "result_files",
     "rounded",
+    "rows_done",
     "step_rows",
     "table",
 ]
@@ -89,6 +91,24 @@ def add_rows(files: Iterable[Path], columns: Sequence[str], rows: Sequence[Row])
     """
     for file in files:
         append_rows(file, columns, rows)
+
+
+def rows_done(files: Iterable[Path], columns: Sequence[str]) -> set[str]:
+    """Return the values of the first column that every one of the CSV files has a row of.
+
+    Raises:
+        InputError: a file has other columns.
+    """
+    done = []
+    for path in files:
+        if not path.exists():
+            return set()
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != list(columns):
+                raise InputError(f"{path} has other columns; move it away or give another --output")
+            done.append({row[columns[0]] for row in reader})
+    return set.intersection(*done)
 
 
 def table(rows: Sequence[Row], shown: Sequence[str] = SHOWN) -> str:

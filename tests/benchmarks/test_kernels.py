@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from timm_deconv.benchmark.kernels import COLUMNS, LAYERS, KernelSettings, compiled_kernels, eager_kernels, kernel_rows
+from benchmarks.kernels import COLUMNS, LAYERS, KernelSettings, compiled_kernels, eager_kernels, kernel_rows
 from timm_deconv.errors import InputError
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from timm_deconv.benchmark.baselines import IterativeNorm2d
-from timm_deconv.benchmark.plots import unbeaten
-from timm_deconv.benchmark.step import StepSettings
-from timm_deconv.benchmark.study import (
+from benchmarks.baselines import IterativeNorm2d
+from benchmarks.plots import unbeaten
+from benchmarks.step import StepSettings
+from benchmarks.study import (
     COLUMNS,
     PARETO_COLUMNS,
     final_accuracies,

@@ -7,15 +7,15 @@ compute the same.
 """
 
 import copy
-import csv
 import itertools
 import multiprocessing
 import resource
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,11 +28,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_deconv.convert import ConversionReport, convert_deconv_model, fuse
 from timm_deconv.convert.self_fusing import SelfFusing
-from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
-from timm_deconv.training.results import append_rows
 
-__all__ = ["ConversionRow", "append_row", "batch_norm_networks", "check_in_process", "check_network", "networks_done"]
+from .rows import Row
+
+__all__ = [
+    "COLUMNS",
+    "SHOWN",
+    "ConversionRow",
+    "ConversionSettings",
+    "batch_norm_networks",
+    "check_in_process",
+    "check_network",
+    "conversion_rows",
+]
 
 LARGE = 100_000_000
 BATCH = 4
@@ -76,29 +85,34 @@ class ConversionRow:
 
 COLUMNS = [field.name for field in fields(ConversionRow)]
 
+SHOWN = "network outcome parameters_before parameters_after converted left_plain fused_difference seconds".split()
 
-def networks_done(path: Path) -> set[str]:
-    """Names that a CSV file has rows of; empty where there is no file.
 
-    Raises:
-        InputError: the file has other columns.
+@dataclass(frozen=True, kw_only=True)
+class ConversionSettings:
+    """What is converted.
+
+    Attributes:
+        networks: shell patterns of names.
+        names: file of the names, one a line, in the order to go; None for all of timm's that hold a batch norm.
+        time_limit: seconds of processor time for a network.
+        done: names that are passed over.
     """
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames != COLUMNS:
-            raise InputError(f"{path} has other columns; move it away or give another --output")
-        return {row["network"] for row in rows}
+
+    networks: Sequence[str] = ("*",)
+    names: Path | None = None
+    time_limit: int = 600
+    done: Set[str] = frozenset()
 
 
-def append_row(path: Path, row: ConversionRow) -> None:
-    """Add a network's row to a CSV file, made with its header if it is missing.
+def conversion_rows(settings: ConversionSettings, progress: Callable[[str], object] = print) -> Iterator[Row]:
+    """Yield a row for each network as soon as it is checked, see `ConversionRow`; each in a process of its own."""
+    for name in settings.names.read_text().split() if settings.names else batch_norm_networks():
+        if name not in settings.done and any(fnmatchcase(name, pattern) for pattern in settings.networks):
+            row = check_in_process(name, settings.time_limit)
+            progress(f"{name}: {row.outcome} ({row.seconds} s)")
+            yield row.as_dict()
 
-    Raises:
-        InputError: the file has other columns.
-    """
-    append_rows(path, COLUMNS, [row.as_dict()])
 
 
 class Failure(Exception):
@@ -151,7 +165,8 @@ def check_in_process(name: str, time_limit: int) -> ConversionRow:
 
 
 def _send_row(name: str, time_limit: int, send: Connection) -> None:
-    """Check a network within so many seconds of processor time."""
+    """Check a network within so many seconds of processor time, on one thread."""
+    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (time_limit, time_limit + 1))
     send.send(check_network(name))
 

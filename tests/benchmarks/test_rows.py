@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_deconv.benchmark import conversion, kernels, layer, memory, rows, scaling
+from benchmarks import conversion, kernels, layer, memory, rows, scaling
 from timm_deconv.errors import InputError
 from timm_deconv.resources import checkout_configs
 from timm_deconv.training import results
@@ -43,15 +43,19 @@ def test_records_of_a_task_go_to_a_file_of_its_own(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_network_that_was_added_is_done(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "convert.csv"
-    assert conversion.networks_done(path) == set()
+    path, columns = tmp_path / "new" / "convert.csv", conversion.COLUMNS
+    assert rows.rows_done([path], columns) == set()
     for name in ("resnet18", "vgg11_bn"):
-        conversion.append_row(path, conversion.ConversionRow(name, "a, b", loss=0.123456, seconds=2.0))
-    assert conversion.networks_done(path) == {"resnet18", "vgg11_bn"}
+        row = conversion.ConversionRow(name, "a, b", loss=0.123456, seconds=2.0)
+        rows.add_rows([path], columns, [row.as_dict()])
+    assert rows.rows_done([path], columns) == {"resnet18", "vgg11_bn"}
+    assert rows.rows_done([path, tmp_path / "recorded.csv"], columns) == set()
     lines = path.read_text().splitlines()
-    assert lines[0] == ",".join(conversion.COLUMNS)
+    assert lines[0] == ",".join(columns)
     assert lines[1].startswith('resnet18,"a, b",0,0,') and lines[1].endswith(",0.123,,,,,,,,2")
     path.write_text("network,outcome\n")
     with pytest.raises(InputError, match="other columns"):
-        conversion.append_row(path, conversion.ConversionRow("resnet18"))
+        rows.add_rows([path], columns, [row.as_dict()])
+    with pytest.raises(InputError, match="other columns"):
+        rows.rows_done([path], columns)
     assert path.read_text() == "network,outcome\n"

@@ -7,8 +7,8 @@ from unittest.mock import MagicMock
 import torch
 from torch.autograd import DeviceType
 
-from timm_deconv.benchmark import operations
-from timm_deconv.benchmark.operations import COLUMNS, OTHER, ProfileSettings, operation_seconds, profile_rows
+from benchmarks import operations
+from benchmarks.operations import COLUMNS, OTHER, ProfileSettings, operation_seconds, profile_rows
 
 SMALL = ProfileSettings(width=0.125, batch=4, forms=("none", "deconv"))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from timm_deconv.benchmark import memory
-from timm_deconv.benchmark.memory import COLUMNS, MemorySettings, memory_rows, peak_bytes
+from benchmarks import memory
+from benchmarks.memory import COLUMNS, MemorySettings, memory_rows, peak_bytes
 from timm_deconv.errors import InputError
 
 KIB = 1024

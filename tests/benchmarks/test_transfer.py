@@ -1,4 +1,4 @@
-"""A real ImageNet network on real photographs: the same network after it was carried over, calibrated and fused."""
+"""A real ImageNet network on real photographs: the same network after it was transferred, calibrated and fused."""
 
 import csv
 import runpy
@@ -10,11 +10,11 @@ import pytest
 import timm
 from PIL import Image
 
-from timm_deconv.benchmark import fidelity
-from timm_deconv.benchmark.fidelity import FidelitySettings, fidelity_rows
+from benchmarks import transfer
+from benchmarks.transfer import TransferSettings, transfer_rows
 from timm_deconv.errors import InputError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "carry_over.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
 
 def photographs(data_dir: Path, folder: Path, images: int) -> Path:
@@ -33,7 +33,7 @@ def test_a_hundred_photographs_keep_their_class(
 ) -> None:
     folder = photographs(data_dir, tmp_path / "photographs", 100)
     output = tmp_path / "rows.csv"
-    arguments = [folder, "--presets", "fast", "--calibration-images", 100, "--output", output]
+    arguments = ["transfer", "--data-dir", folder, "--presets", "fast", "--calibration-images", 100, "--output", output]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     rows = {row["form"]: row for row in csv.DictReader(output.read_text().splitlines())}
@@ -59,16 +59,16 @@ def test_photographs_in_print_colours_and_with_transparency_are_converted(
     with Image.open(files[1]) as image:
         image.convert("RGBA").save(files[1].with_suffix(".png"))
     files[1].unlink()
-    settings = FidelitySettings(str(folder), network="test_resnet", presets=())
-    monkeypatch.setattr(fidelity, "batch_norm_network", lambda name, checkpoint: timm.create_model(name))
-    rows = fidelity_rows(settings, progress=lambda message: None)
+    settings = TransferSettings(str(folder), network="test_resnet", presets=())
+    monkeypatch.setattr(transfer, "batch_norm_network", lambda name, checkpoint: timm.create_model(name))
+    rows = transfer_rows(settings, progress=lambda message: None)
     assert [row["images"] for row in rows] == [3, 3]
 
 
 def test_folders_that_are_no_synsets_and_missing_photographs_are_refused(data_dir: Path, tmp_path: Path) -> None:
     folder = photographs(data_dir, tmp_path, 2)
     with pytest.raises(InputError, match="no photographs"):
-        fidelity_rows(FidelitySettings(str(tmp_path / "none")))
+        transfer_rows(TransferSettings(str(tmp_path / "none")))
     next(folder.glob("n*")).rename(folder / "tench")
     with pytest.raises(InputError, match=r"'tench' in .* is no synset of ImageNet-1k"):
-        fidelity_rows(FidelitySettings(str(folder)))
+        transfer_rows(TransferSettings(str(folder)))

@@ -1,4 +1,4 @@
-"""Does a pretrained network stay the same network? Batch norm, carried over, calibrated and fused, on real photographs.
+"""Does a pretrained network stay the same network? Batch norm, transferred, calibrated and fused, on real photographs.
 
 In training mode a network is another function, which depends on the batch; how far the first training step starts from
 the pretrained network is measured too, beside what batch norm does there.
@@ -6,7 +6,7 @@ the pretrained network is measured too, beside what batch norm does there.
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from timm_deconv.models.carry_over import batch_norm_network, carry_over
 from .rows import CONDITIONS, Row, conditions, rounded
 from .timing import Spread
 
-__all__ = ["COLUMNS", "SHOWN", "FidelitySettings", "fidelity_rows"]
+__all__ = ["COLUMNS", "SHOWN", "TransferSettings", "transfer_rows"]
 
 COLUMNS = [
     *"network weights preset form images calibration_images batch top1 same_class largest_difference".split(),
@@ -36,11 +36,11 @@ SHOWN = "preset form images top1 same_class largest_difference milliseconds".spl
 
 
 @dataclass(frozen=True)
-class FidelitySettings:
+class TransferSettings:
     """What is compared.
 
     Attributes:
-        photographs: folder or tar of images, in folders named by ImageNet's synsets.
+        data_dir: folder or tar of images, in folders named by ImageNet's synsets.
         network: an ImageNet batch-norm network of timm.
         checkpoint: file of its weights, in place of those that timm or an installed package has.
         presets: of the deconvolution networks.
@@ -49,10 +49,10 @@ class FidelitySettings:
         batch: images of a forward.
     """
 
-    photographs: str
+    data_dir: str
     network: str = "tf_efficientnet_lite0"
     checkpoint: str | None = None
-    presets: tuple[str, ...] = ("paper", "fast")
+    presets: Sequence[str] = ("paper", "fast")
     images: int | None = None
     calibration_images: int = 256
     batch: int = 50
@@ -66,7 +66,7 @@ class Answers:
     milliseconds: list[float] = field(default_factory=list)
 
 
-def fidelity_rows(settings: FidelitySettings, progress: Callable[[str], object] = print) -> list[Row]:
+def transfer_rows(settings: TransferSettings, progress: Callable[[str], object] = print) -> list[Row]:
     """A row for each form: photographs named rightly in %, how many like batch norm in evaluation, the largest
     difference of a logit from that network's (over its largest logit), and milliseconds a photograph.
 
@@ -116,7 +116,7 @@ def fidelity_rows(settings: FidelitySettings, progress: Callable[[str], object] 
     ]
 
 
-def _deconvolution_forms(settings: FidelitySettings, preset: str) -> Iterator[tuple[str, nn.Module]]:
+def _deconvolution_forms(settings: TransferSettings, preset: str) -> Iterator[tuple[str, nn.Module]]:
     model = carry_over(settings.network, settings.checkpoint, policy=preset).eval()
     yield "transferred", copy.deepcopy(model)
     calibrate(model, _photographs(settings, model, settings.calibration_images))
@@ -125,17 +125,17 @@ def _deconvolution_forms(settings: FidelitySettings, preset: str) -> Iterator[tu
     yield "calibrated training", copy.deepcopy(model).train()
 
 
-def _photographs(settings: FidelitySettings, model: nn.Module, images: int | None = None) -> DataLoader[Any]:
+def _photographs(settings: TransferSettings, model: nn.Module, images: int | None = None) -> DataLoader[Any]:
     """Batches of photographs as the network's configuration has them, and their classes in ImageNet's order."""
-    if not Path(settings.photographs).exists():
-        raise InputError(f"no photographs {settings.photographs}: give a folder or tar of images, in folders by synset")
+    if not Path(settings.data_dir).exists():
+        raise InputError(f"no photographs {settings.data_dir}: give a folder or tar of images, in folders by synset")
     if getattr(model, "num_classes", None) != len(ImageNetInfo().label_names()):
         raise InputError(f"{settings.network} does not name the 1,000 classes of ImageNet-1k: choose weights that do")
-    dataset = StrictImageDataset(settings.photographs, input_img_mode="RGB")
+    dataset = StrictImageDataset(settings.data_dir, input_img_mode="RGB")
     known = {name: index for index, name in enumerate(ImageNetInfo().label_names())}
     names = class_names(dataset) or []
     if unknown := [name for name in names if name not in known]:
-        raise InputError(f"{unknown[0]!r} in {settings.photographs} is no synset of ImageNet-1k, as n01440764 is one")
+        raise InputError(f"{unknown[0]!r} in {settings.data_dir} is no synset of ImageNet-1k, as n01440764 is one")
     dataset.target_transform = [known[name] for name in names].__getitem__
     cfg = timm.data.resolve_data_config(model=model)
     dataset.transform = timm.data.create_transform(**cfg, is_training=False)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from timm_deconv.benchmark import step
-from timm_deconv.benchmark.networks import FORMS
-from timm_deconv.benchmark.rows import COLUMNS, add_rows, step_rows, table
-from timm_deconv.benchmark.step import EvaluationSettings, StepSettings, price, time_evaluation, time_training
-from timm_deconv.benchmark.timing import Timings
+from benchmarks import step
+from benchmarks.networks import FORMS
+from benchmarks.rows import COLUMNS, add_rows, step_rows, table
+from benchmarks.step import EvaluationSettings, StepSettings, price, time_evaluation, time_training
+from benchmarks.timing import Timings
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 

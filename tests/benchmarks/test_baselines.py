@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.golden_files import LayerCase, layer_case, layer_case_names, relative_error, tolerance
-from timm_deconv.benchmark.baselines import (
+from benchmarks.baselines import (
     IterativeNorm2d,
     PublishedChannel,
     PublishedConv2d,
     PublishedLinear,
     published_isqrt,
 )
+from tests.golden_files import LayerCase, layer_case, layer_case_names, relative_error, tolerance
 
 LAYERS = {"FastDeconv": PublishedConv2d, "Delinear": PublishedLinear, "ChannelDeconv": PublishedChannel}
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from timm_deconv.benchmark.segmentation import CLASSES, IGNORED, CamVid, Segmentation
-from timm_deconv.benchmark.study import variant
+from benchmarks.segmentation import CLASSES, IGNORED, CamVid, Segmentation
+from benchmarks.study import variant
 from timm_deconv.convert.kinds import batch_norms
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
