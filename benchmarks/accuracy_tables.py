@@ -9,7 +9,9 @@ from pathlib import Path
 from .tables import Row, Table, last_epochs, mean_and_deviation, numbers, read_rows, select, significant
 
 __all__ = [
+    "FINETUNED",
     "FORMS",
+    "LEVERS",
     "RATES",
     "RECIPE",
     "UNBOUNDED",
@@ -40,6 +42,21 @@ Named = Mapping[str, str]
 STUDY = "python scripts/study.py {recipe} NETWORK --data-dir DIR --variants ... --seeds ..."
 FORMS: Named = {"twin": "batch norm", "paper": "`paper`", "fast": "`fast`"}
 RATES = ("0.001", "0.003", "0.01", "0.03", "0.1")
+
+
+LEVERS: Named = {
+    **FORMS,
+    "fast deconv.max_rows=1024": "`fast`, at most 1,024 rows",
+    "fast deconv.block=64": "`fast`, blocks of 64 channels",
+    "fast deconv.block=16": "`fast`, blocks of 16 channels",
+    "fast deconv.roles.classifier.block=64": "`fast`, classifier in blocks of 64",
+    "fast deconv.sampling_stride=4": "`fast`, pixels 4 apart",
+    "fast deconv.n_iter=2": "`fast`, 2 steps",
+    "fast deconv.n_iter=5": "`fast`, 5 steps",
+    "fast deconv.layout=window deconv.block=16": "`fast`, windows of 16 channels",
+    "iterative": "iterative normalisation (Huang et al., 2019)",
+}
+"""The options of whitening whose accuracy is known at the time of a step."""
 
 
 def settings(variant: str) -> str:
@@ -166,20 +183,7 @@ def against_the_paper(results: Path) -> Table:
 
 def levers(results: Path) -> Table:
     """Make the table of accuracy against the time of a step, VGG-11 at half width: the latest row of each variant."""
-    titles = _titles(
-        {
-            **FORMS,
-            "fast deconv.max_rows=1024": "`fast`, at most 1,024 rows",
-            "fast deconv.block=64": "`fast`, blocks of 64 channels",
-            "fast deconv.block=16": "`fast`, blocks of 16 channels",
-            "fast deconv.roles.classifier.block=64": "`fast`, classifier in blocks of 64",
-            "fast deconv.sampling_stride=4": "`fast`, pixels 4 apart",
-            "fast deconv.n_iter=2": "`fast`, 2 steps",
-            "fast deconv.n_iter=5": "`fast`, 5 steps",
-            "fast deconv.layout=window deconv.block=16": "`fast`, windows of 16 channels",
-            "iterative": "iterative normalisation (Huang et al., 2019)",
-        }
-    )
+    titles = _titles(LEVERS)
     latest = {settings(row["variant"]): row for row in read_rows(results / "study_pareto.csv")}
     ordered = sorted(titles, key=lambda variant: -float(latest[variant]["top1"]))
     body = []

@@ -17,6 +17,7 @@ __all__ = [
     "published_steps",
     "readme_cost",
     "scaling",
+    "scaling_rows",
     "step_runs",
     "steps",
 ]
@@ -154,15 +155,16 @@ def memory(results: Path) -> Table:
     return Table(head, body, used, "benchmark_memory.csv", BENCHMARK.format(task="memory"))
 
 
+def scaling_rows(results: Path, axis: str) -> list[Row]:
+    """Return the rows of the last run of `fast` along an axis."""
+    own = select(read_rows(results / "benchmark_scaling.csv"), axis=axis, preset="fast")
+    return runs(own, ["exponent"])[-1]
+
+
 def scaling(results: Path) -> Table:
     """Make the table of whitening's share of a step against batch, image size and width: the latest run of each."""
     axes = {"batch": "{} images of 32x32", "image_size": "16 images of {0}x{0}", "width": "64 images, width {}"}
-    latest = {}
-    for row in read_rows(results / "benchmark_scaling.csv"):
-        if row["preset"] == "fast" and row["axis"] in axes:
-            latest[row["axis"], row[row["axis"]]] = row
-    newest = {axis: max(r["date"] for (a, _), r in latest.items() if a == axis) for axis in axes}
-    rows = [row for (axis, _), row in latest.items() if row["date"] == newest[axis]]
+    rows = [row for axis in axes for row in scaling_rows(results, axis)]
     body = []
     for row in rows:
         times = (significant(1e3 * float(row[f"{form}_seconds"])) for form in ("none", "deconv"))
