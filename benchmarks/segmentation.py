@@ -24,8 +24,8 @@ from timm_deconv.convert import calibrate, convert_deconv_model, transfer
 from timm_deconv.data.datasets import find_split
 from timm_deconv.errors import InputError
 from timm_deconv.models.deeplabv3 import ASPP
+from timm_deconv.training.initial_weights import check_loaded, pretrained_arguments
 from timm_deconv.training.recipe import Recipe
-from timm_deconv.training.start import check_loaded, start_arguments
 from timm_deconv.training.tasks import Batch, Normalise
 
 __all__ = ["CamVid", "Segmentation", "Segmenter"]
@@ -112,13 +112,13 @@ class Segmentation:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         _check_settings(recipe)
         self.recipe, self.device = recipe, device
-        self.normalise = Normalise(recipe.mean, recipe.std, device, recipe.channels_last)
+        self.normalise = Normalise(recipe, device)
 
     def create_model(self) -> nn.Module:
         recipe = self.recipe
         name, deconv = _batch_norm_name(recipe.model), recipe.model_kwargs.get("deconv")
         arguments = {"features_only": True, "out_indices": (4,), "output_stride": 16}
-        model = Segmenter(timm.create_model(name, **start_arguments(recipe), **arguments), recipe.num_classes)
+        model = Segmenter(timm.create_model(name, **pretrained_arguments(recipe), **arguments), recipe.num_classes)
         check_loaded(recipe, model.encoder)
         if recipe.freeze_bn and deconv is None:
             freeze_batch_norm_2d(model.encoder)

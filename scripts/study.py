@@ -19,8 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is part of a checkout, and not installed
 
-from benchmarks.study import run
-from timm_deconv.errors import one_line_errors
+from timm_deconv.errors import needs_extra, one_line_errors
+
+with one_line_errors(), needs_extra("benchmark"):
+    from benchmarks.study import run
 
 
 def parse() -> argparse.Namespace:

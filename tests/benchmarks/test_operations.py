@@ -4,13 +4,19 @@ import time
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import pytest
 import torch
 from torch.autograd import DeviceType
 
 from benchmarks import operations
 from benchmarks.operations import COLUMNS, OTHER, ProfileSettings, operation_seconds, profile_rows
+from benchmarks.rows import Row
 
-SMALL = ProfileSettings(width=0.125, batch=4, forms=("none", "deconv"))
+
+@pytest.fixture(scope="module")
+def profiled() -> list[Row]:
+    """Rows of a small network in two forms."""
+    return profile_rows(ProfileSettings(width=0.125, batch=4, forms=("none", "deconv")), lambda message: None)
 
 
 def test_calls_and_seconds_are_those_of_a_step() -> None:
@@ -28,8 +34,8 @@ def test_calls_and_seconds_are_those_of_a_step() -> None:
     assert found["aten::mm"][1] > found["aten::matmul"][1]  # which calls it, and has next to no time of its own
 
 
-def test_rows_are_the_operations_of_each_form() -> None:
-    rows = profile_rows(SMALL, lambda message: None)
+def test_rows_are_the_operations_of_each_form(profiled: list[Row]) -> None:
+    rows = profiled
     assert all(set(row) == set(COLUMNS) for row in rows)
     by_form = {form: {row["operation"]: row for row in rows if row["form"] == form} for form in ("none", "deconv")}
     assert by_form["none"]["aten::convolution_backward"]["calls"] == 20  # the convolutions of ResNet-18
@@ -49,8 +55,8 @@ def test_a_kernels_time_counts_once(monkeypatch) -> None:
     assert found == {"aten::mm": (1.0, 50e-6)}
 
 
-def test_short_operations_are_summed_up() -> None:
-    rows = [row for row in profile_rows(SMALL, lambda message: None) if row["form"] == "none"]
+def test_short_operations_are_summed_up(profiled: list[Row]) -> None:
+    rows = [row for row in profiled if row["form"] == "none"]
     total = sum(row["milliseconds"] for row in rows)
     for row in rows:
         assert row["operation"] == OTHER or row["milliseconds"] >= 0.0099 * total

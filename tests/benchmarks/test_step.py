@@ -16,7 +16,7 @@ from benchmarks.timing import Timings
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 
-SMALL = StepSettings(width=0.125, batch=32, rounds=2, warmup=1, memory_formats=("channels_last",))
+SMALL = StepSettings(width=0.0625, batch=32, rounds=2, warmup=1, memory_formats=("channels_last",))
 FAKE = StepSettings(forms=("none", "twin", "deconv"), rounds=3)
 SECONDS = {
     "none contiguous": [2.0, 2.0, 2.0],

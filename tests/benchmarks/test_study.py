@@ -25,7 +25,7 @@ from timm_deconv.layers import Deconv2d
 from timm_deconv.training import Recipe, load_recipe
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "study.py"
-SETTINGS = ["epochs=1", "batch_size=128"]
+SETTINGS = ["epochs=1", "batch_size=128", "train_images=256", "val_images=128"]
 
 
 @pytest.fixture

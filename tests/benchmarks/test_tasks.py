@@ -37,12 +37,11 @@ def test_convert_passes_over_networks_that_the_file_has(tmp_path: Path, monkeypa
     assert [(row["network"], row["seconds"]) for row in rows] == [("test_b", "7"), ("test_a", "7"), ("test_c", "7")]
 
 
-@pytest.mark.parametrize("name", ["benchmark.py", "study.py"])
-def test_scripts_run_from_anywhere_in_a_checkout_that_is_not_installed(name: str, tmp_path: Path) -> None:
+def test_scripts_run_from_anywhere_in_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "scripts" / name), "--help"]
+    command = [sys.executable, str(ROOT / "scripts" / "study.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert f"{name} " in done.stdout
+    assert done.stdout.startswith("usage: study.py ")
 
 
 @pytest.mark.parametrize("name", ["benchmark.py", "study.py"])

@@ -11,7 +11,7 @@ from timm_deconv.layers.notices import share_notices
 from .classifier import ConvertedNetwork, check_pooling, mix_in, new_channel_whitening, whiten_pooling
 from .kinds import batch_norms, check_network, is_any_norm
 from .plan import Plan, decide, look_at
-from .policy import GUARDED, DeconvPolicy, resolve_policy
+from .policy import SMALL_BATCH_DEFAULTS, DeconvPolicy, resolve_policy
 from .report import ConversionReport, ConvertedLayer
 from .self_fusing import own_methods, take_over
 from .surgery import remove_norms, replace_module, whitened_form, write_out_of_place
@@ -24,7 +24,7 @@ def convert_deconv_model(
     model: nn.Module,
     policy: str | Mapping[str, Any] | DeconvPolicy | None = None,
     *,
-    family: DeconvPolicy = GUARDED,
+    family: DeconvPolicy = SMALL_BATCH_DEFAULTS,
     in_place: bool = False,
     example_inputs: Inputs | None = None,
 ) -> ConversionReport:

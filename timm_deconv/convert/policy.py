@@ -10,7 +10,15 @@ from timm_deconv.layers import DeconvCfg
 from timm_deconv.layers.config import layered
 from timm_deconv.layers.presets import LINEAR_AS_CONV, PRESET_VERSION, PRESETS, find_preset, frozen
 
-__all__ = ["DEFAULT_PRESET", "GUARDED", "ClassifierKind", "DeconvPolicy", "Role", "as_saved", "resolve_policy"]
+__all__ = [
+    "DEFAULT_PRESET",
+    "SMALL_BATCH_DEFAULTS",
+    "ClassifierKind",
+    "DeconvPolicy",
+    "Role",
+    "as_saved",
+    "resolve_policy",
+]
 
 Role = Literal[
     "stem", "pointwise", "spatial", "block_end", "depthwise", "grouped", "squeeze_excite", "linear", "classifier"
@@ -183,7 +191,7 @@ class DeconvPolicy:
         )
 
 
-GUARDED = DeconvPolicy(preset="paper", options=PRESETS["paper"].guard)
+SMALL_BATCH_DEFAULTS = DeconvPolicy(preset="paper", options=PRESETS["paper"].guard)
 """What lies under the preset 'paper' in converted networks."""
 
 

@@ -21,7 +21,7 @@ from .converter import carry_out, check_convertible
 from .kinds import BatchNorm, batch_norms, check_network, frozen_norms
 from .pairing import Pairing, pair_norms
 from .plan import decide
-from .policy import GUARDED, DeconvPolicy, resolve_policy
+from .policy import SMALL_BATCH_DEFAULTS, DeconvPolicy, resolve_policy
 from .report import ConversionReport
 from .surgery import keep_hooks
 from .trace import Inputs, trace_network
@@ -39,7 +39,7 @@ def transfer(
     keep_affine: bool = False,
     input_size: tuple[int, ...] | None = None,
     example_inputs: Inputs | None = None,
-    family: DeconvPolicy = GUARDED,
+    family: DeconvPolicy = SMALL_BATCH_DEFAULTS,
 ) -> ConversionReport:
     """Convert a batch-norm network as `convert_deconv_model` does, in place, so that it evaluates as before.
 

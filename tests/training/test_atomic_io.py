@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from timm_deconv.training.files import write_text, write_whole
+from timm_deconv.training.atomic_io import write_text, write_whole
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -24,12 +24,12 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
 WITHOUT_FCNTL = """
 import os, sys, types
 sys.modules["fcntl"] = None
-from timm_deconv.training import files, loop, results
+from timm_deconv.training import atomic_io, loop, results
 locked = []
 sys.modules["msvcrt"] = types.SimpleNamespace(LK_LOCK=1, locking=lambda *how: locked.append(how))
 for _ in range(2):
     results.append_rows(loop.Path(sys.argv[1]), ["a", "b"], [{"a": 1, "b": 2}])
-files.write_text(loop.Path(sys.argv[1] + ".txt"), "whole")
+atomic_io.write_text(loop.Path(sys.argv[1] + ".txt"), "whole")
 assert len(locked) == 2 and {how[1:] for how in locked} == {(1, 1)}, locked
 """
 

@@ -16,7 +16,7 @@ FAR = 2**30
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, renamed when it is on the disk; on failure `path` stays as it was."""
+    """Let `write` fill a file beside `path`, renamed when it is on the disk; on failure `path` stays as it was."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
@@ -28,12 +28,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_whole` of a text."""
+    """Write a text file as `write_whole` does."""
     write_whole(path, lambda partial: partial.write_text(text))
 
 
 def flush(path: Path) -> None:
-    """Waits until the file, or every file of the folder, is on the disk."""
+    """Wait until the file, or every file of the folder, is on the disk."""
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY if fcntl else os.O_RDWR)
@@ -44,7 +44,7 @@ def flush(path: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder where there is one."""
+    """Remove a folder where there is one."""
     if folder.exists():
         shutil.rmtree(folder)
 

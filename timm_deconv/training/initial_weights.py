@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from timm_deconv.convert.roles import classifier_names
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
-from timm_deconv.models._order import named_by_order
+from timm_deconv.models.remap import remap_by_order
 from timm_deconv.models.weights import read_weights
 
 from .recipe import Recipe
 
-__all__ = ["check_loaded", "start_arguments"]
+__all__ = ["check_loaded", "pretrained_arguments"]
 
 
-def start_arguments(recipe: Recipe) -> dict[str, Any]:
-    """`timm.create_model`'s arguments for the weights that training starts from.
+def pretrained_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return `timm.create_model`'s arguments for the weights that training starts from.
 
     Raises:
         InputError: no such file, or one whose tensors have names that the network does not know and another order.
@@ -37,8 +37,31 @@ def start_arguments(recipe: Recipe) -> dict[str, Any]:
     return {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
+def check_loaded(recipe: Recipe, model: nn.Module) -> None:
+    """Check that a file held every weight of a plain timm network but the classifier's, and drop it from its settings.
+
+    timm reads a classifier of another size loosely: whatever else is missing would go on with random weights.
+
+    Raises:
+        InputError: the file lacks tensors.
+    """
+    if recipe.pretrained_path is None or any(isinstance(module, WhiteningMixin) for module in model.modules()):
+        return  # the filter of our own networks has checked it
+    if (cfg := model.pretrained_cfg).get("state_dict"):
+        model.pretrained_cfg = model.default_cfg = {k: v for k, v in cfg.items() if k != "state_dict"}
+        return  # by order all are there
+    weights = read_weights(_weights_file(recipe.pretrained_path))
+    ignored = tuple(f"{name}." for name in classifier_names(model))
+    missing = sorted(key for key in model.state_dict().keys() - weights.keys() if not key.startswith(ignored))
+    if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
+        raise InputError(
+            f"pretrained_path={recipe.pretrained_path!r} lacks {len(missing)} tensors of {recipe.model} ({missing[0]},"
+            " ...); name a file of this network's weights"
+        )
+
+
 def _named(recipe: Recipe, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the network's names, as their order says where no name is known; itself where any is.
+    """Name the tensors as the network does, by their order where no name is known; return them as they are otherwise.
 
     In this package's own networks the filter of their weights does so.
     """
@@ -51,7 +74,7 @@ def _named(recipe: Recipe, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if expected.keys() & weights.keys():
         return weights
     try:
-        return named_by_order(weights, expected)
+        return remap_by_order(weights, expected)
     except InputError as error:
         raise InputError(
             f"pretrained_path={recipe.pretrained_path!r} does not fit {recipe.model}: no name is known, and by order"
@@ -60,28 +83,11 @@ def _named(recipe: Recipe, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _classes(recipe: Recipe, weights: Mapping[str, Tensor]) -> int | None:
-    """Outputs of the classifier in weights by the network's names; None where it has none by that name."""
+    """Count the outputs of the classifier in weights by the network's names; None where it has none by that name."""
     cfg = timm.get_pretrained_cfg(recipe.model)
     names = cfg.classifier if isinstance(cfg.classifier, tuple | list) else (cfg.classifier,)
     found = (weights[f"{name}.weight"].shape[0] for name in names if f"{name}.weight" in weights)
     return next(found, None)
-
-
-def check_loaded(recipe: Recipe, model: nn.Module) -> None:
-    """timm reads a classifier of another size loosely: whatever else is missing would go on with random weights."""
-    if recipe.pretrained_path is None or any(isinstance(module, WhiteningMixin) for module in model.modules()):
-        return  # the filter of our own networks has checked it
-    if (cfg := model.pretrained_cfg).get("state_dict"):
-        model.pretrained_cfg = model.default_cfg = {k: v for k, v in cfg.items() if k != "state_dict"}
-        return  # by order all are there
-    weights = read_weights(_weights_file(recipe.pretrained_path))
-    own = tuple(f"{name}." for name in classifier_names(model))
-    missing = sorted(key for key in model.state_dict().keys() - weights.keys() if not key.startswith(own))
-    if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
-        raise InputError(
-            f"pretrained_path={recipe.pretrained_path!r} lacks {len(missing)} tensors of {recipe.model} ({missing[0]},"
-            " ...); name a file of this network's weights"
-        )
 
 
 def _weights_file(path: str) -> Path:

@@ -8,7 +8,7 @@ from torch import nn
 from timm_deconv.errors import NonFiniteError
 from timm_deconv.training.checkpoint import read_curve
 from timm_deconv.training.loop import train
-from timm_deconv.training.watch import Watch, check_state, first_nonfinite
+from timm_deconv.training.nan_guard import NanGuard, check_state, first_nonfinite
 
 
 def _two_layers() -> nn.Sequential:
@@ -22,7 +22,7 @@ def test_the_first_whitening_layer_with_nonfinite_statistics_is_named():
         model.get_submodule(layers[2]).weight[0, 0, 0, 0] = torch.nan
     loss = model(torch.randn(8, 3, 32, 32)).sum()
     with pytest.raises(NonFiniteError, match=rf"at epoch 3, update 7, first seen by {layers[3]} \(Deconv2d"):
-        Watch(model).step(loss, lambda: None, "epoch 3, update 7")
+        NanGuard(model).step(loss, lambda: None, "epoch 3, update 7")
 
 
 def test_without_whitening_layers_the_batch_is_repeated():
@@ -31,7 +31,7 @@ def test_without_whitening_layers_the_batch_is_repeated():
         model[2].bias[1] = torch.inf
     images = torch.randn(2, 4)
     with pytest.raises(NonFiniteError, match=r"first seen by 2 \(Linear, its output\)"):
-        Watch(model).step(model(images).sum(), lambda: model(images), "epoch 1, update 1")
+        NanGuard(model).step(model(images).sum(), lambda: model(images), "epoch 1, update 1")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -42,7 +42,7 @@ def test_a_nonfinite_image_is_seen_at_the_first_layers_input():
 
 def test_a_weight_spoilt_by_the_last_update_is_named():
     model = _two_layers()
-    Watch(model).finish()
+    NanGuard(model).finish()
     with torch.no_grad():
         model[0].weight[0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"^0.weight is non-finite"):

@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import timm_deconv
 from tests.hub_server import hub
 from timm_deconv.errors import InputError
-from timm_deconv.models.carry_over import batch_norm_network, carry_over
+from timm_deconv.layers.notices import UNCALIBRATED
+from timm_deconv.models.pretrained import create_batch_norm, create_transferred
 
 PRE_NORM = ("densenet", "dpn", "preact_resnet", "resnetv2")
 
@@ -183,28 +184,28 @@ def test_batch_norm_weights_of_a_pre_norm_network_are_refused_with_the_reason(tm
         assert difference(kept(x), trained(x)) < 1e-4
 
 
-def test_carry_over_takes_any_name_or_checkpoint(tmp_path: Path, batch_norm: nn.Module) -> None:
+def test_create_transferred_takes_any_name_or_checkpoint(tmp_path: Path, batch_norm: nn.Module) -> None:
     file = tmp_path / "weights.safetensors"
     save_file(batch_norm.state_dict(), file)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        registered = carry_over("resnet18.tv_in1k", file, policy='{"block": 32}').eval()
+        registered = create_transferred("resnet18.tv_in1k", file, policy={"block": 32}).eval()
         assert registered.pretrained_cfg["architecture"] == "resnet18_deconv"
         assert registered.pretrained_cfg["tag"] == "bn_tv_in1k"
         assert registered.deconv_policy.options["block"] == 32
         assert difference(registered(x), batch_norm(x)) < 1e-4
         save_for_hf(batch_norm, str(tmp_path / "plain"), safe_serialization=True)
-        generic = carry_over(f"local-dir:{tmp_path / 'plain'}").eval()
+        generic = create_transferred(f"local-dir:{tmp_path / 'plain'}").eval()
         assert generic.pretrained_cfg["architecture"] == "deconv"
         assert difference(generic(x), batch_norm(x)) < 1e-4
     for arguments, message in (
         ({"network": "resnet81"}, "no network 'resnet81'; nearest: "),
         ({"network": "resnet18", "checkpoint": tmp_path / "none.pth"}, "no checkpoint "),
-        ({"network": "resnet18", "checkpoint": file, "policy": "{block: 3}"}, "is not JSON"),
+        ({"network": "resnet18", "checkpoint": file, "policy": "{block: 3}"}, "no preset '{block: 3}'"),
         ({"network": "resnet26", "checkpoint": file}, "do not fit resnet26: 45 missing"),
     ):
         with pytest.raises(InputError, match=message) as error:
-            carry_over(**arguments)
+            create_transferred(**arguments)
         assert "\n" not in str(error.value)
 
 
@@ -293,7 +294,7 @@ def test_a_network_that_timm_loads_loosely_takes_all_of_a_file_or_refuses_it(tmp
     torch.save(dict(reversed(weights.items())), tmp_path / "reversed.pth")
     torch.save(dict(list(source.state_dict().items())[:-40]), tmp_path / "part.pth")
     with torch.no_grad():
-        for load in (batch_norm_network, carry_over):
+        for load in (create_batch_norm, create_transferred):
             found = load(name, tmp_path / "foreign.pth").eval()(x)
             assert (found - source(x)).abs().max() < 1e-4 * source(x).abs().max()
             for file in ("reversed.pth", "part.pth"):
@@ -307,12 +308,12 @@ def test_a_file_of_other_classes_or_without_counters_is_read_as_timm_reads_it(tm
     torch.save(weights, tmp_path / "older.pth")
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        model = batch_norm_network("test_resnet", tmp_path / "older.pth", num_classes=10).eval()
+        model = create_batch_norm("test_resnet", tmp_path / "older.pth", num_classes=10).eval()
         found = model(x)
     save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True)
     assert (found - source(x)).abs().max() < 1e-4 * source(x).abs().max()
     with pytest.raises(InputError, match="do not fit test_resnet") as error:
-        batch_norm_network("test_resnet", tmp_path / "older.pth")
+        create_batch_norm("test_resnet", tmp_path / "older.pth")
     assert "\n" not in str(error.value)
 
 
@@ -395,15 +396,15 @@ def test_counts_that_make_no_sense_are_refused(name: str) -> None:
 
 
 def said_in_training(model: nn.Module) -> int:
-    """How often the first two training forwards speak of weights that were carried over."""
+    """How often the first two training forwards speak of weights that were transferred."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(2):
             model.train()(torch.randn(4, 3, 32, 32))
-    return sum("carried over from batch norm" in str(warning.message) for warning in said)
+    return sum(str(warning.message) == UNCALIBRATED for warning in said)
 
 
-def test_training_of_carried_over_weights_is_warned_of_once_until_images_were_seen(tmp_path: Path) -> None:
+def test_training_of_transferred_weights_is_warned_of_once_until_images_were_seen(tmp_path: Path) -> None:
     source = randomised("resnet18_cifar", width=0.125)
     torch.save(source.state_dict(), tmp_path / "norms.pth")
     file = {"file": str(tmp_path / "norms.pth")}

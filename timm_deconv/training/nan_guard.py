@@ -10,26 +10,29 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from timm_deconv.errors import NonFiniteError
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one step saw: element 0 is the loss, the others the whitening layers; True where non-finite."""
+    """What one step saw.
+
+    Attributes:
+        bad: (1 + layers,) booleans on the host, True where non-finite: the loss, then the whitening layers.
+        copied: when `bad` has arrived from a GPU.
+        repeat: runs the step's batch through the model again.
+        place: where in training this was.
+    """
 
     bad: Tensor
     copied: "torch.cuda.Event | None"
     repeat: Callable[[], object]
     place: str
 
-    def read(self) -> list[bool]:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.bad.tolist()
 
-
-class Watch:
+class NanGuard:
     """Checks each step's loss.
 
     Args:
@@ -44,7 +47,7 @@ class Watch:
         self.records: deque[Record] = deque()
 
     def step(self, loss: Tensor, repeat: Callable[[], object], place: str) -> None:
-        """Leaves a record of this step and checks the one that is due.
+        """Leave a record of this step and check the one that is due.
 
         Args:
             loss: scalar.
@@ -57,21 +60,25 @@ class Watch:
         flags = [layer.saw_nonfinite.reshape(()) for _, layer in self.layers]
         bad = torch.stack([~torch.isfinite(loss.detach()), *flags])
         self.records.append(Record(*_to_host(bad), repeat, place))
-        while len(self.records) > self.lag:
-            self._check(self.records.popleft())
+        self._check_all_but(self.lag)
 
     def finish(self) -> None:
-        """Checks what is outstanding, and the weights: to be called before they are saved.
+        """Check what is outstanding, and the weights: to be called before they are saved.
 
         Raises:
             NonFiniteError: see `step`; or a weight or buffer is NaN or infinite.
         """
-        while self.records:
-            self._check(self.records.popleft())
+        self._check_all_but(0)
         check_state(self.model)
 
+    def _check_all_but(self, lag: int) -> None:
+        while len(self.records) > lag:
+            self._check(self.records.popleft())
+
     def _check(self, record: Record) -> None:
-        loss_is_bad, *flags = record.read()
+        if record.copied is not None:
+            record.copied.synchronize()
+        loss_is_bad, *flags = record.bad.tolist()
         if not loss_is_bad:
             return
         named = zip(self.layers, flags, strict=True)
@@ -81,7 +88,11 @@ class Watch:
 
 
 def check_state(model: nn.Module) -> None:
-    """Raises NonFiniteError, with its name, where a weight or buffer of the state dict is NaN or infinite."""
+    """Check that every weight and buffer of the state dict is finite.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite; it is named.
+    """
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     finite = torch.stack([torch.isfinite(value).all() for value in state.values()]).tolist()
     for name, is_finite in zip(state, finite, strict=True):
@@ -90,14 +101,23 @@ def check_state(model: nn.Module) -> None:
 
 
 def first_nonfinite(model: nn.Module, repeat: Callable[[], object]) -> str:
-    """The first layer, in the order of execution, whose input or output is non-finite when the batch is repeated."""
+    """Repeat a batch; return the first layer, in the order of execution, whose input or output is non-finite."""
     found: list[str] = []
-    handles = []
-    for name, module in model.named_modules():
-        if next(module.children(), None) is None:
-            label = f"{name} ({type(module).__name__}, its"
-            handles.append(module.register_forward_pre_hook(_hook(found, f"{label} input)")))
-            handles.append(module.register_forward_hook(_hook(found, f"{label} output)")))
+
+    def look(label: str, value: object) -> None:
+        tensors = value if isinstance(value, tuple | list) else (value,)
+        if not found and any(isinstance(t, Tensor) and not torch.isfinite(t).all() for t in tensors):
+            found.append(label)
+
+    def watch(name: str, layer: nn.Module) -> list[RemovableHandle]:
+        label = f"{name} ({type(layer).__name__}, its"
+        return [
+            layer.register_forward_pre_hook(lambda _, inputs: look(f"{label} input)", inputs)),
+            layer.register_forward_hook(lambda _, inputs, output: look(f"{label} output)", output)),
+        ]
+
+    layers = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
+    handles = [handle for name, layer in layers for handle in watch(name, layer)]
     try:
         with torch.no_grad():
             repeat()
@@ -105,16 +125,6 @@ def first_nonfinite(model: nn.Module, repeat: Callable[[], object]) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "no layer when the batch was repeated: the loss alone"
-
-
-def _hook(found: list[str], label: str) -> Callable[..., None]:
-    def look(module: nn.Module, inputs: object, output: object = None) -> None:
-        value = inputs if output is None else output
-        tensors = value if isinstance(value, tuple | list) else (value,)
-        if not found and any(isinstance(t, Tensor) and not torch.isfinite(t).all() for t in tensors):
-            found.append(label)
-
-    return look
 
 
 def _to_host(bad: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:

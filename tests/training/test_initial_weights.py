@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from timm_deconv.errors import InputError
 from timm_deconv.training import Recipe, load_recipe
 from timm_deconv.training.loop import train
-from timm_deconv.training.tasks import Classification, create_model
+from timm_deconv.training.network import create_model
+from timm_deconv.training.tasks import Classification
 
 
 @pytest.fixture

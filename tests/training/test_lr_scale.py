@@ -11,7 +11,7 @@ from timm_deconv.convert import calibrate
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear
 from timm_deconv.training import Recipe
 from timm_deconv.training.loop import create_optimizer, create_scheduler
-from timm_deconv.training.rates import layer_rates
+from timm_deconv.training.lr_scale import layer_lr_scales
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_step_of_a_whitened_classifier_is_as_large_as_an_unwhitened_one(recipe
     calibrate(nn.Sequential(classifier), [x])
     model = nn.Sequential(OrderedDict(fc=classifier))
     model.get_classifier = lambda: classifier
-    (name, scale), *others = layer_rates(model).items()
+    (name, scale), *others = layer_lr_scales(model).items()
     assert name == "fc.weight" and not others
     gradient = torch.randn(64, 16)
     whitener = classifier.running_deconv
@@ -66,7 +66,7 @@ def test_a_step_of_a_whitened_classifier_is_as_large_as_an_unwhitened_one(recipe
 def test_every_whitened_layer_has_its_rate_and_every_parameter_is_trained_once(
     recipe: Recipe, model: nn.Module
 ) -> None:
-    scales = layer_rates(model)
+    scales = layer_lr_scales(model)
     assert scales["fc.weight"] == pytest.approx(1), "an identity whitener changes no step"
     name, scale = next(iter(scales.items()))
     assert scale == pytest.approx(model.get_parameter(name).flatten(1).norm(dim=1).square().mean().item())
@@ -81,8 +81,8 @@ def test_every_whitened_layer_has_its_rate_and_every_parameter_is_trained_once(
 def test_a_branch_that_starts_at_zero_can_leave_it() -> None:
     layer = Deconv2d(3, 8, 1)
     nn.init.zeros_(layer.weight)
-    assert layer_rates(nn.Sequential(layer)) == {"0.weight": 1.0}
+    assert layer_lr_scales(nn.Sequential(layer)) == {"0.weight": 1.0}
 
 
 def test_batch_norm_networks_have_no_rates_by_layer(recipe: Recipe) -> None:
-    assert layer_rates(timm.create_model("test_resnet")) == {}
+    assert layer_lr_scales(timm.create_model("test_resnet")) == {}
