@@ -227,7 +227,7 @@ def filled(page: str, results: Path) -> str:
         opening, name, closing = block.groups()
         if name not in TABLES:
             raise unknown_name("table", name, TABLES)
-        return f"{opening}\n{markdown(TABLES[name](results))}\n\n{closing}"
+        return f"{opening}{markdown(TABLES[name](results))}\n{closing}"
 
     return TABLE.sub(fill, page)
 

@@ -107,13 +107,16 @@ def median_and_range(values: Sequence[float], digits: int = 2) -> str:
 
 
 def conditions(rows: Iterable[Row]) -> str:
-    """Say in one line on what rows were measured: hardware, versions and dates."""
-    rows = list(rows)
-    hardware, dates = _distinct(rows, "hardware"), sorted(_distinct(rows, "date"))
-    versions = [f"{name} {text.partition('+')[0]}" for name in ("torch", "timm") for text in _distinct(rows, name)]
-    when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else ""
-    machines = ", ".join(hardware).replace(" 1 threads", " 1 thread")
-    return "; ".join(part for part in (machines, ", ".join(versions), when) if part)
+    """Say in one line on what rows were measured: each machine with its versions, and the dates."""
+    rows = [row for row in rows if row.get("hardware")]
+    parts = []
+    for machine in _distinct(rows, "hardware"):
+        own = [row for row in rows if row["hardware"] == machine]
+        versions = [f"{name} {text.partition('+')[0]}" for name in ("torch", "timm") for text in _distinct(own, name)]
+        parts.append(f"{machine.replace(' 1 threads', ' 1 thread')}, {', '.join(versions)}")
+    if dates := sorted(_distinct(rows, "date")):
+        parts.append(" to ".join(dict.fromkeys((dates[0], dates[-1]))))
+    return "; ".join(parts)
 
 
 def markdown(table: Table) -> str:
