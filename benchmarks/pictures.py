@@ -16,7 +16,7 @@ from .cost_tables import scaling_rows
 from .plots import new_figure, pareto_picture, rates_picture, save, share_picture
 from .tables import Row, read_rows, select
 
-__all__ = ["PICTURES", "draw_all", "whitened", "whitening_picture"]
+__all__ = ["PICTURES", "draw_all", "photograph", "whitened", "whitening_picture"]
 
 TUNED = {"twin": "batch norm", "twin freeze_bn=true": "batch norm, frozen", "paper": "paper", RECIPE: "fast"}
 OVERLAPPING = ("fast deconv.roles.classifier.block=64", "fast deconv.sampling_stride=4")
@@ -62,13 +62,13 @@ def whitening_picture(_: Path, path: Path) -> None:
 
     The photograph is scikit-learn's `china.jpg`, by Daniel Buechele, CC BY 2.0.
     """
-    image = _photograph()
+    image = photograph()
     white, before, after = whitened(image, n_iter=15)
     figure, panels = new_figure(4, height=1.6, width=9.0, width_ratios=[1.5, 1.5, 1, 1])
-    panels[0].imshow(image.permute(1, 2, 0))
-    panels[1].imshow((white / 5 + 0.5).clamp(0, 1).permute(1, 2, 0))
+    panels[0].imshow(image.permute(1, 2, 0).numpy())
+    panels[1].imshow((white / 5 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy())
     for panel, matrix in zip(panels[2:], (before, after), strict=True):
-        shown = panel.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+        shown = panel.imshow(matrix.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         panel.hlines((8.5, 17.5), -0.5, 26.5, color="grey", lw=0.5)
         panel.vlines((8.5, 17.5), -0.5, 26.5, color="grey", lw=0.5)
     figure.colorbar(shown, ax=panels[3], ticks=[-1, 0, 1], fraction=0.05)
@@ -80,8 +80,8 @@ def whitening_picture(_: Path, path: Path) -> None:
     save(figure, path)
 
 
-def _photograph() -> Tensor:
-    """The photograph, (3, H, W), values in 0..1, at half its size."""
+def photograph() -> Tensor:
+    """Read the photograph: (3, H, W), values in 0..1, at half its size."""
     from sklearn.datasets import load_sample_image
 
     image = Image.fromarray(load_sample_image("china.jpg"))
