@@ -95,7 +95,7 @@ class Segmenter(nn.Module):
         )
 
     def get_classifier(self) -> nn.Module:
-        """The last convolution."""
+        """Return the last convolution."""
         return self.head[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,8 +173,16 @@ def _batch_norm_name(model: str) -> str:
 
 
 def _figures(loss: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
-    """The loss of the batch, and of each class the pixels that are both named and labelled so, and those that are
-    either, for each image."""
+    """Count pixels by class and image.
+
+    Args:
+        loss: a scalar.
+        logits: (N, classes, H, W).
+        masks: (N, H, W), classes and IGNORED.
+
+    Returns:
+        (N, 1 + 2 * classes): the loss, the pixels both named and labelled as each class, and those that are either.
+    """
     named = F.one_hot(logits.argmax(1).flatten(1), CLASSES).bool()
     labelled = F.one_hot(masks.long().clamp(max=CLASSES).flatten(1), CLASSES + 1).bool()
     named = named & ~labelled[..., CLASSES:]

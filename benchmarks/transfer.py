@@ -67,7 +67,9 @@ class Answers:
 
 
 def transfer_rows(settings: TransferSettings, progress: Callable[[str], object] = print) -> list[Row]:
-    """A row for each form: photographs named rightly in %, how many like batch norm in evaluation, the largest
+    """Compare the forms of a network on photographs, a row each.
+
+    A row has the photographs named rightly in %, how many are named as by batch norm in evaluation, the largest
     difference of a logit from that network's (over its largest logit), and milliseconds a photograph.
 
     Forms: `batch_norm`, and with each preset `transferred`, `calibrated` and `fused` (of the calibrated one), all in
@@ -126,7 +128,7 @@ def _deconvolution_forms(settings: TransferSettings, preset: str) -> Iterator[tu
 
 
 def _photographs(settings: TransferSettings, model: nn.Module, images: int | None = None) -> DataLoader[Any]:
-    """Batches of photographs as the network's configuration has them, and their classes in ImageNet's order."""
+    """Load photographs as the network's configuration has them, and their classes in ImageNet's order."""
     if not Path(settings.data_dir).exists():
         raise InputError(f"no photographs {settings.data_dir}: give a folder or tar of images, in folders by synset")
     if getattr(model, "num_classes", None) != len(ImageNetInfo().label_names()):

@@ -12,7 +12,7 @@ from benchmarks.scaling import (
     COLUMNS,
     ScalingSettings,
     exponent,
-    operations,
+    forward_operations,
     scaling_rows,
     scaling_summary,
 )
@@ -61,7 +61,7 @@ def test_operations_are_two_for_each_product_of_convolutions_and_classifier() ->
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
     model(torch.randn(3, 3, 40, 40))
-    assert operations(settings) == counted
+    assert forward_operations(settings) == counted
 
 
 def test_rows_hold_the_share_in_the_faster_formats_and_one_exponent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from benchmarks.study import (
     final_accuracies,
     pareto_rows,
     rate_rows,
-    study,
+    train_variants,
     variant,
 )
 from timm_deconv.errors import InputError
@@ -69,7 +69,7 @@ def test_runs_are_recorded_once_and_compared_with_their_steps(
     assert sorted((row["variant"], row["seed"]) for row in rows) == [(n, s) for n in sorted(names) for s in "01"]
     variants = [variant(name, "vgg11_cifar", recipe) for name in names]
     said: list[str] = []
-    study(variants, [0, 1], tmp_path / "runs", [output], said.append)
+    train_variants(variants, [0, 1], tmp_path / "runs", [output], said.append)
     assert not said and len(output.read_text().splitlines()) == 1 + len(rows)
     twins = [float(row["top1"]) for row in rows if row["variant"] == "twin"]
     assert final_accuracies(output, variants)["twin"] == twins

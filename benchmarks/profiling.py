@@ -8,9 +8,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .memory import MemorySettings, describe
-from .rows import CONDITIONS, Row, conditions, rounded
-from .step import MEMORY_FORMATS, Step, check_training, random_batch, training_step
+from .memory import MemorySettings, checked_step
+from .rows import CONDITIONS, Row, rounded
+from .step import Step
 
 __all__ = ["COLUMNS", "OTHER", "SHOWN", "ProfileSettings", "operation_seconds", "profile_rows"]
 
@@ -39,7 +39,7 @@ class ProfileSettings(MemorySettings):
 
 
 def profile_rows(settings: ProfileSettings, progress: Callable[[str], object] = print) -> list[Row]:
-    """A row for each form and operation, an operation's time without that of those that it calls.
+    """Measure a row for each form and operation, an operation's time without that of those that it calls.
 
     Raises:
         RuntimeError, NonFiniteError: a network does not compute what it should.
@@ -47,12 +47,9 @@ def profile_rows(settings: ProfileSettings, progress: Callable[[str], object] = 
     rows = []
     for memory_format in settings.memory_formats:
         for form, name in settings.networks():
-            label = " ".join(filter(None, (form, name, memory_format)))
-            progress(label)
-            model = settings.build(form, name or None).to(memory_format=MEMORY_FORMATS[memory_format])
-            step = training_step(model, *random_batch(settings, model, memory_format), settings)
-            check_training(label, model, step())
-            shared = {**describe(form, name, memory_format, settings), **conditions(settings.device)}
+            progress(" ".join(filter(None, (form, name, memory_format))))
+            _, step = checked_step(form, name, memory_format, settings)
+            shared = settings.described() | {"form": form, "preset": name, "memory_format": memory_format}
             for operation, (calls, seconds) in _largest(operation_seconds(step, settings)).items():
                 found = {"operation": operation, "calls": round(calls), "milliseconds": rounded(1e3 * seconds)}
                 rows.append(shared | found)
@@ -60,7 +57,7 @@ def profile_rows(settings: ProfileSettings, progress: Callable[[str], object] = 
 
 
 def operation_seconds(step: Step, settings: ProfileSettings) -> dict[str, tuple[float, float]]:
-    """Calls and seconds of each operation in a step, means of `settings.steps`; on CUDA the seconds of its kernels."""
+    """Measure calls and seconds of each operation in a step (on CUDA of its kernels), means of `settings.steps`."""
     on_device = torch.device(settings.device).type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
     with profile(activities=activities, acc_events=True) as profiler:
@@ -78,12 +75,12 @@ def _microseconds(event: torch.autograd.profiler_util.FunctionEventAvg, on_devic
 
 
 def _largest(operations: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """The operations of at least LEAST_SHARE, the longest first, and the sum of the others."""
+    """Sort the operations of at least LEAST_SHARE, the longest first, and sum up the others."""
     least = LEAST_SHARE * sum(seconds for _, seconds in operations.values())
-    named: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for operation, (count, seconds) in operations.items():
+    total_seconds: Counter[str] = Counter()
+    total_calls: Counter[str] = Counter()
+    for operation, (calls, seconds) in operations.items():
         key = operation if seconds >= least else OTHER
-        named[key] += seconds
-        calls[key] += count
-    return {key: (calls[key], seconds) for key, seconds in named.most_common()}
+        total_seconds[key] += seconds
+        total_calls[key] += calls
+    return {key: (total_calls[key], seconds) for key, seconds in total_seconds.most_common()}

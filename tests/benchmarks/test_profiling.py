@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import operations
-from benchmarks.operations import COLUMNS, OTHER, ProfileSettings, operation_seconds, profile_rows
+from benchmarks import profiling
+from benchmarks.profiling import COLUMNS, OTHER, ProfileSettings, operation_seconds, profile_rows
 from benchmarks.rows import Row
 
 
@@ -50,7 +50,7 @@ def test_a_kernels_time_counts_once(monkeypatch) -> None:
     events = [event("aten::mm", DeviceType.CPU), event("sgemm", DeviceType.CUDA)]
     profiler = MagicMock()
     profiler.return_value.__enter__.return_value.key_averages.return_value = events
-    monkeypatch.setattr(operations, "profile", profiler)
+    monkeypatch.setattr(profiling, "profile", profiler)
     found = operation_seconds(lambda: torch.zeros(()), ProfileSettings(device="cuda", steps=2))
     assert found == {"aten::mm": (1.0, 50e-6)}
 
