@@ -7,10 +7,15 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from benchmarks import pages, pictures
-from timm_deconv.errors import InputError, one_line_errors
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is part of a checkout, and not installed
+
+from timm_deconv.errors import InputError, needs_extra, one_line_errors
+
+with one_line_errors(), needs_extra("benchmark"):
+    from benchmarks import pages, pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "hub_configs" / "results"
