@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 import timm
-import timm.data
 import torch
 
 from timm_deconv.data import Digits
@@ -25,10 +24,10 @@ def train_both(output_dir: Path, settings: list[str]) -> Path:
     recipe = load_recipe("digits", settings)
     recipes = {"deconvolution": recipe, "batch norm": recipe.merged({"model": recipe.model.removesuffix("_deconv")})}
     folders = [output_dir / recipe.model for recipe in recipes.values()]
-    for (name, recipe), folder in zip(recipes.items(), folders, strict=True):
+    for folder, (name, recipe) in zip(folders, recipes.items(), strict=True):
         print(f"\n{recipe.model}, with {name}", flush=True)
         train(recipe, folder, resume=True, cpu=True)
-    print(f"\n% of {len(Digits(train=False))} test digits read correctly\n\nepoch", *(f"{name:>14}" for name in recipes))
+    print("\ntest digits read correctly, in %\n\nepoch", *(f"{name:>14}" for name in recipes))
     for rows in zip(*map(read_curve, folders), strict=True):
         print(f"{rows[0]['epoch']:>5}", *(f"{float(row['top1']):14.1f}" for row in rows))
     return folders[0]
@@ -48,7 +47,7 @@ def predict(folder: Path) -> None:
 
 def main() -> None:
     """Run the quickstart."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the recipe's")
     parser.add_argument("--output-dir", type=Path, default=Path("runs", "quickstart"))
     args = parser.parse_intermixed_args()
