@@ -52,9 +52,9 @@ def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "fr
 
 
 def published_isqrt(cov: Tensor, n_iter: int) -> Tensor:
-    """Coupled Newton-Schulz steps from Y = A / ||A||_F, Z = I.
+    """Compute inverse square roots by coupled Newton-Schulz steps from Y = A / ||A||_F, Z = I.
 
-    (..., F, F) -> (..., F, F); three products a step, 15 in all for five steps.
+    (..., F, F) -> (..., F, F); three products a step, 15 in all for five steps (section 4.5.3).
     """
     norm = cov.square().sum((-2, -1), keepdim=True).sqrt()
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device).expand_as(cov)
@@ -66,7 +66,7 @@ def published_isqrt(cov: Tensor, n_iter: int) -> Tensor:
 
 
 def published_block(channels: int, block: int) -> int:
-    """All channels if the block is larger; the greatest common divisor where it does not divide them."""
+    """Return the block that is used: all channels if it is larger, else their greatest common divisor."""
     return channels if block > channels else math.gcd(block, channels)
 
 
@@ -129,7 +129,7 @@ class PublishedConv2d(nn.Conv2d):
         return mean.reshape(-1), whitener
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Sampled windows as (R, F), or (groups, R, F)."""
+        """Sample windows (N, C, H, W) -> (R, F), or (groups, R, F)."""
         if self.kernel_size == (1, 1):
             columns = x.permute(0, 2, 3, 1).reshape(-1, self.in_channels)[:: self.sampling_step**2]
         else:
@@ -154,7 +154,10 @@ class PublishedConv2d(nn.Conv2d):
 
 
 class PublishedLinear(nn.Linear):
-    """A linear layer of whitened runs of `block` contiguous features; (..., in_features) -> (..., out_features)."""
+    """A linear layer of whitened runs of `block` contiguous features.
+
+    (..., in_features) -> (..., out_features). Buffers: `running_mean` (block), `running_deconv` (block, block).
+    """
 
     def __init__(
         self,
@@ -218,7 +221,7 @@ class PublishedChannel(nn.Module):
         return torch.cat(parts, 1)
 
     def _whiten(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """Row i of the matrix holds the i-th run of channels, over all images and positions."""
+        """Whiten runs of channels; row i of the matrix holds the i-th one of every run, of all images and positions."""
         swapped = x.transpose(0, 1)
         matrix = swapped.reshape(self.block, -1)
         mean, whitener = self.running_mean1, self.running_deconv
@@ -232,7 +235,7 @@ class PublishedChannel(nn.Module):
         return (whitener @ (matrix - mean)).reshape(swapped.shape).transpose(0, 1)
 
     def _normalise(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """Each image's remaining values are one row, and sampled as one."""
+        """Normalise the remaining channels; those of an image are one row, and sampled as one."""
         mean, variance = self.running_mean2, self.running_var
         if self.training:
             samples = self._sample(x.reshape(x.shape[0], -1), shape)
@@ -248,7 +251,7 @@ class PublishedChannel(nn.Module):
         return matrix[:, :: stride**2] if large else matrix
 
     def _track(self, buffer: Tensor, value: Tensor) -> None:
-        """The first batch sets the running values."""
+        """Move a running value towards that of the batch; the first batch sets it."""
         _average(buffer, value, self.momentum if self.num_batches_tracked else 1.0)
 
 

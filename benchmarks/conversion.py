@@ -15,9 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, fields
-from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import timm
 import torch
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_deconv.convert import ConversionReport, convert_deconv_model, fuse
-from timm_deconv.convert.self_fusing import SelfFusing
+from timm_deconv.convert.fuse import SelfFusing
 from timm_deconv.layers import WhiteningMixin
 
 from .rows import Row
@@ -37,10 +35,10 @@ __all__ = [
     "SHOWN",
     "ConversionRow",
     "ConversionSettings",
-    "batch_norm_networks",
     "check_in_process",
     "check_network",
     "conversion_rows",
+    "is_batch_norm_network",
 ]
 
 LARGE = 100_000_000
@@ -78,7 +76,7 @@ class ConversionRow:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, object]:
-        """The row for a CSV file."""
+        """Return the row for a CSV file."""
         short = (f"{value:.3g}" if isinstance(value, float) else value for value in asdict(self).values())
         return dict(zip(COLUMNS, short, strict=True))
 
@@ -93,22 +91,20 @@ class ConversionSettings:
     """What is converted.
 
     Attributes:
-        networks: shell patterns of names.
-        names: file of the names, one a line, in the order to go; None for all of timm's that hold a batch norm.
+        networks: shell patterns of timm's names, in the order to go; those with batch norm are converted.
         time_limit: seconds of processor time for a network.
         done: names that are passed over.
     """
 
     networks: Sequence[str] = ("*",)
-    names: Path | None = None
     time_limit: int = 600
     done: Set[str] = frozenset()
 
 
 def conversion_rows(settings: ConversionSettings, progress: Callable[[str], object] = print) -> Iterator[Row]:
     """Yield a row for each network as soon as it is checked, see `ConversionRow`; each in a process of its own."""
-    for name in settings.names.read_text().split() if settings.names else batch_norm_networks():
-        if name not in settings.done and any(fnmatchcase(name, pattern) for pattern in settings.networks):
+    for name in dict.fromkeys(name for pattern in settings.networks for name in timm.list_models(pattern)):
+        if name not in settings.done and is_batch_norm_network(name):
             row = check_in_process(name, settings.time_limit)
             progress(f"{name}: {row.outcome} ({row.seconds} s)")
             yield row.as_dict()
@@ -119,20 +115,19 @@ class Failure(Exception):
     """A check that did not hold."""
 
 
-def batch_norm_networks() -> Iterator[str]:
-    """Names of timm's own networks that hold a batch norm, found by building each without storage."""
-    for name in timm.list_models():
-        if model_entrypoint(name).__module__.startswith("timm.models."):
-            try:
-                model = _on_meta(name)
-            except Exception:  # whatever keeps timm from building one of its networks is not ours to judge
-                continue
-            if any(isinstance(module, _BatchNorm) for module in model.modules()):
-                yield name
+def is_batch_norm_network(name: str) -> bool:
+    """Tell whether a network is timm's own and holds a batch norm; it is built without storage."""
+    if not model_entrypoint(name).__module__.startswith("timm.models."):
+        return False
+    try:
+        model = _on_meta(name)
+    except Exception:  # whatever keeps timm from building one of its networks is not ours to judge
+        return False
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def check_network(name: str) -> ConversionRow:
-    """Convert one network and check it."""
+    """Convert one network and check it; whatever goes wrong is the row's outcome."""
     row = ConversionRow(name)
     begin = time.perf_counter()
     try:
@@ -151,7 +146,7 @@ def check_network(name: str) -> ConversionRow:
 
 
 def check_in_process(name: str, time_limit: int) -> ConversionRow:
-    """The row of one network, made in a process of its own, which may end badly."""
+    """Check a network in a process of its own, which may end badly, within so many seconds of processor time."""
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_send_row, args=(name, time_limit, send))
     process.start()
@@ -165,7 +160,7 @@ def check_in_process(name: str, time_limit: int) -> ConversionRow:
 
 
 def _send_row(name: str, time_limit: int, send: Connection) -> None:
-    """Check a network within so many seconds of processor time, on one thread."""
+    """Check a network on one thread."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (time_limit, time_limit + 1))
     send.send(check_network(name))
@@ -209,7 +204,11 @@ def _check_small(name: str, row: ConversionRow) -> None:
 
 
 def smallest_input(name: str) -> int:
-    """The smallest square image of SIZES that the batch-norm network takes, or its own size if that is fixed."""
+    """Find the smallest square image of SIZES that the batch-norm network takes, or its own size if that is fixed.
+
+    Raises:
+        Failure: it takes none.
+    """
     model = _on_meta(name).train()
     channels, *native = model.pretrained_cfg["input_size"]  # type: ignore[index, misc]
     for size in (*(s for s in SIZES if s < native[0]), native[0]):
@@ -222,14 +221,14 @@ def smallest_input(name: str) -> int:
 
 
 def reloaded(model: nn.Module) -> nn.Module:
-    """The network that timm loads from the folder in which it saved this one."""
+    """Save a network as timm does, and load it from that folder."""
     with tempfile.TemporaryDirectory() as folder:
         save_for_hf(model, folder, safe_serialization=True)
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 def difference(output: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest expected value."""
+    """Return the largest difference of two tensors of one shape, relative to the largest expected value."""
     return float((output - expected).abs().max() / expected.abs().max())
 
 
@@ -252,7 +251,7 @@ def _train_one_step(model: nn.Module, x: Tensor, row: ConversionRow) -> None:
 
 
 def _without_gradient_in_timm(name: str, x: Tensor) -> set[str]:
-    """Parameters that timm's own network does not reach either, with the biases that conversion added beside them."""
+    """Name parameters that timm's own network does not reach either, and the biases that conversion added to them."""
     model = timm.create_model(name)
     _loss(model.train(), x).backward()
     unreached = {n for n, parameter in model.named_parameters() if parameter.grad is None}
@@ -273,7 +272,7 @@ class _Copy(nn.Module):
 
 
 def _unshared(model: nn.Module, report: ConversionReport) -> nn.Module:
-    """The network with a copy made wherever a norm stood."""
+    """Copy the network, with a copy made of its tensors wherever a norm stood."""
     unshared = copy.deepcopy(model)
     for name in report.norms:
         unshared.set_submodule(name, nn.Sequential(_Copy(), unshared.get_submodule(name)))

@@ -94,7 +94,7 @@ class KernelSettings:
 
 
 def kernel_rows(settings: KernelSettings, progress: Callable[[str], object] = print) -> list[Row]:
-    """A row for each layer and preset: kernels of a forward and a backward pass, see `eager_kernels`."""
+    """Count a row for each layer and preset: kernels of a forward and a backward pass, see `eager_kernels`."""
     rows = []
     for name in settings.layers or LAYERS:
         example = LAYERS[name]
@@ -111,7 +111,12 @@ def kernel_rows(settings: KernelSettings, progress: Callable[[str], object] = pr
 
 
 def eager_kernels(layer: nn.Module, x: Tensor) -> int:
-    """Operators of a training forward and backward that are neither views nor allocations."""
+    """Count the operators of a training forward and backward that are neither views nor allocations.
+
+    Args:
+        layer: called with x.
+        x: of a shape that the layer takes, with `requires_grad`.
+    """
     cotangent = torch.randn_like(layer(x))
     with _Counting() as counting:
         layer(x).backward(cotangent)
@@ -119,7 +124,12 @@ def eager_kernels(layer: nn.Module, x: Tensor) -> int:
 
 
 def compiled_kernels(layer: nn.Module, x: Tensor) -> int:
-    """Kernels that compiled code of a training forward and backward launches, fused ones and library calls."""
+    """Count the kernels that compiled code of a training forward and backward launches, fused and of libraries.
+
+    Args:
+        layer: called with x.
+        x: of a shape that the layer takes, with `requires_grad`.
+    """
     from torch._inductor.utils import run_fw_bw_and_get_code  # not at the top: it loads the compiler
 
     torch._dynamo.reset()

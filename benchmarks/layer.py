@@ -8,6 +8,7 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
@@ -19,6 +20,7 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d, DeconvCfg, operation, preset
 
 from .baselines import PublishedConv2d
+from .networks import published_conv
 from .rows import CONDITIONS, Row, conditions, rounded
 from .step import MEMORY_FORMATS
 from .timing import Timings, interleave, synchroniser
@@ -58,7 +60,7 @@ class Geometry(NamedTuple):
 
     @property
     def cfg(self) -> DeconvCfg:
-        """The published settings with the row's own block and sampling stride."""
+        """Return the published settings with the row's own block and sampling stride."""
         return preset("paper").override(
             {"block": self.in_channels // self.blocks, "sampling_stride": self.sampling_stride}
         )
@@ -122,7 +124,7 @@ class LayerSettings:
 
 
 def layer_rows(settings: LayerSettings, progress: Callable[[str], object] = print) -> list[Row]:
-    """A row for each layer: medians of seconds, and medians over rounds of ratios.
+    """Measure a row for each layer: medians of seconds, and medians over rounds of ratios.
 
     `memory_format` is the one in which the plain convolution is faster; `convolution`, `fast` and `paper` are timed in
     it, `published` in its own faster one. `fast` whitens by the preset with its own blocks and sampling, `paper` and
@@ -141,7 +143,7 @@ def layer_rows(settings: LayerSettings, progress: Callable[[str], object] = prin
 
 
 def layer_summary(rows: Sequence[Row]) -> str:
-    """Largest and median ratio of all rows, a line each."""
+    """Say the largest and median ratio of all rows, a line for each kind of ratio."""
     return "\n".join(
         f"{column}: at most {max(ratios):.4g}, median {statistics.median(ratios):.4g}"
         for column in ("fast_to_convolution", "paper_to_published")
@@ -151,7 +153,9 @@ def layer_summary(rows: Sequence[Row]) -> str:
 
 @torch.no_grad()
 def time_layer(geometry: Geometry, settings: LayerSettings) -> Timings:
-    """Seconds labelled 'WHAT MEMORY_FORMAT': WHAT is convolution (alone), fast, paper or published (whitening alone).
+    """Time the convolution alone, and the whitening alone of fast, paper and published, in both memory formats.
+
+    Seconds are labelled 'WHAT MEMORY_FORMAT', such as 'fast channels_last'.
 
     Raises:
         RuntimeError: what is timed does not compute what the layer does.
@@ -164,10 +168,12 @@ def time_layer(geometry: Geometry, settings: LayerSettings) -> Timings:
     for name, memory_format in MEMORY_FORMATS.items():
         images = x.contiguous(memory_format=memory_format)
         for label, layer in ours.items():
-            actions[f"{label} {name}"] = _whitening_of(copy.deepcopy(layer).to(memory_format=memory_format), images)
+            ready = copy.deepcopy(layer).to(memory_format=memory_format)
+            actions[f"{label} {name}"] = partial(whitening, ready, images)
         peer = _published(ours["paper"]).to(memory_format=memory_format)
-        actions[f"published {name}"] = _published_whitening_of(peer, images)
-        actions[f"convolution {name}"] = _convolution_of(peer, images)
+        actions[f"published {name}"] = partial(published_whitening, peer, images)
+        plain = partial(F.conv2d, images, peer.weight, peer.bias, padding=peer.padding)
+        actions[f"convolution {name}"] = plain
     return interleave(
         actions, rounds=settings.rounds, warmup=settings.warmup, synchronise=synchroniser(settings.device)
     )
@@ -175,11 +181,14 @@ def time_layer(geometry: Geometry, settings: LayerSettings) -> Timings:
 
 @torch.no_grad()
 def check_whitening(ours: dict[str, Deconv2d], x: Tensor) -> None:
-    """A convolution of what whitening alone gives is the layer's output within 1e-4 of the largest value.
+    """Check that a convolution of what whitening alone gives is the layer's output, within 1e-4 of the largest value.
 
-    That of the published sequence is within 1e-3 of ours with the same settings, 'paper', on FEW images: its product of
-    15 million rows of 9 features was seen to be wrong by 2.5 % (a BLAS adding up in float32). The layers are left as
-    they were.
+    The published sequence has 1e-3 and the settings 'paper', on FEW images: its product of 15 million rows of 9
+    features was seen to be wrong by 2.5 % (a BLAS adding up in float32). The layers are left as they were.
+
+    Args:
+        ours: the layers, by their labels.
+        x: (N, C, H, W).
 
     Raises:
         RuntimeError: it is not.
@@ -193,7 +202,15 @@ def check_whitening(ours: dict[str, Deconv2d], x: Tensor) -> None:
 
 
 def whitening(layer: Deconv2d, x: Tensor) -> Folded:
-    """Return what the convolution is given after everything else that a training forward does, running values too."""
+    """Do everything that a training forward does but its convolution (running values too).
+
+    Args:
+        layer: a whitened convolution in training mode.
+        x: (N, C, H, W).
+
+    Returns:
+        Input (N, C, H, W), weight (Cout, C, k, k) and bias (Cout) that the convolution would have been given.
+    """
     given: list[Folded] = []
 
     def leave_out(x: Tensor, weight: Tensor, bias: Tensor, _geometry: object) -> Tensor:
@@ -206,7 +223,7 @@ def whitening(layer: Deconv2d, x: Tensor) -> Folded:
 
 
 def published_whitening(layer: PublishedConv2d, x: Tensor) -> Folded:
-    """The same of the published sequence, for a layer that is not grouped."""
+    """Do the same by the published sequence, for a layer that is not grouped."""
     mean, whitener = layer._statistics(x)
     weight, shift = layer._fold_blocks(mean, whitener)
     return x, weight, layer.bias - shift
@@ -220,32 +237,9 @@ def _layer(geometry: Geometry, cfg: DeconvCfg, x: Tensor) -> Deconv2d:
 
 
 def _published(layer: Deconv2d) -> PublishedConv2d:
-    cfg = layer.cfg
-    peer = PublishedConv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size[0],
-        padding=layer.padding[0],
-        eps=cfg.eps,
-        n_iter=cfg.n_iter,
-        momentum=cfg.momentum,
-        block=cfg.block,
-        sampling_stride=cfg.sampling_stride,
-    ).to(layer.weight.device)
+    peer = published_conv(layer).to(layer.weight.device)
     peer.load_state_dict({"weight": layer.weight, "bias": layer.bias}, strict=False)
     return peer.train()
-
-
-def _whitening_of(layer: Deconv2d, x: Tensor) -> Callable[[], object]:
-    return lambda: whitening(layer, x)
-
-
-def _published_whitening_of(layer: PublishedConv2d, x: Tensor) -> Callable[[], object]:
-    return lambda: published_whitening(layer, x)
-
-
-def _convolution_of(layer: PublishedConv2d, x: Tensor) -> Callable[[], object]:
-    return lambda: F.conv2d(x, layer.weight, layer.bias, padding=layer.padding)
 
 
 def _check(label: str, folded: Folded, layer: Deconv2d | PublishedConv2d, expected: Tensor, tolerance: float) -> None:

@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from timm_deconv.layers import preset
 
-from .rows import CONDITIONS, Row, conditions, rounded
+from .rows import CONDITIONS, Row, rounded
 from .step import MEMORY_FORMATS, Step, StepSettings, check_training, random_batch, training_step
 
-__all__ = ["COLUMNS", "SHOWN", "MemorySettings", "describe", "memory_rows", "peak_bytes"]
+__all__ = ["COLUMNS", "SHOWN", "MemorySettings", "checked_step", "memory_rows", "peak_bytes"]
 
 COLUMNS = [
     *"network width form preset memory_format batch image_size amp state_bytes peak_bytes ratio_to_none".split(),
@@ -39,14 +39,14 @@ class MemorySettings(StepSettings):
             preset(name)
 
     def networks(self) -> Iterator[tuple[str, str]]:
-        """Forms, each with its preset or ''."""
+        """Yield the forms, each with its preset or ''."""
         for form in self.forms:
             presets = {"deconv": self.presets, "published": ("paper",)}.get(form, ("",))
             yield from ((form, name) for name in presets)
 
 
 def memory_rows(settings: MemorySettings, progress: Callable[[str], object] = print) -> list[Row]:
-    """A row for each form, preset and memory format.
+    """Measure a row for each form, preset and memory format.
 
     `peak_bytes` is what one training step (forward pass, loss, backward pass) has alive at most beyond what is there
     before, see `peak_bytes`: gradients of parameters count, `state_bytes` (parameters and buffers) and the batch do
@@ -63,14 +63,32 @@ def memory_rows(settings: MemorySettings, progress: Callable[[str], object] = pr
             measured[form, name] = _measure(form, name, memory_format, settings)
         none = measured.get(("none", ""))
         for (form, name), (state, peak) in measured.items():
-            ratio = rounded(peak / none[1]) if none else ""
-            found = {"state_bytes": state, "peak_bytes": peak, "ratio_to_none": ratio}
-            rows.append({**describe(form, name, memory_format, settings), **found, **conditions(settings.device)})
+            found = {"state_bytes": state, "peak_bytes": peak, "ratio_to_none": rounded(peak / none[1]) if none else ""}
+            network = {"form": form, "preset": name, "memory_format": memory_format}
+            rows.append(settings.described() | network | found)
     return rows
 
 
+def checked_step(form: str, preset: str, memory_format: str, settings: StepSettings) -> tuple[torch.nn.Module, Step]:
+    """Build a network and its training step, which is taken once: the device is ready, and what it computes is checked.
+
+    Args:
+        form: of `networks.FORMS`.
+        preset: of the form 'deconv', else ''.
+        memory_format: of MEMORY_FORMATS.
+        settings: network and sizes.
+
+    Raises:
+        RuntimeError, NonFiniteError: the network does not compute what it should.
+    """
+    model = settings.build(form, preset or None).to(memory_format=MEMORY_FORMATS[memory_format])
+    step = training_step(model, *random_batch(settings, model, memory_format), settings)
+    check_training(" ".join(filter(None, (form, preset, memory_format))), model, step())
+    return model, step
+
+
 def peak_bytes(step: Step, device: str = "cpu") -> int:
-    """Most bytes that a step has allocated at once beyond what is there before it.
+    """Measure how many bytes a step has allocated at once, at most, beyond what is there before it.
 
     On a CPU every tensor that torch allocates is counted, as its profiler reports it, inside autograd functions,
     kernels and backward passes too. On CUDA it is what the allocator counts.
@@ -96,25 +114,8 @@ def _peak_of_allocator(step: Step, device: torch.device) -> int:
 
 
 def _measure(form: str, name: str, memory_format: str, settings: MemorySettings) -> tuple[int, int]:
-    """Bytes of parameters and buffers, and at the peak of the second step: the first one makes the device ready."""
-    model = settings.build(form, name or None).to(memory_format=MEMORY_FORMATS[memory_format])
-    images, labels = random_batch(settings, model, memory_format)
-    step = training_step(model, images, labels, settings)
-    check_training(f"{form} {name}".strip(), model, step())
+    """Measure bytes of parameters and buffers, and at the peak of a step."""
+    model, step = checked_step(form, name, memory_format, settings)
     model.zero_grad(set_to_none=True)
     state = sum(t.nbytes for tensors in (model.parameters(), model.buffers()) for t in tensors)
     return state, peak_bytes(step, settings.device)
-
-
-def describe(form: str, name: str, memory_format: str, settings: MemorySettings) -> Row:
-    """The part of a row that says which network is measured."""
-    return {
-        "network": settings.network,
-        "width": settings.width,
-        "form": form,
-        "preset": name,
-        "memory_format": memory_format,
-        "batch": settings.batch,
-        "image_size": settings.image_size or "",
-        "amp": settings.amp or "",
-    }

@@ -19,17 +19,17 @@ from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvLinear
 
 from .baselines import IterativeNorm2d, PublishedChannel, PublishedConv2d, PublishedLinear
 
-__all__ = ["FORMS", "build", "with_iterative_norm", "with_published_layers"]
+__all__ = ["FORMS", "build", "published_conv", "with_iterative_norm", "with_published_layers"]
 
 FORMS = ("none", "twin", "deconv", "published")
 
 
 def build(form: str, network: str, deconv: str | dict[str, Any] = DEFAULT_PRESET, **arguments: Any) -> nn.Module:
-    """A form of a registered pair, e.g. 'resnet18_cifar', in training mode, from the same random numbers each time.
+    """Build a form of a registered pair, in training mode, from the same random numbers each time.
 
     Args:
         form: one of FORMS.
-        network: the name without '_deconv'.
+        network: the name without '_deconv', such as 'resnet18_cifar'.
         deconv: of the form 'deconv', a preset's name or a dictionary of options over one.
         arguments: the network's own, such as `width`.
 
@@ -103,7 +103,7 @@ def _published_layer(module: nn.Module) -> nn.Module | None:
     if isinstance(module, Deconv2d) and module.cfg.layout == "flat":
         return _published_windows(module)
     if isinstance(module, Deconv2d):
-        return _with_state(_published_conv(module), module.state_dict())
+        return _with_state(published_conv(module), module.state_dict())
     if isinstance(module, DeconvLinear):
         linear = _published_linear(module.in_features, module.out_features, module)
         return _with_state(linear, module.state_dict())
@@ -116,7 +116,12 @@ def _published_layer(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _published_conv(layer: Deconv2d) -> PublishedConv2d:
+def published_conv(layer: Deconv2d) -> PublishedConv2d:
+    """Make a fresh published layer of a whitened convolution's geometry and settings.
+
+    Raises:
+        ValueError: the layer has an option that the published one lacks.
+    """
     square = all(len(set(pair)) == 1 for pair in (layer.kernel_size, layer.stride, layer.dilation))
     padding = layer.padding[0] if isinstance(layer.padding, tuple) else None
     plain = layer.padding_mode == "zeros" and layer.bias is not None and layer.cfg.layout == "interleaved"
@@ -158,7 +163,7 @@ def _published_linear(in_features: int, out_features: int, layer: Deconv2d | Dec
 
 
 def _with_state(new: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """Weights, statistics and the freeze counter of the whitening layer whose state is given."""
+    """Give a layer weights, statistics and freeze counter of the whitening layer whose state is given."""
     new = new.to(state["running_deconv"])  # first, as loading would round
     new.load_state_dict({name: state[name] for name in new.state_dict()})
     if isinstance(new, PublishedConv2d):

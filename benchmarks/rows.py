@@ -1,77 +1,33 @@
-"""Measurements as CSV rows, with the conditions under which they were taken."""
+"""Measurements as rows of CSV files, with the conditions under which they were taken."""
 
 import csv
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from timm_deconv.errors import InputError
 from timm_deconv.resources import checkout_configs
 from timm_deconv.training.results import append_rows, describe_machine
 
-from .step import StepSettings, price
-from .timing import Timings
-
-__all__ = [
-    "COLUMNS",
-    "CONDITIONS",
-    "SHOWN",
-    "Row",
-    "add_rows",
-    "conditions",
-    "result_files",
-    "rounded",
-    "rows_done",
-    "step_rows",
-    "table",
-]
+__all__ = ["CONDITIONS", "Row", "add_rows", "conditions", "print_table", "result_files", "rounded", "rows_done"]
 
 Row = dict[str, Any]
 
 CONDITIONS = "device threads hardware torch timm timm_deconv date".split()
 
-COLUMNS = [
-    *"task network width form preset memory_format batch image_size amp compile seconds seconds_lower".split(),
-    *"seconds_upper ratio_to_none ratio_to_twin price rounds".split(),
-    *CONDITIONS,
-]
-
-SHOWN = "form memory_format seconds seconds_lower seconds_upper ratio_to_none ratio_to_twin price".split()
-
-
-def step_rows(task: str, timings: Timings, settings: StepSettings) -> list[Row]:
-    """A row for each form and memory format.
-
-    `seconds` is the median, `_lower` and `_upper` are quartiles; `ratio_to_*` are medians over rounds, in the same
-    memory format; `price` is in batch norms, see `step.price`; it is in the row of a whitened form's faster format.
-    """
-    shared: Row = {
-        "task": task,
-        "network": settings.network,
-        "width": settings.width,
-        "batch": settings.batch,
-        "image_size": settings.image_size or "",
-        "amp": settings.amp or "",
-        "compile": settings.compile,
-        "rounds": settings.rounds,
-        **conditions(settings.device),
-    }
-    return [
-        shared | _measured(form, memory_format, timings, settings)
-        for form in settings.forms
-        for memory_format in settings.memory_formats
-    ]
-
 
 def conditions(device: str) -> Row:
-    """CONDITIONS: the machine on which rows were measured, its software and the date."""
+    """Describe the machine on which rows are measured, its software and the date, as the columns CONDITIONS."""
     return {"device": device, "threads": torch.get_num_threads(), **describe_machine(torch.device(device))}
 
 
-def result_files(output: Path, record: bool, name: str = "benchmark.csv") -> list[Path]:
-    """Where rows go: the user's file, and the checkout's results of that name if they are to be recorded.
+def result_files(output: Path, record: bool, name: str) -> list[Path]:
+    """List the files that rows go to: the user's, and with `record` the checkout's results of that name.
 
     Raises:
         InputError: there is no checkout to record in.
@@ -111,43 +67,18 @@ def rows_done(files: Iterable[Path], columns: Sequence[str]) -> set[str]:
     return set.intersection(*done)
 
 
-def table(rows: Sequence[Row], shown: Sequence[str] = SHOWN) -> str:
-    """What a person wants to see of the rows, in aligned columns."""
-    cells = [list(shown), *([_cell(row[column]) for column in shown] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
+def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Print some columns of the rows."""
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*(_cell(row[column]) for column in columns))
+    width = None if sys.stdout.isatty() else 200  # a file has no width to keep to
+    Console(width=width, markup=False, highlight=False).print(table)
 
 
 def rounded(value: float) -> float:
-    """Four digits are more than a measurement has."""
+    """Round to four digits: a measurement has no more."""
     return float(f"{value:.4g}")
-
-
-def _measured(form: str, memory_format: str, timings: Timings, settings: StepSettings) -> Row:
-    label = f"{form} {memory_format}"
-    spread = timings.spread(label)
-    priced = (
-        form in ("deconv", "published")
-        and {"none", "twin"} <= set(settings.forms)
-        and label == timings.fastest(settings.labels(form))
-    )
-    return {
-        "form": form,
-        "memory_format": memory_format,
-        "preset": {"deconv": settings.preset, "fused": settings.preset, "published": "paper"}.get(form, ""),
-        "seconds": rounded(spread.median),
-        "seconds_lower": rounded(spread.lower),
-        "seconds_upper": rounded(spread.upper),
-        "ratio_to_none": _ratio(timings, label, f"none {memory_format}"),
-        "ratio_to_twin": _ratio(timings, label, f"twin {memory_format}"),
-        "price": rounded(price(timings, settings, form)) if priced else "",
-    }
-
-
-def _ratio(timings: Timings, label: str, reference: str) -> float | str:
-    return rounded(timings.ratio(label, reference).median) if reference in timings.seconds else ""
 
 
 def _cell(value: object) -> str:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_deconv.errors import InputError, unknown_name
 
-from .rows import CONDITIONS, Row, conditions, rounded
+from .rows import CONDITIONS, Row, rounded
 from .step import StepSettings, random_batch, time_training
 from .timing import Timings
 
@@ -22,7 +22,7 @@ __all__ = [
     "ScalingSettings",
     "exponent",
     "fitted_to",
-    "operations",
+    "forward_operations",
     "scaling_rows",
     "scaling_summary",
 ]
@@ -75,22 +75,23 @@ class ScalingSettings(StepSettings):
                 raise InputError(f"{self.axis}={value:g}: must be {wanted}")
 
     def deconv(self, preset: str) -> str | dict[str, Any]:
-        """The preset, in blocks of `block` channels."""
+        """Return the preset, in blocks of `block` channels."""
         return preset if self.block is None else {"preset": preset, "block": self.block, "wide_block": 0}
 
     def all_settings(self) -> list["ScalingSettings"]:
-        """The settings of each point."""
+        """List the settings of each point."""
         values = list(self.values or AXES[self.axis])[: self.points or None]
         kind = type(AXES[self.axis][0])
         return [replace(self, **{self.axis: kind(value)}) for value in values]
 
 
 def scaling_rows(settings: ScalingSettings, progress: Callable[[str], object] = print) -> list[Row]:
-    """A row for each value of the axis.
+    """Measure a row for each value of the axis.
 
     `share` is the median over rounds of (deconv - none) / none, seconds of a training step, each form in its faster
     memory format; `_lower` and `_upper` are quartiles. `operations` is the work of the network without norms, see
-    `operations`; `exponent`, the same in all rows, is that of the share against it (or the block), see `exponent`.
+    `forward_operations`; `exponent`, the same in all rows, is that of the share against it (or the block), see
+    `exponent`.
 
     Raises:
         RuntimeError, NonFiniteError: a network does not compute what it should.
@@ -106,7 +107,7 @@ def scaling_rows(settings: ScalingSettings, progress: Callable[[str], object] = 
 
 
 def scaling_summary(rows: Sequence[Row]) -> str:
-    """The exponent in words."""
+    """Say in words what the exponent is."""
     slope = rows[0]["exponent"]
     if slope == "":
         return "no exponent: it takes two positive shares at different work"
@@ -114,14 +115,14 @@ def scaling_summary(rows: Sequence[Row]) -> str:
 
 
 def fitted_to(axis: str) -> str:
-    """What the exponent of an axis is of, in words: the work of the network, unless that stays the same."""
+    """Name what the exponent of an axis is of: the work of the network, unless that stays the same."""
     return "block" if axis == "block" else "work"
 
 
 def exponent(work: Sequence[float], shares: Sequence[float]) -> float | None:
-    """The p of share = c work^p, by least squares in logarithms; of the positive shares only.
+    """Fit the p of share = c work^p to the positive shares, by least squares in logarithms.
 
-    None where fewer than two of them, at different work, are left.
+    Returns None where fewer than two of them, at different work, are left.
     """
     logs = [(math.log(w), math.log(share)) for w, share in zip(work, shares, strict=True) if share > 0]
     if len({w for w, _ in logs}) < 2:
@@ -129,10 +130,10 @@ def exponent(work: Sequence[float], shares: Sequence[float]) -> float | None:
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
-def operations(settings: StepSettings) -> int:
-    """Floating-point operations of the convolutions and products in a forward pass of a batch without norms.
+def forward_operations(settings: StepSettings) -> int:
+    """Count the floating-point operations of convolutions and products in a forward pass of a batch without norms.
 
-    As torch counts them: two for a multiplication and an addition.
+    torch counts two for a multiplication and an addition.
     """
     on_meta = replace(settings, device="meta")
     model = on_meta.build("none")
@@ -145,22 +146,16 @@ def operations(settings: StepSettings) -> int:
 def _measured(point: ScalingSettings, timings: Timings) -> Row:
     none, deconv = (timings.fastest(point.labels(form)) for form in ("none", "deconv"))
     ratio = timings.ratio(deconv, none)
-    return {
+    return point.described() | {
         "axis": point.axis,
-        "network": point.network,
         "preset": point.preset,
-        "width": point.width,
-        "batch": point.batch,
-        "image_size": point.image_size or "",
         "block": point.block or "",
-        "amp": point.amp or "",
         "compile": point.compile,
-        "operations": operations(point),
+        "operations": forward_operations(point),
         "none_seconds": rounded(timings.spread(none).median),
         "deconv_seconds": rounded(timings.spread(deconv).median),
         "share": rounded(ratio.median - 1),
         "share_lower": rounded(ratio.lower - 1),
         "share_upper": rounded(ratio.upper - 1),
         "rounds": point.rounds,
-        **conditions(point.device),
     }

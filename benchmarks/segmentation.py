@@ -24,8 +24,8 @@ from timm_deconv.convert import calibrate, convert_deconv_model, transfer
 from timm_deconv.data.datasets import find_split
 from timm_deconv.errors import InputError
 from timm_deconv.models.deeplabv3 import ASPP
+from timm_deconv.training.initial_weights import check_loaded, pretrained_arguments
 from timm_deconv.training.recipe import Recipe
-from timm_deconv.training.start import check_loaded, start_arguments
 from timm_deconv.training.tasks import Batch, Normalise
 
 __all__ = ["CamVid", "Segmentation", "Segmenter"]
@@ -95,7 +95,7 @@ class Segmenter(nn.Module):
         )
 
     def get_classifier(self) -> nn.Module:
-        """The last convolution."""
+        """Return the last convolution."""
         return self.head[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,13 +112,13 @@ class Segmentation:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         _check_settings(recipe)
         self.recipe, self.device = recipe, device
-        self.normalise = Normalise(recipe.mean, recipe.std, device, recipe.channels_last)
+        self.normalise = Normalise(recipe, device)
 
     def create_model(self) -> nn.Module:
         recipe = self.recipe
         name, deconv = _batch_norm_name(recipe.model), recipe.model_kwargs.get("deconv")
         arguments = {"features_only": True, "out_indices": (4,), "output_stride": 16}
-        model = Segmenter(timm.create_model(name, **start_arguments(recipe), **arguments), recipe.num_classes)
+        model = Segmenter(timm.create_model(name, **pretrained_arguments(recipe), **arguments), recipe.num_classes)
         check_loaded(recipe, model.encoder)
         if recipe.freeze_bn and deconv is None:
             freeze_batch_norm_2d(model.encoder)
@@ -173,8 +173,16 @@ def _batch_norm_name(model: str) -> str:
 
 
 def _figures(loss: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
-    """The loss of the batch, and of each class the pixels that are both named and labelled so, and those that are
-    either, for each image."""
+    """Count pixels by class and image.
+
+    Args:
+        loss: a scalar.
+        logits: (N, classes, H, W).
+        masks: (N, H, W), classes and IGNORED.
+
+    Returns:
+        (N, 1 + 2 * classes): the loss, the pixels both named and labelled as each class, and those that are either.
+    """
     named = F.one_hot(logits.argmax(1).flatten(1), CLASSES).bool()
     labelled = F.one_hot(masks.long().clamp(max=CLASSES).flatten(1), CLASSES + 1).bool()
     named = named & ~labelled[..., CLASSES:]

@@ -1,6 +1,6 @@
 """Training and evaluation steps of the forms of one network, timed interleaved, and the price of whitening."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,21 +13,35 @@ from timm_deconv.convert.policy import DEFAULT_PRESET
 from timm_deconv.errors import NonFiniteError, unknown_name
 
 from .networks import FORMS, build
+from .rows import CONDITIONS, Row, conditions, rounded
 from .timing import Timings, interleave, synchroniser
 
 __all__ = [
+    "COLUMNS",
     "MEMORY_FORMATS",
+    "SHOWN",
     "EvaluationSettings",
     "Step",
     "StepSettings",
     "check_published",
     "check_training",
+    "evaluation_rows",
     "price",
     "random_batch",
+    "step_rows",
     "time_evaluation",
     "time_training",
+    "training_rows",
     "training_step",
 ]
+
+COLUMNS = [
+    *"task network width form preset memory_format batch image_size amp compile seconds seconds_lower".split(),
+    *"seconds_upper ratio_to_none ratio_to_twin price rounds".split(),
+    *CONDITIONS,
+]
+
+SHOWN = "form memory_format seconds seconds_lower seconds_upper ratio_to_none ratio_to_twin price".split()
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -82,26 +96,37 @@ class StepSettings:
             raise unknown_name("mode of torch.compile", self.compile, modes)
 
     def labels(self, form: str) -> list[str]:
-        """The labels of a form's timings, one a memory format."""
+        """List the labels of a form's timings, one a memory format."""
         return [f"{form} {memory_format}" for memory_format in self.memory_formats]
 
     def deconv(self, preset: str) -> str | dict[str, Any]:
-        """What the form 'deconv' is made with for a preset."""
+        """Return what the form 'deconv' is made with for a preset."""
         return preset
 
     def build(self, form: str, preset: str | None = None) -> nn.Module:
-        """The network in a form, on the device; the preset may be another one than that of the settings."""
+        """Build the network in a form, on the device; `preset` takes the place of that of the settings."""
         sizes = {} if self.width == 1 else {"width": self.width}
         return build(form, self.network, self.deconv(preset or self.preset), **sizes).to(self.device)
 
     def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The network as it is called: compiled, where that is asked for."""
+        """Compile the network, where that is asked for."""
         return torch.compile(model, mode=self.compile) if self.compile else model
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
+        """Return the context of a forward pass."""
         dtype = getattr(torch, self.amp) if self.amp else None
         return torch.autocast(torch.device(self.device).type, dtype, enabled=bool(self.amp))
+
+    def described(self) -> Row:
+        """Return the columns that say what was measured and where."""
+        return {
+            "network": self.network,
+            "width": self.width,
+            "batch": self.batch,
+            "image_size": self.image_size or "",
+            "amp": self.amp or "",
+            **conditions(self.device),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +138,18 @@ class EvaluationSettings(StepSettings):
     known_forms: ClassVar[tuple[str, ...]] = (*FORMS, "fused")
 
 
+def training_rows(settings: StepSettings) -> list[Row]:
+    """Time training steps; see `time_training` and `step_rows`."""
+    return step_rows("step", time_training(settings), settings)
+
+
+def evaluation_rows(settings: EvaluationSettings) -> list[Row]:
+    """Time evaluation steps; see `time_evaluation` and `step_rows`."""
+    return step_rows("inference", time_evaluation(settings), settings)
+
+
 def time_training(settings: StepSettings, progress: Callable[[str], object] = print) -> Timings:
-    """Seconds of forward pass, cross entropy and backward pass, labelled 'FORM MEMORY_FORMAT'.
+    """Time forward pass, cross entropy and backward pass; seconds are labelled 'FORM MEMORY_FORMAT'.
 
     Raises:
         RuntimeError, NonFiniteError: a network does not compute what it should.
@@ -129,7 +164,7 @@ def time_training(settings: StepSettings, progress: Callable[[str], object] = pr
 
 
 def time_evaluation(settings: EvaluationSettings, progress: Callable[[str], object] = print) -> Timings:
-    """Seconds of a forward pass in evaluation mode, labelled 'FORM MEMORY_FORMAT'; after one training step.
+    """Time a forward pass in evaluation mode, after one training step; seconds are labelled 'FORM MEMORY_FORMAT'.
 
     Raises:
         RuntimeError, NonFiniteError: a network does not compute what it should.
@@ -147,8 +182,22 @@ def time_evaluation(settings: EvaluationSettings, progress: Callable[[str], obje
     return _interleave(steps, settings, progress)
 
 
+def step_rows(task: str, timings: Timings, settings: StepSettings) -> list[Row]:
+    """Make a row for each form and memory format.
+
+    `seconds` is the median, `_lower` and `_upper` are quartiles; `ratio_to_*` are medians over rounds, in the same
+    memory format; `price` is in batch norms, see `price`; it is in the row of a whitened form's faster format.
+    """
+    shared = {"task": task, "compile": settings.compile, "rounds": settings.rounds, **settings.described()}
+    return [
+        shared | _measured(form, memory_format, timings, settings)
+        for form in settings.forms
+        for memory_format in settings.memory_formats
+    ]
+
+
 def price(timings: Timings, settings: StepSettings, form: str = "deconv") -> float:
-    """(form - none) / (twin - none), medians, each in its fastest memory format: 1 is what batch norm costs."""
+    """Return (form - none) / (twin - none), medians, each in its fastest memory format: 1 is what batch norm costs."""
     none, twin, seconds = (
         timings.spread(timings.fastest(settings.labels(label))).median for label in ("none", "twin", form)
     )
@@ -156,7 +205,7 @@ def price(timings: Timings, settings: StepSettings, form: str = "deconv") -> flo
 
 
 def check_published(settings: StepSettings) -> None:
-    """Both whitened forms under the preset 'paper' have the same training loss and evaluation output, within 1e-3.
+    """Check that both whitened forms under 'paper' have the same training loss and evaluation output, within 1e-3.
 
     Raises:
         RuntimeError: they have not.
@@ -176,19 +225,8 @@ def check_published(settings: StepSettings) -> None:
         )
 
 
-def _networks(settings: StepSettings) -> list[tuple[str, nn.Module, str]]:
-    networks = []
-    for form in settings.forms:
-        for label, memory_format in zip(settings.labels(form), settings.memory_formats, strict=True):
-            model = settings.build("deconv" if form == "fused" else form).to(
-                memory_format=MEMORY_FORMATS[memory_format]
-            )
-            networks.append((label, model, memory_format))
-    return networks
-
-
 def random_batch(settings: StepSettings, model: nn.Module, memory_format: str) -> tuple[Tensor, Tensor]:
-    """Random images (N, C, H, W) of a network's size and labels (N); the same ones for all networks."""
+    """Draw images (N, C, H, W) of a network's size and labels (N), the same ones for all networks."""
     channels, height, width = model.default_cfg["input_size"]
     height, width = settings.image_size or height, settings.image_size or width
     generator = torch.Generator().manual_seed(0)
@@ -201,7 +239,17 @@ def random_batch(settings: StepSettings, model: nn.Module, memory_format: str) -
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor, settings: StepSettings) -> Step:
-    """Forward pass, cross entropy and backward pass; returns the loss. Gradients of the step before are dropped."""
+    """Make a function of forward pass, cross entropy and backward pass.
+
+    Args:
+        model: the network, which `settings` may ask to compile.
+        images: (N, C, H, W).
+        labels: (N,), integers.
+        settings: precision and compilation.
+
+    Returns:
+        A function that drops the gradients of the step before and returns the loss, a scalar.
+    """
     network = settings.compiled(model)
 
     def step() -> Tensor:
@@ -215,18 +263,8 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, settings: St
     return step
 
 
-def _evaluation_step(model: nn.Module, images: Tensor, settings: StepSettings) -> Step:
-    network = settings.compiled(model)
-
-    def step() -> Tensor:
-        with torch.inference_mode(), settings.autocast():
-            return network(images)
-
-    return step
-
-
 def check_training(label: str, model: nn.Module, loss: Tensor) -> None:
-    """A training step's loss is finite, and so is the gradient of every parameter.
+    """Check that a training step's loss, a scalar, is finite, and so is the gradient of every parameter.
 
     Raises:
         RuntimeError, NonFiniteError: one is not.
@@ -238,6 +276,23 @@ def check_training(label: str, model: nn.Module, loss: Tensor) -> None:
             raise RuntimeError(f"{label}: no finite gradient for {name}")
 
 
+def _networks(settings: StepSettings) -> Iterator[tuple[str, nn.Module, str]]:
+    for form in settings.forms:
+        for label, memory_format in zip(settings.labels(form), settings.memory_formats, strict=True):
+            model = settings.build("deconv" if form == "fused" else form)
+            yield label, model.to(memory_format=MEMORY_FORMATS[memory_format]), memory_format
+
+
+def _evaluation_step(model: nn.Module, images: Tensor, settings: StepSettings) -> Step:
+    network = settings.compiled(model)
+
+    def step() -> Tensor:
+        with torch.inference_mode(), settings.autocast():
+            return network(images)
+
+    return step
+
+
 def _interleave(steps: dict[str, Step], settings: StepSettings, progress: Callable[[str], object]) -> Timings:
     return interleave(
         steps,
@@ -246,3 +301,28 @@ def _interleave(steps: dict[str, Step], settings: StepSettings, progress: Callab
         synchronise=synchroniser(settings.device),
         progress=progress,
     )
+
+
+def _measured(form: str, memory_format: str, timings: Timings, settings: StepSettings) -> Row:
+    label = f"{form} {memory_format}"
+    spread = timings.spread(label)
+    priced = (
+        form in ("deconv", "published")
+        and {"none", "twin"} <= set(settings.forms)
+        and label == timings.fastest(settings.labels(form))
+    )
+    return {
+        "form": form,
+        "memory_format": memory_format,
+        "preset": {"deconv": settings.preset, "fused": settings.preset, "published": "paper"}.get(form, ""),
+        "seconds": rounded(spread.median),
+        "seconds_lower": rounded(spread.lower),
+        "seconds_upper": rounded(spread.upper),
+        "ratio_to_none": _ratio(timings, label, f"none {memory_format}"),
+        "ratio_to_twin": _ratio(timings, label, f"twin {memory_format}"),
+        "price": rounded(price(timings, settings, form)) if priced else "",
+    }
+
+
+def _ratio(timings: Timings, label: str, reference: str) -> float | str:
+    return rounded(timings.ratio(label, reference).median) if reference in timings.seconds else ""

@@ -20,12 +20,11 @@ from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.layers import PRESETS
 from timm_deconv.training.loop import train
 from timm_deconv.training.recipe import Recipe, load_recipe, parse_settings
-from timm_deconv.training.results import append_rows
 from timm_deconv.training.tasks import Classification
 
 from . import plots
 from .networks import with_iterative_norm
-from .rows import CONDITIONS, Row, add_rows, conditions, result_files, rounded, table
+from .rows import CONDITIONS, Row, add_rows, conditions, print_table, result_files, rounded
 from .segmentation import Segmentation
 from .step import StepSettings, check_training, random_batch, training_step
 from .timing import interleave
@@ -36,11 +35,13 @@ __all__ = [
     "PARETO_COLUMNS",
     "SHOWN",
     "Variant",
+    "compare_with_steps",
     "final_accuracies",
     "pareto_rows",
     "rate_rows",
-    "run",
-    "study",
+    "study_files",
+    "study_recipe",
+    "train_variants",
     "variant",
 ]
 
@@ -72,8 +73,34 @@ class Variant:
     task: type[Classification] | type[Segmentation]
 
     def create_model(self) -> nn.Module:
-        """A fresh network, in training mode."""
+        """Create a fresh network, in training mode."""
         return self.task(self.recipe, torch.device("cpu")).create_model().train()
+
+
+def study_recipe(name: str, settings: Sequence[str], *, data_dir: str | None, width: float | None) -> Recipe:
+    """Load the recipe that all variants of a study have in common.
+
+    Args:
+        name: of hub_configs/recipes, or a YAML file.
+        settings: `key=value`, in place of the recipe's.
+        data_dir: the recipe's `data_dir`; None leaves it.
+        width: multiplies the channels of the network; None leaves it.
+
+    Raises:
+        InputError: a name or setting that is not known.
+    """
+    recipe = load_recipe(name, [*settings, *([f"data_dir={data_dir}"] if data_dir else [])])
+    return recipe if width is None else recipe.merged({"model_kwargs": recipe.model_kwargs | {"width": width}})
+
+
+def study_files(recipe: Recipe, output: Path | None, record: bool) -> list[Path]:
+    """List the files that rows go to, see `rows.result_files`; runs from weights have another one than those without.
+
+    Raises:
+        InputError: there is no checkout to record in.
+    """
+    name = "finetune.csv" if recipe.pretrained or recipe.pretrained_path else "study.csv"
+    return result_files(output or Path("output", name), record, name)
 
 
 class IterativeNormalisation(Classification):
@@ -84,7 +111,7 @@ class IterativeNormalisation(Classification):
 
 
 def variant(text: str, network: str, recipe: Recipe) -> Variant:
-    """The variant that a text means, of a registered pair of networks and a recipe whose model is filled in.
+    """Read a text as a variant of a registered pair of networks and a recipe, whose model is filled in.
 
     Raises:
         InputError: an unknown first word, network or setting.
@@ -110,7 +137,7 @@ def variant(text: str, network: str, recipe: Recipe) -> Variant:
     return Variant(text, changed, IterativeNormalisation if first == "iterative" else Classification)
 
 
-def study(
+def train_variants(
     variants: Sequence[Variant],
     seeds: Sequence[int],
     folder: Path,
@@ -136,52 +163,11 @@ def study(
             place = folder / f"{_slug(each.name)}-{recipe.model}-{_slug(data_name(recipe))}-{recipe.hash()}-seed{seed}"
             train(recipe, place, resume=True, task=each.task)
             rows = list(_epoch_rows(each.name, recipe, place / "curve.csv"))
-            for file in missing:
-                append_rows(file, COLUMNS, rows)
-
-
-def run(
-    recipe: str,
-    network: str,
-    settings: Sequence[str],
-    *,
-    variants: Sequence[str],
-    seeds: Sequence[int],
-    width: float | None,
-    data_dir: str | None,
-    output: Path | None,
-    record: bool,
-    picture: Path | None,
-    rates: Path | None,
-    rounds: int,
-) -> None:
-    """Do what the command line of `scripts/study.py` asks for, see there.
-
-    Raises:
-        InputError: a name or setting that is not known, or a file with other columns.
-    """
-    overrides = [*settings, *([f"data_dir={data_dir}"] if data_dir else [])]
-    common = load_recipe(recipe, overrides)
-    if width is not None:
-        common = common.merged({"model_kwargs": common.model_kwargs | {"width": width}})
-    chosen = [variant(text, network, common) for text in variants]
-    name = "finetune.csv" if common.pretrained or common.pretrained_path else "study.csv"
-    output = output or Path("output", name)
-    files = result_files(output, record, name)
-    if rates:
-        plots.rates_picture(rate_rows(files[-1]), rates)
-    elif picture:
-        plots.need_matplotlib()
-        measured = pareto_rows(files[-1], chosen, StepSettings(batch=common.batch_size, rounds=rounds))
-        add_rows([file.with_name("study_pareto.csv") for file in files], PARETO_COLUMNS, measured)
-        print(table(measured, SHOWN))
-        plots.pareto_picture(measured, picture)
-    else:
-        study(chosen, seeds, output.parent / "runs", files)
+            add_rows(missing, COLUMNS, rows)
 
 
 def final_accuracies(file: Path, variants: Sequence[Variant]) -> dict[str, list[float]]:
-    """Accuracy after the last epoch in the rows of `study`, by variant, of all seeds that there are."""
+    """Read the accuracies of the last epoch from the rows of `train_variants`: of each variant, those of all seeds."""
     found: dict[str, list[float]] = {each.name: [] for each in variants}
     for row in _read(file):
         for each in variants:
@@ -191,7 +177,7 @@ def final_accuracies(file: Path, variants: Sequence[Variant]) -> dict[str, list[
 
 
 def rate_rows(file: Path) -> list[Row]:
-    """What the variants in a file reached at each rate: the mean over seeds of the last epoch's figure, and deviation.
+    """Average over seeds what the variants in a file reached at each rate after the last epoch, with the deviation.
 
     A variant's own `lr=` is taken out of its text. Other widths, recipes, lengths of training, optimisers and
     precisions stand apart; settings given for all variants of a study do not: keep such studies in files of their own.
@@ -212,12 +198,38 @@ def rate_rows(file: Path) -> list[Row]:
     ]
 
 
+def compare_with_steps(
+    files: Sequence[Path], variants: Sequence[Variant], picture: Path, *, batch: int, rounds: int
+) -> None:
+    """Print and draw accuracies against seconds of a training step, and add the rows to study_pareto.csv.
+
+    Args:
+        files: of `train_variants`; the last one is read, and new rows go beside each of them.
+        variants: what is compared, see `pareto_rows`.
+        picture: file that is drawn.
+        batch: images a step.
+        rounds: measurements of each step.
+
+    Raises:
+        InputError: the file has rows of none, or there is no matplotlib.
+    """
+    plots.need_matplotlib()
+    measured = pareto_rows(files[-1], variants, StepSettings(batch=batch, rounds=rounds))
+    add_rows([file.with_name("study_pareto.csv") for file in files], PARETO_COLUMNS, measured)
+    print_table(measured, SHOWN)
+    plots.pareto_picture(measured, picture)
+
+
 def pareto_rows(
     file: Path, variants: Sequence[Variant], settings: StepSettings, progress: Callable[[str], object] = print
 ) -> list[Row]:
-    """Accuracy and seconds of a training step of every variant that `file` has rows of, timed interleaved, as SHOWN.
+    """Time a training step of every variant that `file` has rows of, interleaved, beside their accuracies.
 
-    The first of them is what times are compared with, usually `twin`.
+    Args:
+        file: of `train_variants`.
+        variants: of one network and recipe; the first is what times are compared with, usually `twin`.
+        settings: batch and rounds of the steps.
+        progress: is told of each round.
 
     Raises:
         InputError: `file` has rows of none.
@@ -272,12 +284,12 @@ def _epoch_rows(name: str, recipe: Recipe, curve: Path) -> Iterator[Row]:
 
 
 def data_name(recipe: Recipe) -> str:
-    """The data folder's name, by which rows tell variants of a data set apart."""
+    """Return the data folder's name, by which rows tell variants of a data set apart."""
     return Path(recipe.data_dir).resolve().name if recipe.data_dir else ""
 
 
 def _identity(name: str, recipe: Recipe) -> Row:
-    """What tells the rows of two runs apart."""
+    """Return the columns that tell the rows of two runs apart."""
     return {
         "network": recipe.model.removesuffix("_deconv"),
         "width": recipe.model_kwargs.get("width", 1.0),

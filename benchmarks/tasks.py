@@ -9,7 +9,7 @@ import torch
 
 from timm_deconv.convert.policy import DEFAULT_PRESET
 
-from . import conversion, kernels, layer, memory, operations, plots, rows, scaling, step, transfer
+from . import conversion, kernels, layer, memory, plots, profiling, rows, scaling, step, transfer
 
 __all__ = ["OPTIONS", "TASKS", "Task", "run"]
 
@@ -34,11 +34,11 @@ class Task:
     settings: Callable[..., Any]
     measure: Callable[[Any], Iterable[rows.Row]]
     options: str
-    columns: list[str] = field(default_factory=lambda: rows.COLUMNS)
-    shown: list[str] = field(default_factory=lambda: rows.SHOWN)
-    file: str = "benchmark.csv"
+    columns: Sequence[str]
+    shown: Sequence[str]
+    file: str
     quick: dict[str, Any] = field(default_factory=dict)
-    summary: Callable[[Sequence[rows.Row]], str] = lambda measured: ""
+    summary: Callable[[Sequence[rows.Row]], str] | None = None
     picture: Callable[[Sequence[rows.Row], Path], None] | None = None
     resumes: bool = False
 
@@ -54,8 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rows": {"nargs": "+", "type": int, "help": "numbers of rows of the table, from 1; default all"},
     "layers": {"nargs": "+", "help": f"of {', '.join(kernels.LAYERS)}; default all"},
     "network": {"help": "a registered pair, without _deconv; of transfer a batch-norm network of timm"},
-    "networks": {"nargs": "+", "help": "shell patterns of names; default all with batch norm"},
-    "names": {"type": Path, "help": "file of the names, one a line, in the order to go; default timm's"},
+    "networks": {"nargs": "+", "help": "shell patterns of timm's names, in the order to go; default all"},
     "time-limit": {"type": int, "help": "seconds of processor time for a network; default 600"},
     "checkpoint": {"help": "file of the network's weights, in place of timm's or a package's"},
     "preset": {"help": f"of the form deconv; default {DEFAULT_PRESET}"},
@@ -83,15 +82,21 @@ QUICK = {"rounds": 3, "warmup": 1, "memory_formats": ("channels_last",)}
 TASKS = {
     "step": Task(
         step.StepSettings,
-        lambda settings: rows.step_rows("step", step.time_training(settings), settings),
+        step.training_rows,
         STEP,
-        quick={"batch": 32, **QUICK},
+        step.COLUMNS,
+        step.SHOWN,
+        "benchmark.csv",
+        {"batch": 32, **QUICK},
     ),
     "inference": Task(
         step.EvaluationSettings,
-        lambda settings: rows.step_rows("inference", step.time_evaluation(settings), settings),
+        step.evaluation_rows,
         STEP,
-        quick={"batch": 32, **QUICK},
+        step.COLUMNS,
+        step.SHOWN,
+        "benchmark.csv",
+        {"batch": 32, **QUICK},
     ),
     "layer": Task(
         layer.LayerSettings,
@@ -122,11 +127,11 @@ TASKS = {
         {"batch": 32, "width": 0.25},
     ),
     "profile": Task(
-        operations.ProfileSettings,
-        operations.profile_rows,
+        profiling.ProfileSettings,
+        profiling.profile_rows,
         f"{NETWORK} presets forms",
-        operations.COLUMNS,
-        operations.SHOWN,
+        profiling.COLUMNS,
+        profiling.SHOWN,
         "benchmark_profile.csv",
         {"batch": 16, "width": 0.25},
     ),
@@ -153,7 +158,7 @@ TASKS = {
     "convert": Task(
         conversion.ConversionSettings,
         conversion.conversion_rows,
-        "networks names time-limit",
+        "networks time-limit",
         conversion.COLUMNS,
         conversion.SHOWN,
         "convert.csv",
@@ -170,7 +175,7 @@ def run(
 
     Args:
         name: of TASKS.
-        options: settings, and `threads`.
+        options: fields of the task's settings, and `threads`.
         quick: measure something small.
         output: CSV file to add rows to; default output/FILE of the task.
         record: add them to the checkout's results too.
@@ -193,7 +198,9 @@ def run(
     for row in task.measure(settings):
         rows.add_rows(files, task.columns, [row])
         measured.append(row)
-    print(rows.table(measured, task.shown), task.summary(measured), sep="\n")
+    rows.print_table(measured, task.shown)
+    if task.summary and measured:
+        print(task.summary(measured))
     if task.picture:
         picture = output.with_name(f"{output.stem}_{settings.axis}.png")
         task.picture(measured, picture)

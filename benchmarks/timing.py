@@ -23,7 +23,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Quartiles interpolate between measurements; a single one is all three."""
+        """Compute them; quartiles interpolate between measurements, a single one is all three."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         lower, median, upper = statistics.quantiles(values, method="inclusive")
@@ -37,16 +37,16 @@ class Timings:
     seconds: Mapping[str, Sequence[float]]
 
     def spread(self, label: str) -> Spread:
-        """Median and quartiles of a label's seconds."""
+        """Return median and quartiles of a label's seconds."""
         return Spread.of(self.seconds[label])
 
     def ratio(self, label: str, reference: str) -> Spread:
-        """Median and quartiles of seconds over the reference's seconds, round by round."""
+        """Return median and quartiles of seconds over the reference's seconds, round by round."""
         pairs = zip(self.seconds[label], self.seconds[reference], strict=True)
         return Spread.of([ours / theirs for ours, theirs in pairs])
 
     def fastest(self, labels: Sequence[str]) -> str:
-        """The label with the smallest median."""
+        """Return the label with the smallest median."""
         return min(labels, key=lambda label: self.spread(label).median)
 
 
@@ -91,7 +91,7 @@ def interleave(
 
 
 def synchroniser(device: str) -> Action:
-    """Waits until the device has done what it was given; nothing to wait for on a CPU."""
+    """Return a function that waits until the device has done what it was given; a CPU has always done it."""
     kind = torch.device(device).type
     if kind == "cpu":
         return lambda: None

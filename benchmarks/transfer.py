@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from timm_deconv.convert import calibrate, fuse
 from timm_deconv.data import StrictImageDataset, chosen_images, class_names
 from timm_deconv.errors import InputError
-from timm_deconv.models.carry_over import batch_norm_network, carry_over
+from timm_deconv.models.pretrained import create_batch_norm, create_transferred
 
 from .rows import CONDITIONS, Row, conditions, rounded
 from .timing import Spread
@@ -67,7 +67,9 @@ class Answers:
 
 
 def transfer_rows(settings: TransferSettings, progress: Callable[[str], object] = print) -> list[Row]:
-    """A row for each form: photographs named rightly in %, how many like batch norm in evaluation, the largest
+    """Compare the forms of a network on photographs, a row each.
+
+    A row has the photographs named rightly in %, how many are named as by batch norm in evaluation, the largest
     difference of a logit from that network's (over its largest logit), and milliseconds a photograph.
 
     Forms: `batch_norm`, and with each preset `transferred`, `calibrated` and `fused` (of the calibrated one), all in
@@ -78,7 +80,7 @@ def transfer_rows(settings: TransferSettings, progress: Callable[[str], object] 
     Raises:
         InputError: weights or photographs that are not there or do not fit, or a folder that is no synset of ImageNet.
     """
-    reference = batch_norm_network(settings.network, settings.checkpoint).eval()
+    reference = create_batch_norm(settings.network, settings.checkpoint).eval()
     loader = _photographs(settings, reference)
     forms: dict[tuple[str, str], nn.Module] = {("", "batch_norm"): reference}
     for preset in settings.presets:
@@ -117,7 +119,7 @@ def transfer_rows(settings: TransferSettings, progress: Callable[[str], object] 
 
 
 def _deconvolution_forms(settings: TransferSettings, preset: str) -> Iterator[tuple[str, nn.Module]]:
-    model = carry_over(settings.network, settings.checkpoint, policy=preset).eval()
+    model = create_transferred(settings.network, settings.checkpoint, policy=preset).eval()
     yield "transferred", copy.deepcopy(model)
     calibrate(model, _photographs(settings, model, settings.calibration_images))
     yield "calibrated", model
@@ -126,7 +128,7 @@ def _deconvolution_forms(settings: TransferSettings, preset: str) -> Iterator[tu
 
 
 def _photographs(settings: TransferSettings, model: nn.Module, images: int | None = None) -> DataLoader[Any]:
-    """Batches of photographs as the network's configuration has them, and their classes in ImageNet's order."""
+    """Load photographs as the network's configuration has them, and their classes in ImageNet's order."""
     if not Path(settings.data_dir).exists():
         raise InputError(f"no photographs {settings.data_dir}: give a folder or tar of images, in folders by synset")
     if getattr(model, "num_classes", None) != len(ImageNetInfo().label_names()):

@@ -7,10 +7,9 @@
     study.py finetune mobilenetv2_100 --rates rates.png --output finetune.csv
 
 A variant is `twin` (batch norm), `iterative` (iterative normalisation) or a preset, and settings as of train.py, those
-of the whitening as deconv.key=value. Rows go to --output, and with --record to hub_configs/results of the checkout too;
-runs that have rows there are not done again. --picture trains nothing: it times steps and draws what there is;
---rates draws all rows of a file, without training either. Going on from weights is recorded in finetune.csv, from the
-beginning in study.csv.
+of the whitening as deconv.key=value. Rows go to --output, and with --record to hub_configs/results of the checkout too:
+finetune.csv for runs from weights, else study.csv. A run that has rows there is not done again. With --picture or
+--rates nothing is trained: rows are drawn, against steps that are timed now or against the rate.
 """
 
 import argparse
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is
 from timm_deconv.errors import needs_extra, one_line_errors
 
 with one_line_errors(), needs_extra("benchmark"):
-    from benchmarks.study import run
+    from benchmarks import plots, study
 
 
 def parse() -> argparse.Namespace:
@@ -43,8 +42,17 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    args = parse()
     with one_line_errors():
-        run(**vars(parse()))
+        recipe = study.study_recipe(args.recipe, args.settings, data_dir=args.data_dir, width=args.width)
+        variants = [study.variant(text, args.network, recipe) for text in args.variants]
+        files = study.study_files(recipe, args.output, args.record)
+        if args.rates:
+            plots.rates_picture(study.rate_rows(files[-1]), args.rates)
+        elif args.picture:
+            study.compare_with_steps(files, variants, args.picture, batch=recipe.batch_size, rounds=args.rounds)
+        else:
+            study.train_variants(variants, args.seeds, files[0].parent / "runs", files)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,16 @@ torch.testing.assert_close(timm_deconv.fuse(converted.eval())(x), converted(x))
 print([name for name in sys.modules if name.split(".")[:2] in (["timm_deconv", "training"], ["benchmarks"])])
 """
 
+RUN_SCRIPTS = """
+import runpy, sys
+
+for script in sys.argv[1:]:
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        print(ended.code)
+"""
+
 
 @pytest.fixture
 def without_train(tmp_path: Path) -> dict[str, str]:
@@ -65,15 +75,15 @@ def test_networks_are_created_converted_and_fused_without_the_packages_of_train(
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("script", "argument", "extra"), [("train", "digits", "train"), ("benchmark", "step", "benchmark")]
-)
-def test_a_script_that_needs_an_extra_says_so_in_one_line(
-    without_train: dict[str, str], script: str, argument: str, extra: str
-) -> None:
-    done = _python([f"scripts/{script}.py", argument], without_train)
-    assert done.returncode == 1 and f"is not installed; pip install 'timm-deconv[{extra}]'" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_scripts_that_need_an_extra_end_with_one_line_that_names_it(without_train: dict[str, str]) -> None:
+    scripts = dict.fromkeys(("train", "validate", "quickstart"), "train")
+    scripts |= dict.fromkeys(("benchmark", "study"), "benchmark")
+    done = _python(["-c", RUN_SCRIPTS, *(f"scripts/{name}.py" for name in scripts)], without_train)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(scripts), done.stdout + done.stderr
+    for line, extra in zip(lines, scripts.values(), strict=True):
+        assert line.startswith("InputError: ")
+        assert line.endswith(f" is not installed; pip install 'timm-deconv[{extra}]'")
 
 
 def test_digits_say_which_extra_they_need(monkeypatch: pytest.MonkeyPatch) -> None:

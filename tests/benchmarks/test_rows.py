@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conversion, kernels, layer, memory, rows, scaling
+from benchmarks import conversion, kernels, layer, memory, profiling, rows, scaling, step, study, transfer
 from timm_deconv.errors import InputError
 from timm_deconv.resources import checkout_configs
 from timm_deconv.training import results
@@ -15,11 +15,17 @@ from timm_deconv.training import results
     ("name", "columns"),
     [
         ("cifar10.csv", results.COLUMNS),
-        ("benchmark.csv", rows.COLUMNS),
+        ("benchmark.csv", step.COLUMNS),
         ("benchmark_layer.csv", layer.COLUMNS),
         ("benchmark_kernels.csv", kernels.COLUMNS),
         ("benchmark_memory.csv", memory.COLUMNS),
+        ("benchmark_profile.csv", profiling.COLUMNS),
         ("benchmark_scaling.csv", scaling.COLUMNS),
+        ("convert.csv", conversion.COLUMNS),
+        ("finetune.csv", study.COLUMNS),
+        ("study.csv", study.COLUMNS),
+        ("study_pareto.csv", study.PARETO_COLUMNS),
+        ("transfer.csv", transfer.COLUMNS),
     ],
 )
 def test_recorded_files_have_the_columns_of_new_rows(name: str, columns: list[str]) -> None:
@@ -39,7 +45,7 @@ def test_records_of_a_task_go_to_a_file_of_its_own(monkeypatch: pytest.MonkeyPat
     ]
     monkeypatch.setattr(rows, "checkout_configs", lambda: None)
     with pytest.raises(InputError, match="needs a checkout"):
-        rows.result_files(Path("mine.csv"), True)
+        rows.result_files(Path("mine.csv"), True, "benchmark_layer.csv")
 
 
 def test_a_network_that_was_added_is_done(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from benchmarks.scaling import (
     COLUMNS,
     ScalingSettings,
     exponent,
-    operations,
+    forward_operations,
     scaling_rows,
     scaling_summary,
 )
@@ -61,7 +61,7 @@ def test_operations_are_two_for_each_product_of_convolutions_and_classifier() ->
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
     model(torch.randn(3, 3, 40, 40))
-    assert operations(settings) == counted
+    assert forward_operations(settings) == counted
 
 
 def test_rows_hold_the_share_in_the_faster_formats_and_one_exponent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         ScalingSettings(axis="width", values=(-1,))
 
 
-def test_the_picture_shows_positive_shares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_picture_shows_positive_shares_in_per_cent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure")
     drawn: dict[str, object] = {}
     original = figure.Figure.savefig
@@ -135,5 +135,5 @@ def test_the_picture_shows_positive_shares(monkeypatch: pytest.MonkeyPatch, tmp_
     shares = [(4, 0.5), (8, -0.1), (16, 0.25)]
     rows = [{**row, "batch": b, "share": s, "share_lower": s - 0.3, "share_upper": s + 0.1} for b, s in shares]
     share_picture(rows, tmp_path / "deep" / "share.png")
-    assert drawn == {"xy": [[4.0, 0.5], [16.0, 0.25]], "legend": "(work)^-0.5"}
+    assert drawn == {"xy": [[4.0, 50.0], [16.0, 25.0]], "legend": "(work)^-0.5"}
     assert (tmp_path / "deep" / "share.png").read_bytes().startswith(b"\x89PNG")

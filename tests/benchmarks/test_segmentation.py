@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.segmentation import CLASSES, IGNORED, CamVid, Segmentation
 from benchmarks.study import variant
-from timm_deconv.convert.kinds import batch_norms
+from timm_deconv.convert.module_types import batch_norms
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 from timm_deconv.training import Recipe, load_recipe
@@ -21,18 +21,19 @@ from timm_deconv.training.loop import train
 SIZE = (45, 60)
 
 
-@pytest.fixture
-def frames(data_dir: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def frames(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the first 36 frames of the validation part, as train and val."""
+    folder = tmp_path_factory.mktemp("camvid")
     with tarfile.open(data_dir / "camvid" / "val.tar.gz") as whole:
         members = {member.name: member for member in whole if member.isfile()}
         names = sorted(Path(name).stem for name in members if name.startswith("images/"))[:36]
-        with tarfile.open(tmp_path / "val.tar", "w") as part:
-            for name in (f"{folder}/{stem}" for stem in names for folder in ("images", "masks")):
+        with tarfile.open(folder / "val.tar", "w") as part:
+            for name in (f"{kind}/{stem}" for stem in names for kind in ("images", "masks")):
                 found = next(key for key in members if key.rpartition(".")[0] == name)
                 part.addfile(members[found], whole.extractfile(members[found]))
-    shutil.copy(tmp_path / "val.tar", tmp_path / "train.tar")
-    return tmp_path
+    shutil.copy(folder / "val.tar", folder / "train.tar")
+    return folder
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_encoders_of_both_forms_start_as_the_same_function(recipe: Recipe) -> No
 
 
 def test_a_run_learns_and_reports_the_mean_intersection(recipe: Recipe, tmp_path: Path) -> None:
-    chosen = variant("fast epochs=2 lr=0.1", "mobilenetv2_100", recipe)
+    chosen = variant("fast epochs=1 lr=0.1", "mobilenetv2_100", recipe)
     row = train(chosen.recipe, tmp_path / "run", cpu=True, task=chosen.task)
     assert 1 < row["miou"] <= 100
     assert row["train_loss"] < torch.tensor(CLASSES).log().item(), "better than equal scores"

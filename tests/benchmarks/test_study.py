@@ -17,7 +17,7 @@ from benchmarks.study import (
     final_accuracies,
     pareto_rows,
     rate_rows,
-    study,
+    train_variants,
     variant,
 )
 from timm_deconv.errors import InputError
@@ -25,7 +25,7 @@ from timm_deconv.layers import Deconv2d
 from timm_deconv.training import Recipe, load_recipe
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "study.py"
-SETTINGS = ["epochs=1", "batch_size=128"]
+SETTINGS = ["epochs=1", "batch_size=128", "train_images=256", "val_images=128"]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_runs_are_recorded_once_and_compared_with_their_steps(
     assert sorted((row["variant"], row["seed"]) for row in rows) == [(n, s) for n in sorted(names) for s in "01"]
     variants = [variant(name, "vgg11_cifar", recipe) for name in names]
     said: list[str] = []
-    study(variants, [0, 1], tmp_path / "runs", [output], said.append)
+    train_variants(variants, [0, 1], tmp_path / "runs", [output], said.append)
     assert not said and len(output.read_text().splitlines()) == 1 + len(rows)
     twins = [float(row["top1"]) for row in rows if row["variant"] == "twin"]
     assert final_accuracies(output, variants)["twin"] == twins

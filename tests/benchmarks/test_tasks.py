@@ -24,25 +24,24 @@ def test_convert_passes_over_networks_that_the_file_has(tmp_path: Path, monkeypa
         return conversion.ConversionRow(name, "pass", seconds=time_limit)
 
     monkeypatch.setattr(conversion, "check_in_process", check)
-    names, output = tmp_path / "names", tmp_path / "convert.csv"
-    names.write_text("test_b test_a other test_c")
-    options = {"names": names, "networks": ["test_*"], "time_limit": 7}
+    output = tmp_path / "convert.csv"
+    options = {"networks": ["test_resnet", "test_convnext", "test_efficientn*t", "test_byobnet"], "time_limit": 7}
     with pytest.raises(KeyboardInterrupt):
         run("convert", options, output=output)
-    assert checked == ["test_b", "test_a"]
-    checked[:] = ["stopped"]
+    assert checked == ["test_resnet", "test_efficientnet"]  # the other one has no batch norm
+    checked[:] = []
     run("convert", options, output=output)
-    assert checked == ["stopped", "test_c"]
+    assert checked == ["test_byobnet"]
     rows = list(csv.DictReader(output.read_text().splitlines()))
-    assert [(row["network"], row["seconds"]) for row in rows] == [("test_b", "7"), ("test_a", "7"), ("test_c", "7")]
+    assert [row["network"] for row in rows] == ["test_resnet", "test_efficientnet", "test_byobnet"]
+    assert {row["seconds"] for row in rows} == {"7"}
 
 
-@pytest.mark.parametrize("name", ["benchmark.py", "study.py"])
-def test_scripts_run_from_anywhere_in_a_checkout_that_is_not_installed(name: str, tmp_path: Path) -> None:
+def test_scripts_run_from_anywhere_in_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "scripts" / name), "--help"]
+    command = [sys.executable, str(ROOT / "scripts" / "study.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert f"{name} " in done.stdout
+    assert done.stdout.startswith("usage: study.py ")
 
 
 @pytest.mark.parametrize("name", ["benchmark.py", "study.py"])

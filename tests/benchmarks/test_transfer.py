@@ -60,7 +60,7 @@ def test_photographs_in_print_colours_and_with_transparency_are_converted(
         image.convert("RGBA").save(files[1].with_suffix(".png"))
     files[1].unlink()
     settings = TransferSettings(str(folder), network="test_resnet", presets=())
-    monkeypatch.setattr(transfer, "batch_norm_network", lambda name, checkpoint: timm.create_model(name))
+    monkeypatch.setattr(transfer, "create_batch_norm", lambda name, checkpoint: timm.create_model(name))
     rows = transfer_rows(settings, progress=lambda message: None)
     assert [row["images"] for row in rows] == [3, 3]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy
-from timm_deconv.convert.policy import GUARDED, Role
+from timm_deconv.convert.policy import SMALL_BATCH_DEFAULTS, Role
 from timm_deconv.kernels.onednn import FEW_PRODUCTS
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, geometry, operation
 
@@ -20,7 +20,7 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 
 def fast(role: Role) -> DeconvCfg:
     """What a layer of this role gets under the preset."""
-    cfg = DeconvPolicy(preset="fast").over_published(GUARDED).cfg("layer", role)
+    cfg = DeconvPolicy(preset="fast").over_published(SMALL_BATCH_DEFAULTS).cfg("layer", role)
     assert cfg is not None
     return cfg
 

@@ -5,6 +5,7 @@ order, every fifth image (the 1st, 6th, 11th, ...) is a test image: 1,433 for tr
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class Digits(Dataset):
         return self.transform(image) if self.transform else image, int(self.targets[index])
 
 
+@cache
 def _load() -> tuple[np.ndarray, np.ndarray]:
     with needs_extra("train"):
         from sklearn.datasets import load_digits  # a second of imports that only this data set needs

@@ -14,7 +14,7 @@ from . import (
     senet,
     vgg,
 )
-from ._registration import list_models
+from .registration import list_models
 
 __all__ = [
     "deeplabv3",

@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.errors import InputError
 
-from ._blocks import ConvNormAct
-from ._registration import IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import SEGMENTATION_CFG, register_twins
+from .registration import IMAGENET_POLICY, frozen_stem, register_family
+from .staged_net import ConvNormAct
 
 __all__ = ["ASPP", "ImagePool", "SegmentationNet"]
 
@@ -194,16 +194,10 @@ def _classifier(in_chs: int, num_classes: int) -> nn.Module:
     return nn.Conv2d(in_chs, num_classes, 1) if num_classes > 0 else nn.Identity()
 
 
-def _keep_fitting_aux_head(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Leave out the auxiliary head's weights where the model has none, or one for other classes."""
-    own = model.state_dict()
-    fits = {k for k, v in state_dict.items() if k in own and own[k].shape == v.shape}
-    return {k: v for k, v in state_dict.items() if not k.startswith("aux_") or k in fits}
+WHOLE_CLASSIFIER = DeconvPolicy(roles={"classifier": {"block": 512}})
+"""Published: the last convolutions whiten all of their 256 or 512 input channels together."""
 
-
-FEATURES = {"feature_cls": "getter", "out_indices": (0, 1, 2, 3, 4)}
-
-register_twins(
+register_family(
     __name__,
     SegmentationNet,
     {
@@ -211,23 +205,20 @@ register_twins(
         "deeplabv3_resnet101": {"layers": (3, 4, 23, 3), "decoder": "aspp", "drop_rate": 0.5},
         "fcn_resnet50": {"layers": (3, 4, 6, 3), "decoder": "fcn", "drop_rate": 0.1},
     },
-    base_cfg=SEGMENTATION_CFG,
-    feature_cfg=FEATURES,
-    filter_fn=_keep_fitting_aux_head,
-    first_conv="backbone.conv1",
-    classifier="classifier",
-    paper_ids="arXiv:1706.05587",
-)
-
-WHOLE_CLASSIFIER = DeconvPolicy(roles={"classifier": {"block": 512}})
-"""Published: the last convolutions whiten all of their 256 or 512 input channels together."""
-
-register_deconv(
-    __name__,
-    dict.fromkeys(
-        ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50"),
-        WHOLE_CLASSIFIER.over(frozen_stem(IMAGENET_POLICY, 15)),
-    ),
-    feature_cfg=FEATURES,
+    WHOLE_CLASSIFIER.over(frozen_stem(IMAGENET_POLICY, 15)),
+    cfg={
+        "input_size": (3, 513, 513),
+        "pool_size": (65, 65),  # of the encoder's map
+        "num_classes": 21,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "first_conv": "backbone.conv1",
+        "classifier": "classifier",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:1706.05587",
+    },
+    feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3, 4)},
     in_place=True,
 )

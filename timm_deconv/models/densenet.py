@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
 
-from ._blocks import NormAct, scaled
-from ._cifar import StagedNet
-from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import STAGED_FEATURES, register_twins
+from .registration import CIFAR_POLICY, IMAGENET_POLICY, cifar_cfg, frozen_stem, register_deconv, register_family
+from .staged_net import NormAct, StagedNet, scaled
 
 __all__ = ["CifarDenseNet", "DenseLayer", "Transition"]
 
@@ -135,17 +133,18 @@ class CifarDenseNet(StagedNet):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-register_twins(
+register_family(
     __name__,
     CifarDenseNet,
     {"densenet121_cifar": {"layers": (6, 12, 24, 16)}},
-    first_conv="stem",
-    paper_ids="arXiv:1608.06993",
+    CIFAR_POLICY,
+    cfg=cifar_cfg(first_conv="stem", paper_ids="arXiv:1608.06993"),
+    in_place=True,
 )
 
-register_deconv(__name__, {"densenet121_cifar": CIFAR_POLICY}, feature_cfg=STAGED_FEATURES, in_place=True)
 register_deconv(
     __name__,
-    dict.fromkeys(("densenet121", "densenet161", "densenet169", "densenet201"), frozen_stem(IMAGENET_POLICY, 15)),
+    ("densenet121", "densenet161", "densenet169", "densenet201"),
+    frozen_stem(IMAGENET_POLICY, 15),
     feature_cfg={"flatten_sequential": True},
 )

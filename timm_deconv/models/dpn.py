@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._blocks import ConvNormAct, scaled
-from ._cifar import StagedNet
-from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import STAGED_FEATURES, register_twins
+from .registration import CIFAR_POLICY, IMAGENET_POLICY, cifar_cfg, frozen_stem, register_deconv, register_family
+from .staged_net import ConvNormAct, StagedNet, scaled
 
 __all__ = ["CifarDPN", "DualPathBlock"]
 
@@ -92,7 +90,7 @@ class CifarDPN(StagedNet):
         super().__init__(stem, stages, levels, in_chans=in_chans, **head)
 
 
-register_twins(
+register_family(
     __name__,
     CifarDPN,
     {
@@ -103,13 +101,14 @@ register_twins(
             "dense_channels": (16, 32, 24, 128),
         }
     },
-    first_conv="stem.conv",
-    paper_ids="arXiv:1707.01629",
+    frozen_stem(CIFAR_POLICY, 10),
+    cfg=cifar_cfg(first_conv="stem.conv", paper_ids="arXiv:1707.01629"),
+    in_place=True,
 )
 
-register_deconv(__name__, {"dpn92_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=STAGED_FEATURES, in_place=True)
 register_deconv(
     __name__,
-    dict.fromkeys(("dpn68", "dpn92", "dpn98"), frozen_stem(IMAGENET_POLICY, 10)),
+    ("dpn68", "dpn92", "dpn98"),
+    frozen_stem(IMAGENET_POLICY, 10),
     feature_cfg={"flatten_sequential": True},
 )

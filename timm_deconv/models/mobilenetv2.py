@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy
 
-from ._blocks import ConvNormAct, scaled
-from ._cifar import StagedNet
-from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import STAGED_FEATURES, register_twins
+from .registration import CIFAR_POLICY, IMAGENET_POLICY, cifar_cfg, frozen_stem, register_deconv, register_family
+from .staged_net import ConvNormAct, StagedNet, scaled
 
-__all__ = ["INVERTED_FEATURES", "CifarMobileNetV2", "InvertedResidual", "inverted_residual_settings"]
+__all__ = ["INVERTED_FEATURES", "CifarMobileNetV2", "InvertedResidual", "inverted_residual_policy"]
 
 
 class InvertedResidual(nn.Module):
@@ -93,7 +91,43 @@ class CifarMobileNetV2(StagedNet):
         super().__init__(stem, stages, levels, final=final, num_features=final_chs, in_chans=in_chans, **head)
 
 
-register_twins(
+PROJECTIONS: dict[type[nn.Module], str] = {
+    InvertedResidual: "project.conv",
+    timm_blocks.InvertedResidual: "conv_pwl",
+    timm_blocks.EdgeResidual: "conv_pwl",
+    timm_blocks.DepthwiseSeparableConv: "conv_pw",
+}
+"""Where the projection stands in each kind of block, the 32x32 one and timm's."""
+
+INVERTED_FEATURES = {"feature_cls": "getter", "out_indices": (0, 1, 2, 3, 4)}
+"""How timm's EfficientNet, which MobileNetV2 is too, gives the feature maps of a converted network."""
+
+
+def inverted_residual_policy(base: DeconvPolicy) -> Callable[[nn.Module], DeconvPolicy]:
+    """Add the published exceptions of inverted residuals to a policy.
+
+    Depthwise convolutions take one step. So do projections, in blocks of as many channels as enter the residual block.
+
+    Returns:
+        (batch-norm network) -> its policy.
+    """
+
+    def policy(model: nn.Module) -> DeconvPolicy:
+        projections = {
+            f"{name}.{PROJECTIONS[type(block)]}": {"block": _first_conv(block).in_channels, "n_iter": 1}
+            for name, block in model.named_modules()
+            if type(block) in PROJECTIONS
+        }
+        return DeconvPolicy(roles={"depthwise": {"n_iter": 1}}, patterns=projections).over(base)
+
+    return policy
+
+
+def _first_conv(block: nn.Module) -> nn.Conv2d:
+    return next(module for module in block.modules() if isinstance(module, nn.Conv2d))
+
+
+register_family(
     __name__,
     CifarMobileNetV2,
     {
@@ -109,55 +143,15 @@ register_twins(
             )
         }
     },
-    first_conv="stem.conv",
-    paper_ids="arXiv:1801.04381",
-)
-
-PROJECTIONS: dict[type[nn.Module], str] = {
-    InvertedResidual: "project.conv",
-    timm_blocks.InvertedResidual: "conv_pwl",
-    timm_blocks.EdgeResidual: "conv_pwl",
-    timm_blocks.DepthwiseSeparableConv: "conv_pw",
-}
-"""Where the projection stands in each kind of block, the 32x32 one and timm's."""
-
-INVERTED_FEATURES = {"feature_cls": "getter", "out_indices": (0, 1, 2, 3, 4)}
-"""How timm's EfficientNet, which MobileNetV2 is too, gives the feature maps of a converted network."""
-
-
-def inverted_residual_settings(base: DeconvPolicy) -> Callable[[nn.Module], DeconvPolicy]:
-    """The published exceptions of inverted residuals on top of `base`.
-
-    Depthwise convolutions take one step. So do projections, in blocks of as many channels as enter the residual block.
-    """
-
-    def settings(model: nn.Module) -> DeconvPolicy:
-        projections = {
-            f"{name}.{PROJECTIONS[type(block)]}": {"block": _first_conv(block).in_channels, "n_iter": 1}
-            for name, block in model.named_modules()
-            if type(block) in PROJECTIONS
-        }
-        return DeconvPolicy(roles={"depthwise": {"n_iter": 1}}, patterns=projections).over(base)
-
-    return settings
-
-
-def _first_conv(block: nn.Module) -> nn.Conv2d:
-    return next(module for module in block.modules() if isinstance(module, nn.Conv2d))
-
-
-register_deconv(
-    __name__,
-    {"mobilenetv2_cifar": inverted_residual_settings(frozen_stem(CIFAR_POLICY, 10))},
-    feature_cfg=STAGED_FEATURES,
+    inverted_residual_policy(frozen_stem(CIFAR_POLICY, 10)),
+    cfg=cifar_cfg(first_conv="stem.conv", paper_ids="arXiv:1801.04381"),
     in_place=True,
 )
+
 register_deconv(
     __name__,
-    dict.fromkeys(
-        ("mobilenetv2_050", "mobilenetv2_100", "mobilenetv2_140"),
-        inverted_residual_settings(frozen_stem(IMAGENET_POLICY, 10)),
-    ),
+    ("mobilenetv2_050", "mobilenetv2_100", "mobilenetv2_140"),
+    inverted_residual_policy(frozen_stem(IMAGENET_POLICY, 10)),
     feature_cfg=INVERTED_FEATURES,
     in_place=True,
 )

@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._blocks import ConvNormAct, scaled
-from ._cifar import StagedNet
-from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import STAGED_FEATURES, register_twins
+from .registration import CIFAR_POLICY, IMAGENET_POLICY, cifar_cfg, frozen_stem, register_deconv, register_family
+from .staged_net import ConvNormAct, StagedNet, scaled
 
 __all__ = ["CellA", "CifarPNASNet"]
 
@@ -66,21 +64,19 @@ class CifarPNASNet(StagedNet):
         super().__init__(ConvNormAct(in_chans, chs, stride=stem_stride), stages, levels, in_chans=in_chans, **head)
 
 
-FEATURES = {**STAGED_FEATURES, "out_indices": (0, 1, 2, 3)}
-
-register_twins(
+register_family(
     __name__,
     CifarPNASNet,
     {"pnasnet_a_cifar": {"cells": 6, "planes": 44}},
-    feature_cfg=FEATURES,
-    first_conv="stem.conv",
-    pool_size=(8, 8),
-    paper_ids="arXiv:1712.00559",
+    frozen_stem(CIFAR_POLICY, 10),
+    cfg=cifar_cfg(first_conv="stem.conv", pool_size=(8, 8), paper_ids="arXiv:1712.00559"),
+    feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2, 3)},
+    in_place=True,
 )
 
-register_deconv(__name__, {"pnasnet_a_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=FEATURES, in_place=True)
 register_deconv(
     __name__,
-    {"pnasnet5large": frozen_stem(IMAGENET_POLICY, 10)},
+    ("pnasnet5large",),
+    frozen_stem(IMAGENET_POLICY, 10),
     feature_cfg={"feature_cls": "hook", "no_rewrite": True},
 )

@@ -11,10 +11,8 @@ from typing import Any
 from timm.layers import SEModule
 from torch import Tensor, nn
 
-from ._blocks import ConvNormAct, NormAct, scaled
-from ._cifar import StagedNet
-from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import STAGED_FEATURES, register_twins
+from .registration import CIFAR_POLICY, IMAGENET_POLICY, cifar_cfg, frozen_stem, register_deconv, register_family
+from .staged_net import ConvNormAct, NormAct, StagedNet, scaled
 
 __all__ = ["CifarPreActResNet", "PreActBlock"]
 
@@ -85,16 +83,16 @@ class CifarPreActResNet(StagedNet):
         super().__init__(stem, stages, levels, in_chans=in_chans, **head)
 
 
-register_twins(
+register_family(
     __name__,
     CifarPreActResNet,
     {"preact_resnet18_cifar": {"layers": (2, 2, 2, 2)}},
-    first_conv="stem",
-    paper_ids="arXiv:1603.05027",
+    frozen_stem(CIFAR_POLICY, 10),
+    cfg=cifar_cfg(first_conv="stem", paper_ids="arXiv:1603.05027"),
+    in_place=True,
 )
 
-register_deconv(
-    __name__, {"preact_resnet18_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=STAGED_FEATURES, in_place=True
-)
 # timm's pre-activation ResNet.
-register_deconv(__name__, {"resnetv2_50": frozen_stem(IMAGENET_POLICY, 10)}, feature_cfg={"flatten_sequential": True})
+register_deconv(
+    __name__, ("resnetv2_50",), frozen_stem(IMAGENET_POLICY, 10), feature_cfg={"flatten_sequential": True}
+)

@@ -10,9 +10,8 @@ from typing import Any
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from ._blocks import scaled
-from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import register_twins
+from .registration import CIFAR_POLICY, IMAGENET_POLICY, cifar_cfg, frozen_stem, register_deconv, register_family
+from .staged_net import scaled
 
 __all__ = ["CifarResNet"]
 
@@ -63,22 +62,22 @@ class CifarResNet(ResNet):
         """Keep PyTorch's default initialisation: the published 32x32 networks use it."""
 
 
-register_twins(
+register_family(
     __name__,
     CifarResNet,
     {
         "resnet18_cifar": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
         "resnet50_cifar": {"block": Bottleneck, "layers": (3, 4, 6, 3)},
     },
+    CIFAR_POLICY,
+    cfg=cifar_cfg(first_conv="conv1", classifier="fc", paper_ids="arXiv:1512.03385"),
     feature_cfg={},
-    first_conv="conv1",
-    classifier="fc",
-    paper_ids="arXiv:1512.03385",
+    in_place=True,
 )
 
-register_deconv(__name__, {"resnet18_cifar": CIFAR_POLICY, "resnet50_cifar": CIFAR_POLICY}, in_place=True)
 register_deconv(
     __name__,
-    dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), frozen_stem(IMAGENET_POLICY, 15)),
+    ("resnet18", "resnet34", "resnet50", "resnet101"),
+    frozen_stem(IMAGENET_POLICY, 15),
     in_place=True,
 )

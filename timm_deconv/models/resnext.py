@@ -11,10 +11,8 @@ from timm.models.resnet import Bottleneck, make_blocks
 
 from timm_deconv.convert import DeconvPolicy
 
-from ._blocks import ConvNormAct, scaled
-from ._cifar import StagedNet
-from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import STAGED_FEATURES, register_twins
+from .registration import CIFAR_POLICY, IMAGENET_POLICY, cifar_cfg, frozen_stem, register_deconv, register_family
+from .staged_net import ConvNormAct, StagedNet, scaled
 
 __all__ = ["CifarResNeXt"]
 
@@ -58,29 +56,22 @@ class CifarResNeXt(StagedNet):
         super().__init__(stem, [stage for _, stage in stages], levels, in_chans=in_chans, **head)
 
 
-FEATURES = {**STAGED_FEATURES, "out_indices": (0, 1, 2, 3)}
-
-register_twins(
-    __name__,
-    CifarResNeXt,
-    {"resnext29_32x4d_cifar": {"layers": (3, 3, 3)}},
-    feature_cfg=FEATURES,
-    first_conv="stem.conv",
-    pool_size=(8, 8),
-    paper_ids="arXiv:1611.05431",
-)
-
 GROUPED = DeconvPolicy(roles={"grouped": {"n_iter": 3}})
 """Published: fewer steps in the grouped 3x3 convolutions."""
 
-register_deconv(
+register_family(
     __name__,
-    {"resnext29_32x4d_cifar": GROUPED.over(frozen_stem(CIFAR_POLICY, 10))},
-    feature_cfg=FEATURES,
+    CifarResNeXt,
+    {"resnext29_32x4d_cifar": {"layers": (3, 3, 3)}},
+    GROUPED.over(frozen_stem(CIFAR_POLICY, 10)),
+    cfg=cifar_cfg(first_conv="stem.conv", pool_size=(8, 8), paper_ids="arXiv:1611.05431"),
+    feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2, 3)},
     in_place=True,
 )
+
 register_deconv(
     __name__,
-    dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d"), GROUPED.over(frozen_stem(IMAGENET_POLICY, 15))),
+    ("resnext50_32x4d", "resnext101_32x8d"),
+    GROUPED.over(frozen_stem(IMAGENET_POLICY, 15)),
     in_place=True,
 )
