@@ -204,7 +204,7 @@ def test_create_transferred_takes_any_name_or_checkpoint(tmp_path: Path, batch_n
         ({"network": "resnet81"}, "no network 'resnet81'; nearest: "),
         ({"network": "resnet18", "checkpoint": tmp_path / "none.pth"}, "no checkpoint "),
         ({"network": "resnet18", "checkpoint": file, "policy": "{block: 3}"}, "no preset '{block: 3}'"),
-        ({"network": "resnet26", "checkpoint": file}, "do not fit resnet26: 45 missing"),
+        ({"network": "resnet26", "checkpoint": file}, "do not fit resnet26: 40 missing"),
     ):
         with pytest.raises(InputError, match=message) as error:
             create_transferred(**arguments)
