@@ -16,7 +16,7 @@ from torch import nn
 from timm_deconv.convert import calibrate
 from timm_deconv.data.calibration import calibration_loader
 from timm_deconv.errors import InputError
-from timm_deconv.models._created import when_carried_over
+from timm_deconv.models.registration import when_transferred
 
 USAGE = """\
 usage: python -m timm_deconv [--calibrate DATA [--images N] [--image-size N]] SCRIPT.py [arguments]
@@ -114,7 +114,7 @@ def main() -> None:
         raise SystemExit(f"no script {str(script)!r}\n\n{USAGE}")
     calibrator = None if options.calibrate is None else Calibrator(*options[:3])
     if calibrator is not None:
-        when_carried_over(calibrator)
+        when_transferred(calibrator)
     sys.argv = options.command
     if not sys.flags.safe_path:
         sys.path[0] = str(script.resolve().parent)

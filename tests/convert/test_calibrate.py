@@ -19,7 +19,7 @@ from timm_deconv.data.calibration import calibration_loader
 from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv, WhiteningMixin
 from timm_deconv.linalg import isqrt_newton_schulz
-from timm_deconv.models._checkpoints import STATISTICS
+from timm_deconv.models.checkpoints import STATISTICS
 
 Data = tuple[Tensor, Tensor]
 

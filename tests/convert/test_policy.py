@@ -16,7 +16,7 @@ from tests.convert.networks import Tiny
 from timm_deconv.convert import DeconvPolicy, convert_deconv_model, resolve_policy
 from timm_deconv.errors import InputError
 from timm_deconv.layers import DeconvCfg
-from timm_deconv.models._registration import IMAGENET_POLICY
+from timm_deconv.models.registration import IMAGENET_POLICY
 
 
 def test_the_particular_wins_over_the_general() -> None:

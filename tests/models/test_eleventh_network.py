@@ -1,4 +1,4 @@
-"""One more network takes one module under 40 lines: the example of the README, run as it stands."""
+"""One more network takes one module under 40 lines: the example of the documentation, run as it stands."""
 
 import importlib.util
 import sys
@@ -11,10 +11,11 @@ import torch
 from timm.models import _registry as registry
 
 from tests.models.timm_contract import Subject, check_features_only, check_head, check_round_trip
-from timm_deconv.models import _registration
+from timm_deconv.models import registration
 
-README = Path(__file__).parents[2] / "README.md"
-EXAMPLE = README.read_text().partition("<!-- eleventh network -->\n```python\n")[2].partition("```")[0]
+ROOT = Path(__file__).parents[2]
+PAGE = next(page for page in (ROOT / "docs" / "add-a-network.md", ROOT / "README.md") if page.is_file())
+EXAMPLE = PAGE.read_text().partition("<!-- eleventh network -->\n```python\n")[2].partition("```")[0]
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def plain7(tmp_path: Path) -> Iterator[None]:
     """The example imported as a module of its own; afterwards timm has forgotten its names."""
     tables = [table for table in vars(registry).values() if isinstance(table, dict | set)]
     before = [table.copy() for table in tables]
-    names = list(_registration._REGISTERED)
+    names = list(registration._deconv_names)
     file = tmp_path / "plain_cnn.py"
     file.write_text(EXAMPLE)
     spec = importlib.util.spec_from_file_location("plain_cnn", file)
@@ -33,7 +34,7 @@ def plain7(tmp_path: Path) -> Iterator[None]:
     spec.loader.exec_module(module)
     yield
     del sys.modules["plain_cnn"]
-    _registration._REGISTERED[:] = names
+    registration._deconv_names[:] = names
     for table, content in zip(tables, before, strict=True):
         table.clear()
         table.update(content)

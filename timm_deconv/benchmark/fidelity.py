@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from timm_deconv.convert import calibrate, fuse
 from timm_deconv.data import StrictImageDataset, chosen_images, class_names
 from timm_deconv.errors import InputError
-from timm_deconv.models.carry_over import batch_norm_network, carry_over
+from timm_deconv.models.pretrained import create_batch_norm, create_transferred
 
 from .rows import CONDITIONS, Row, conditions, rounded
 from .timing import Spread
@@ -78,7 +78,7 @@ def fidelity_rows(settings: FidelitySettings, progress: Callable[[str], object] 
     Raises:
         InputError: weights or photographs that are not there or do not fit, or a folder that is no synset of ImageNet.
     """
-    reference = batch_norm_network(settings.network, settings.checkpoint).eval()
+    reference = create_batch_norm(settings.network, settings.checkpoint).eval()
     loader = _photographs(settings, reference)
     forms: dict[tuple[str, str], nn.Module] = {("", "batch_norm"): reference}
     for preset in settings.presets:
@@ -117,7 +117,7 @@ def fidelity_rows(settings: FidelitySettings, progress: Callable[[str], object] 
 
 
 def _deconvolution_forms(settings: FidelitySettings, preset: str) -> Iterator[tuple[str, nn.Module]]:
-    model = carry_over(settings.network, settings.checkpoint, policy=preset).eval()
+    model = create_transferred(settings.network, settings.checkpoint, policy=preset).eval()
     yield "transferred", copy.deepcopy(model)
     calibrate(model, _photographs(settings, model, settings.calibration_images))
     yield "calibrated", model

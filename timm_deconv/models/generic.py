@@ -6,13 +6,7 @@ What `convert_deconv_model` makes of a timm network is saved by this name, so th
 from typing import Any
 
 import timm
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    get_arch_name,
-    model_entrypoint,
-    register_model,
-)
+from timm.models import generate_default_cfgs, get_arch_name, register_model
 from torch import nn
 
 from timm_deconv.convert import convert_deconv_model, transfer
@@ -20,10 +14,7 @@ from timm_deconv.convert.head import GENERIC_NAME
 from timm_deconv.convert.policy import as_saved
 from timm_deconv.errors import InputError, unknown_name
 
-from ._blocks import check_counts
-from ._checkpoints import checkpoint_filter
-from ._created import created
-from ._registration import as_built, default_cfg, list_models
+from .registration import build_deconv, default_cfg, list_models
 
 __all__ = ["deconv"]
 
@@ -41,7 +32,7 @@ def deconv(
     pretrained_cfg: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The timm network `base` with its layers whitened and its batch norms removed.
+    """Create the timm network `base` with its layers whitened and its batch norms removed.
 
     Args:
         pretrained: load weights; there are some where a saved network is loaded, by `local-dir:` or `hf-hub:`. Those of
@@ -53,33 +44,31 @@ def deconv(
         keep_affine: keep a scale and shift of each channel where `transfer` would.
         pretrained_cfg: as in `timm.create_model`; otherwise what `base` says of its input.
         kwargs: arguments of `base`.
+
+    Raises:
+        InputError: no `base`, one that timm does not know or that is a deconvolution network already, or weights that
+            do not fit.
     """
     base = _check_base(base)
-    check_counts(kwargs)
-
     policy = as_saved(deconv, kwargs.get("pretrained_model_args"))
-    arguments: dict[str, Any] = {}
 
-    def build(**given: Any) -> nn.Module:
-        arguments.update(given)
-        model = model_entrypoint(base)(pretrained=False, **given)
+    def convert(model: nn.Module) -> None:
         if keep_affine:
             transfer(model, policy, keep_affine=True)
         else:
             convert_deconv_model(model, policy)
-        return as_built(model, fused)
 
-    cfg = pretrained_cfg or {**default_cfg(base), "architecture": GENERIC_NAME}
-    model = build_model_with_cfg(
-        build,
+    return build_deconv(
         GENERIC_NAME,
+        base,
+        convert,
         pretrained,
-        pretrained_cfg=cfg,
-        pretrained_filter_fn=checkpoint_filter(base, arguments, keep_affine=keep_affine),
         feature_cfg={"feature_cls": "getter"},
+        fused=fused,
+        keep_affine=keep_affine,
+        pretrained_cfg=pretrained_cfg or {**default_cfg(base), "architecture": GENERIC_NAME},
         **kwargs,
     )
-    return created(model)
 
 
 def _check_base(base: str | None) -> str:

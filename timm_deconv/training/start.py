@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_deconv.convert.roles import classifier_names
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
-from timm_deconv.models._order import named_by_order
+from timm_deconv.models.remap import remap_by_order
 from timm_deconv.models.weights import read_weights
 
 from .recipe import Recipe
@@ -51,7 +51,7 @@ def _named(recipe: Recipe, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if expected.keys() & weights.keys():
         return weights
     try:
-        return named_by_order(weights, expected)
+        return remap_by_order(weights, expected)
     except InputError as error:
         raise InputError(
             f"pretrained_path={recipe.pretrained_path!r} does not fit {recipe.model}: no name is known, and by order"

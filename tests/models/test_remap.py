@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from timm_deconv.errors import InputError
-from timm_deconv.models._order import named_by_order
+from timm_deconv.models.remap import remap_by_order
 
 Weights = dict[str, Tensor]
 
@@ -24,7 +24,7 @@ def foreign(weights: Weights) -> Weights:
 
 def test_foreign_names_in_the_networks_order_are_renamed() -> None:
     weights = expected()
-    renamed = named_by_order(foreign(weights), weights)
+    renamed = remap_by_order(foreign(weights), weights)
     assert list(renamed) == list(weights)
     assert all(renamed[name] is weights[name] for name in weights)
 
@@ -84,18 +84,18 @@ def without_structure(weights: Weights) -> Weights:
 def test_what_is_not_certain_is_refused(change: Callable[[Weights], Weights], message: str) -> None:
     weights = expected()
     with pytest.raises(InputError, match=message):
-        named_by_order(change(foreign(weights)), weights)
+        remap_by_order(change(foreign(weights)), weights)
 
 
 def test_a_name_that_the_network_has_must_be_at_its_own_place() -> None:
     wanted = {f"block.{i}.weight": torch.zeros(3, 3) for i in range(3)}
     given = {"a.weight": torch.ones(3, 3), "block.0.weight": torch.ones(3, 3), "b.weight": torch.ones(3, 3)}
     with pytest.raises(InputError, match=r"block\.0\.weight stands where the network has block\.1\.weight"):
-        named_by_order(given, wanted)
+        remap_by_order(given, wanted)
 
 
 def test_layers_listed_as_words_are_sorted_are_refused_though_all_shapes_are_equal() -> None:
     wanted = {f"block.{i}.weight": torch.zeros(3, 3) for i in range(12)}
     given = {f"b.{i}.weight": torch.zeros(3, 3) for i in sorted(range(12), key=str)}
     with pytest.raises(InputError, match=r"b\.11\.weight stands before b\.2\.weight"):
-        named_by_order(given, wanted)
+        remap_by_order(given, wanted)

@@ -1,4 +1,4 @@
-"""scripts/convert.py from a name and a checkpoint to a folder that timm loads."""
+"""scripts/transfer.py from a name and a checkpoint to a folder that timm loads."""
 
 import runpy
 from pathlib import Path
@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import timm_deconv  # noqa: F401 - registers the models
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "transfer.py"
 
 
 @pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch) -> Any:
+def transfer(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the script with these arguments, in this process."""
 
     def run(*arguments: object) -> None:
@@ -38,7 +38,7 @@ def trained(name: str, file: Path, **options: Any) -> nn.Module:
     return model
 
 
-def test_checkpoint_becomes_a_folder_that_computes_the_same(tmp_path: Path, convert: Any) -> None:
+def test_checkpoint_becomes_a_folder_that_computes_the_same(tmp_path: Path, transfer: Any) -> None:
     file = tmp_path / "weights.safetensors"
     model = trained("mobilenetv2_cifar", file)
     x = torch.randn(2, 3, 32, 32)
@@ -48,7 +48,7 @@ def test_checkpoint_becomes_a_folder_that_computes_the_same(tmp_path: Path, conv
             "calibrated": ("--calibrate", "digits", "--images", 128),
             "fused": ("--fuse", "--policy", '{"block": 16}'),
         }.items():
-            convert("mobilenetv2_cifar", tmp_path / folder, "--checkpoint", file, *options)
+            transfer("mobilenetv2_cifar", tmp_path / folder, "--checkpoint", file, *options)
             back = timm.create_model(f"local-dir:{tmp_path / folder}", pretrained=True).eval()
             assert (back(x) - expected).abs().max() < 1e-3 * expected.abs().max()
             with safe_open(tmp_path / folder / "model.safetensors", framework="pt") as weights:
@@ -60,7 +60,7 @@ def test_checkpoint_becomes_a_folder_that_computes_the_same(tmp_path: Path, conv
     assert not [key for key in fused if "running" in key]
 
 
-def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(tmp_path: Path, convert: Any) -> None:
+def test_what_cannot_be_transferred_ends_in_one_line_and_writes_nothing(tmp_path: Path, transfer: Any) -> None:
     file = tmp_path / "weights.safetensors"
     trained("preact_resnet18_cifar", file)
     (tmp_path / "full").mkdir()
@@ -70,12 +70,13 @@ def test_what_cannot_be_converted_ends_in_one_line_and_writes_nothing(tmp_path: 
         (("resnet18_cifar", tmp_path / "full"), "is not empty"),
         (("resnet18_cifra", tmp_path / "new"), "nearest: resnet18_cifar"),
         (("resnet18_cifar", tmp_path / "new"), "No pretrained weights exist"),
+        (("resnet18_cifar", tmp_path / "new", "--policy", "{block: 3}"), "is not JSON"),
     ):
         with pytest.raises(SystemExit, match=message) as stop:
-            convert(*arguments)
+            transfer(*arguments)
         assert "\n" not in str(stop.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "weights.safetensors"]
-    convert("preact_resnet18_cifar", tmp_path / "new", "--checkpoint", file, "--keep-affine")
+    transfer("preact_resnet18_cifar", tmp_path / "new", "--checkpoint", file, "--keep-affine")
     assert timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
 
 
@@ -94,14 +95,14 @@ def foreign(model: nn.Module) -> dict[str, Any]:
     return {f"net._{name}": value for name, value in model.state_dict().items()}
 
 
-def test_a_checkpoint_with_other_names_is_read_by_its_order(tmp_path: Path, convert: Any) -> None:
+def test_a_checkpoint_with_other_names_is_read_by_its_order(tmp_path: Path, transfer: Any) -> None:
     file = tmp_path / "weights.pth"
     x = torch.randn(2, 3, 32, 32)
     for name, options in (("mobilenetv2_cifar", ()), ("test_resnet", ("--num-classes", 0))):
         classes = {"num_classes": 0} if options else {}
         model = trained(name, tmp_path / "own.safetensors", **classes)
         torch.save({"state_dict": foreign(model)}, file)
-        convert(name, tmp_path / name, "--checkpoint", file, *options)
+        transfer(name, tmp_path / name, "--checkpoint", file, *options)
         back = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
         with torch.no_grad():
             expected = model(x)
@@ -109,7 +110,7 @@ def test_a_checkpoint_with_other_names_is_read_by_its_order(tmp_path: Path, conv
 
 
 def test_files_that_are_no_weights_of_the_network_end_in_one_line_and_write_nothing(
-    tmp_path: Path, convert: Any
+    tmp_path: Path, transfer: Any
 ) -> None:
     model = trained("test_resnet", tmp_path / "own.safetensors")
     weights, output, ran = model.state_dict(), tmp_path / "new", tmp_path / "ran"
@@ -138,6 +139,6 @@ def test_files_that_are_no_weights_of_the_network_end_in_one_line_and_write_noth
         "other.pth": "tensors, the network has",
     }.items():
         with pytest.raises(SystemExit, match=message) as stop:
-            convert("test_resnet", output, "--checkpoint", tmp_path / file)
+            transfer("test_resnet", output, "--checkpoint", tmp_path / file)
         assert "\n" not in str(stop.value), file
         assert not output.exists() and not ran.exists(), file

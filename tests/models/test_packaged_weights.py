@@ -14,8 +14,8 @@ from torch import Tensor
 
 import timm_deconv  # noqa: F401 registers the models
 from timm_deconv.errors import InputError
-from timm_deconv.models import _packages
-from timm_deconv.models.carry_over import batch_norm_network
+from timm_deconv.models import weights
+from timm_deconv.models.pretrained import create_batch_norm
 
 LITE = ("tf_efficientnet_lite0", "tf_efficientnet_lite2")
 
@@ -40,7 +40,7 @@ def photographs(data_dir: Path) -> Tensor:
 def test_the_network_names_photographs_as_the_packages_batch_norm_network_does(name: str, photographs: Tensor) -> None:
     model = timm.create_model(f"{name}_deconv", pretrained=True).eval()
     with torch.no_grad():
-        expected = batch_norm_network(name).eval()(photographs)
+        expected = create_batch_norm(name).eval()(photographs)
         found = model(photographs)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     assert torch.equal(found.argmax(1), expected.argmax(1))
@@ -79,11 +79,11 @@ def test_other_weights_are_not_replaced_by_the_packages(tmp_path: Path) -> None:
 
 
 def test_without_package_and_network_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_packages, "_installed", lambda package: None)
+    monkeypatch.setattr(weights, "_installed", lambda package: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for create in (
         lambda: timm.create_model("tf_efficientnet_lite0_deconv", pretrained=True),
-        lambda: batch_norm_network("tf_efficientnet_lite0"),
+        lambda: create_batch_norm("tf_efficientnet_lite0"),
     ):
         with pytest.raises(InputError, match=r"pip install 'timm-deconv\[lite\]'") as error:
             create()
@@ -94,8 +94,8 @@ def test_the_extra_that_the_error_names_brings_the_package() -> None:
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    for package in _packages.PACKAGES.values():
-        extra = project["optional-dependencies"][package.extra]
+    for package in weights.PACKAGES.values():
+        extra = project["optional-dependencies"][weights.EXTRA.partition("[")[2].rstrip("]")]
         assert any(requirement.startswith(package.distribution) for requirement in extra)
 
 
@@ -103,13 +103,13 @@ def test_the_extra_that_the_error_names_brings_the_package() -> None:
 def test_an_installed_file_of_other_contents_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    package = _packages.PACKAGES[name]
+    package = weights.PACKAGES[name]
     file = tmp_path / package.file
     torch.save(timm.create_model(name).state_dict(), file)
-    monkeypatch.setattr(_packages, "_installed", lambda _package: file)
+    monkeypatch.setattr(weights, "_installed", lambda _package: file)
     for create in (
         lambda: timm.create_model(f"{name}_deconv", pretrained=True),
-        lambda: batch_norm_network(name),
+        lambda: create_batch_norm(name),
     ):
         with pytest.raises(InputError, match=rf"{package.file} .* another file than the known one \(sha256 ") as error:
             create()

@@ -7,7 +7,7 @@ which is transferred as `timm_deconv.transfer` does it; the result is a deconvol
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,10 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 from timm_deconv.layers.notices import share_notices
 
-from ._order import named_by_order
-from .weights import arguments_of_weights, follow_saved
+from .remap import remap_by_order
+from .weights import TAG_PREFIX, arguments_of_weights, follow_saved
 
-__all__ = ["TAG_PREFIX", "batch_norm_filter", "by_name_or_order", "checkpoint_filter", "refuse_other_forms"]
-
-TAG_PREFIX = "bn_"
-"""Starts the tags of weights that were trained with batch norm: `.bn_a1_in1k` is timm's `.a1_in1k`."""
+__all__ = ["batch_norm_filter", "by_name_or_order", "checkpoint_filter", "refuse_other_forms"]
 
 NEEDED = ("running_mean", "running_deconv")
 STATISTICS = (*NEEDED, "num_batches_tracked", "running_gain", "running_power")
@@ -37,12 +34,11 @@ AUXILIARY = "aux_"
 """Starts the names of heads that only training uses; weights and network may differ in having them."""
 
 StateDict = Mapping[str, Tensor]
+Filter = Callable[[StateDict, nn.Module], dict[str, Tensor]]
 
 
-def checkpoint_filter(
-    source: str, arguments: Mapping[str, Any], *, keep_affine: bool = False
-) -> Callable[[StateDict, nn.Module], dict[str, Tensor]]:
-    """The filter of a deconvolution network that was made from the batch-norm network `source`.
+def checkpoint_filter(source: str, arguments: Mapping[str, Any], *, keep_affine: bool = False) -> Filter:
+    """Return timm's filter of a deconvolution network that was made from the batch-norm network `source`.
 
     Args:
         source: name of the batch-norm network in timm's registry.
@@ -59,16 +55,37 @@ def checkpoint_filter(
 
     def filter_fn(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
         follow_saved(model, arguments_of_weights(model))
-        carried_over = _of_batch_norms(state_dict, model)
-        if carried_over:
-            state_dict = _carried_over(state_dict, model, source, arguments, keep_affine)
+        transferred = _of_batch_norms(state_dict, model)
+        if transferred:
+            state_dict = _transferred(state_dict, model, source, arguments, keep_affine)
         else:
             _check_fusion(state_dict, model)
         _add_missing_biases(state_dict, model)
-        state_dict = _fitted(state_dict, model)
-        _check_fit(state_dict, model)
-        share_notices(model).uncalibrated = carried_over or _seen_batches(state_dict) == 0
-        return state_dict
+        weights = _fitting_heads(_fitting_statistics(state_dict, model), model)
+        _check_fit(weights, model)
+        share_notices(model).uncalibrated = transferred or _batches_seen(weights) == 0
+        return weights
+
+    return filter_fn
+
+
+def batch_norm_filter(model_cls: type[nn.Module], arguments: Mapping[str, Any]) -> Filter:
+    """Return timm's filter of a batch-norm network, which takes tensors by other names than its own by their order.
+
+    So the network reads the files that its deconvolution form reads, and refuses the same, with an InputError.
+
+    Args:
+        model_cls: builds the network.
+        arguments: what it is built with; read when weights are loaded.
+    """
+
+    def filter_fn(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
+        follow_saved(model, arguments_of_weights(model))
+        if not model.state_dict().keys() & state_dict.keys():
+            state_dict = _remapped(state_dict, model, model_cls, arguments)
+        weights = _fitting_heads(state_dict, model)
+        _check_fit(weights, model)
+        return weights
 
     return filter_fn
 
@@ -86,79 +103,34 @@ def _check_form(model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -
     if _of_batch_norms(weights, model):
         raise InputError(
             "these are weights of a batch-norm network: create_model(..., pretrained=True, pretrained_cfg_overlay="
-            "{'file': FILE}) carries them over, as --pretrained --pretrained-path FILE of timm's scripts does"
+            "{'file': FILE}) transfers them, as --pretrained --pretrained-path FILE of timm's scripts does"
         )
     _check_fusion(weights, model)
-    if _seen_batches(weights):
+    if _batches_seen(weights):
         share_notices(model).uncalibrated = False
 
 
-def _seen_batches(state_dict: StateDict) -> int | None:
-    """The most training batches that a whitening layer has seen; None where there are no counters of such layers."""
-    layers = [key.removesuffix("running_deconv") for key in state_dict if key.endswith("running_deconv")]
-    counters = [
-        state_dict[f"{layer}num_batches_tracked"] for layer in layers if f"{layer}num_batches_tracked" in state_dict
-    ]
-    return max((int(counter) for counter in counters if not counter.is_meta), default=None)
+def _batches_seen(state_dict: StateDict) -> int | None:
+    """Return the most training batches that a whitening layer has seen; None where no such layer has a counter."""
+    layers = (key.removesuffix("running_deconv") for key in state_dict if key.endswith("running_deconv"))
+    counters = (state_dict.get(f"{layer}num_batches_tracked") for layer in layers)
+    return max((int(counter) for counter in counters if counter is not None and not counter.is_meta), default=None)
 
 
 # Batch-norm weights
 
 
-def batch_norm_filter(
-    model_cls: Callable[..., nn.Module],
-    arguments: Mapping[str, Any],
-    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
-) -> Callable[[StateDict, nn.Module], StateDict]:
-    """The filter of a batch-norm network: tensors by other names than its own are taken by their order.
-
-    So the network reads the files that its deconvolution form reads, and refuses the same.
-
-    Args:
-        model_cls: builds the network.
-        arguments: what it is built with; read when weights are loaded.
-        filter_fn: applied to weights by the network's names.
-    """
-
-    def filter_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
-        follow_saved(model, arguments_of_weights(model))
-        if not model.state_dict().keys() & state_dict.keys():
-            state_dict = _named_as(state_dict, model, model_cls, arguments)
-        weights = dict(state_dict) if filter_fn is None else filter_fn(dict(state_dict), model)
-        _check_fit(weights, model)
-        return weights
-
-    return filter_weights
-
-
-def _named_as(
-    state_dict: StateDict, model: Any, model_cls: Callable[..., nn.Module], arguments: Mapping[str, Any]
-) -> StateDict:
-    """The tensors by the names of a network of as many channels and classes as their description says."""
-    cfg = model.pretrained_cfg
-    described = {"num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]}
-    options = {key: value for key, value in arguments.items() if key != "global_pool"} | described
-    with torch.device("meta"):
-        expected = model_cls(**options).state_dict()
-    try:
-        return named_by_order(state_dict, expected)
-    except InputError as error:
-        raise InputError(
-            f"these weights do not fit {cfg['architecture']}: no name is known, and by order {error}"
-        ) from None
-
-
 def _of_batch_norms(state_dict: StateDict, model: nn.Module) -> bool:
-    """Whether there are running variances that the model does not have and that are not channel whitening's."""
+    """Return whether there are running variances that the model lacks and that are not channel whitening's."""
     known = model.state_dict()
     variances = (key for key in state_dict if key.endswith(".running_var") and key not in known)
     return any(f"{key.removesuffix('var')}mean1" not in state_dict for key in variances)
 
 
-def _carried_over(
+def _transferred(
     state_dict: StateDict, model: Any, source: str, arguments: Mapping[str, Any], keep_affine: bool
 ) -> StateDict:
-    """The state dict of the batch-norm network with these weights after `transfer`, fused if the model is."""
+    """Return the state dict of the batch-norm network with these weights after `transfer`, fused if the model is."""
     cfg = model.pretrained_cfg
     tag = (cfg.get("tag") or "").removeprefix(TAG_PREFIX)
     options = {**arguments, "in_chans": cfg["input_size"][0]}
@@ -174,31 +146,30 @@ def _carried_over(
         with torch.device("cpu"):
             return model_entrypoint(source)(pretrained=bool(weights), **settings)
 
-    size = cfg["num_classes"]
-    if _replaces_classifier(model, cfg) and _has_no_classifier(state_dict, build(size, {}), cfg):
-        size = 0
-    network = by_name_or_order(partial(build, size), state_dict, source)
+    network = by_name_or_order(partial(build, _classes(state_dict, model, build)), state_dict, source)
     transfer(network, model.deconv_policy, keep_affine=keep_affine, family=DeconvPolicy())
     if not is_whitened(model):
         fuse_in_place(network)
     return network.state_dict()
 
 
-def _replaces_classifier(model: nn.Module, cfg: Mapping[str, Any]) -> bool:
-    """Whether the model has none of the classifier that its weights have: another one, or no classifier at all."""
-    classifier = tuple(f"{name}." for name in _names(cfg, "classifier"))
-    other = getattr(model, "num_classes", None) != cfg["num_classes"]
-    return other or not any(key.startswith(classifier) for key in model.state_dict())
+def _classes(state_dict: StateDict, model: Any, build: Callable[[int, StateDict], nn.Module]) -> int:
+    """Return how many classes the network of these weights has: 0 where they lack a classifier that the model replaces.
 
-
-def _has_no_classifier(state_dict: StateDict, network: nn.Module, cfg: Mapping[str, Any]) -> bool:
-    """Whether so many tensors are missing as the network's classifier has; then all the others are there, or none."""
+    They lack it where as many tensors are missing as it has; then all others are there, or none fits.
+    """
+    cfg = model.pretrained_cfg
+    described: int = cfg["num_classes"]
     classifier = tuple(f"{name}." for name in _names(cfg, "classifier"))
-    return len(state_dict) == sum(not key.startswith(classifier) for key in network.state_dict())
+    replaced = getattr(model, "num_classes", None) != described
+    if not replaced and any(key.startswith(classifier) for key in model.state_dict()):
+        return described
+    others = sum(not key.startswith(classifier) for key in build(described, {}).state_dict())
+    return 0 if len(state_dict) == others else described
 
 
 def by_name_or_order(build: Callable[[StateDict], nn.Module], state_dict: StateDict, source: str) -> nn.Module:
-    """A timm network with the weights of a file: by the names of its tensors, as timm reads them, else by their order.
+    """Build a timm network with a file's weights: by the names of the tensors, as timm reads them, else by their order.
 
     Args:
         build: (state dict) -> the network as timm loads it; of an empty one, without weights.
@@ -210,35 +181,44 @@ def by_name_or_order(build: Callable[[StateDict], nn.Module], state_dict: StateD
     """
     expected = build({}).state_dict()
     translated = hasattr(sys.modules[model_entrypoint(get_arch_name(source)).__module__], "checkpoint_filter_fn")
-    wrong = [] if translated else _missing_or_unknown(state_dict, expected)  # some families load what there is
-    try:
-        if not wrong:
+    reason = "" if translated else _missing_or_unexpected(state_dict, expected)  # some families load what there is
+    if not reason:
+        try:
             return build(state_dict)
-        reason = "; ".join(wrong)
-    except Exception as error:  # of timm's filters too, which expect the keys of their own files
-        reason = str(error)
+        except Exception as error:  # of timm's filters too, which expect the keys of their own files
+            reason = str(error)
     try:
-        named = named_by_order(state_dict, expected)
+        remapped = remap_by_order(state_dict, expected)
     except InputError as error:
         reason = reason if expected.keys() & state_dict.keys() else f"no name is known, and by order {error}"
         reason = textwrap.shorten(reason, 300, placeholder=" ...")
         raise InputError(f"these batch-norm weights do not fit {source}: {reason}") from None
-    return build(named)
+    return build(remapped)
 
 
-def _missing_or_unknown(state_dict: StateDict, expected: StateDict) -> list[str]:
-    """What names are missing and what are not known; counters of batches and auxiliary heads may be either."""
+def _missing_or_unexpected(state_dict: StateDict, expected: StateDict) -> str:
     optional = re.compile(rf"num_batches_tracked$|(^|\.){AUXILIARY}|^AuxLogits\.")
     named = {"missing": expected.keys() - state_dict.keys(), "unexpected": state_dict.keys() - expected.keys()}
-    return [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, found in named.items()
-        if (keys := sorted(key for key in found if not optional.search(key)))
-    ]
+    return _listed({what: [key for key in keys if not optional.search(key)] for what, keys in named.items()})
+
+
+def _remapped(state_dict: StateDict, model: Any, model_cls: type[nn.Module], arguments: Mapping[str, Any]) -> StateDict:
+    """Return the tensors by the names of a network of as many channels and classes as their description says."""
+    cfg = model.pretrained_cfg
+    described = {"num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]}
+    options = {key: value for key, value in arguments.items() if key != "global_pool"} | described
+    with torch.device("meta"):
+        expected = model_cls(**options).state_dict()
+    try:
+        return remap_by_order(state_dict, expected)
+    except InputError as error:
+        raise InputError(
+            f"these weights do not fit {cfg['architecture']}: no name is known, and by order {error}"
+        ) from None
 
 
 def _add_missing_biases(state_dict: StateDict, model: nn.Module) -> None:
-    """A layer that the policy leaves plain has a bias once a batch norm was folded into it."""
+    """Give biases to layers that the policy leaves plain and that took a batch norm in."""
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None and f"{name}.bias" in state_dict and module._parameters.get("bias", weight) is None:
@@ -260,23 +240,18 @@ def _optional(key: str) -> bool:
     return key.endswith(STATISTICS) and not key.endswith(NEEDED)
 
 
-def _fitted(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
-    """Without the statistics of layers that the model does not have, and without auxiliary heads that do not fit it."""
+def _fitting_statistics(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
+    """Leave out statistics of layers that the model lacks, and fold those of layers of other input channels."""
     for name, layer in model.named_modules():
         mean = state_dict.get(f"{name}.running_mean")
         if isinstance(layer, Deconv2d) and mean is not None and mean.shape != layer.running_mean.shape:
             state_dict = {**state_dict, **_refolded(name, layer, state_dict)}
     known = model.state_dict()
-    return {
-        key: value
-        for key, value in state_dict.items()
-        if (key in known or not key.endswith(STATISTICS))
-        and (not key.startswith(AUXILIARY) or (key in known and known[key].shape == value.shape))
-    }
+    return {key: value for key, value in state_dict.items() if key in known or not key.endswith(STATISTICS)}
 
 
 def _refolded(name: str, layer: Deconv2d, state_dict: StateDict) -> dict[str, Tensor]:
-    """The folded weight of a layer of other input channels, and the statistics that the model's layer starts with."""
+    """Return the folded weight of a layer of other input channels, and the statistics that the model's starts with."""
     weight = state_dict[f"{name}.weight"]
     source = Deconv2d(
         weight.shape[1] * layer.groups, layer.out_channels, layer.kernel_size, groups=layer.groups, cfg=layer.cfg
@@ -288,28 +263,42 @@ def _refolded(name: str, layer: Deconv2d, state_dict: StateDict) -> dict[str, Te
     return {f"{prefix}weight": folded, f"{prefix}bias": bias, **fresh}
 
 
+# Both
+
+
+def _fitting_heads(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
+    """Leave out auxiliary heads that the model lacks, or has for other classes."""
+    known = model.state_dict()
+    fits = {key for key, value in state_dict.items() if key in known and known[key].shape == value.shape}
+    return {key: value for key, value in state_dict.items() if not key.startswith(AUXILIARY) or key in fits}
+
+
 def _check_fit(state_dict: StateDict, model: Any) -> None:
-    """One line on what does not fit, before timm's own of many; what timm adapts is left to it."""
+    """Say in one line what does not fit, before timm does so in many; what timm adapts is left to it."""
     cfg, known = model.pretrained_cfg, model.state_dict()
-    adapted = tuple(f"{name}.weight" for name in _names(cfg, "first_conv"))
+    adapted = {f"{name}.weight" for name in _names(cfg, "first_conv")}
     replaced: tuple[str, ...] = ()
     if getattr(model, "num_classes", None) != cfg.get("num_classes"):
         replaced = (AUXILIARY, *(f"{name}." for name in _names(cfg, "classifier")))
+    shared = known.keys() & state_dict.keys() - adapted
     wrong = {
         "missing": known.keys() - state_dict.keys(),
         "unexpected": state_dict.keys() - known.keys(),
-        "of another shape": {
-            key for key in known.keys() & state_dict.keys() - set(adapted) if known[key].shape != state_dict[key].shape
-        },
+        "of another shape": {key for key in shared if known[key].shape != state_dict[key].shape},
     }
-    parts = []
-    for what, keys in wrong.items():
-        if named := sorted(key for key in keys if not key.startswith(replaced) and not _optional(key)):
-            shown = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
-            parts.append(f"{len(named)} {what} ({shown})")
-    if parts:
+    kept = {what: [k for k in keys if not k.startswith(replaced) and not _optional(k)] for what, keys in wrong.items()}
+    if listed := _listed(kept):
         name = cfg.get("architecture") or type(model).__name__
-        raise InputError(f"these weights do not fit {name}: {'; '.join(parts)}; load them into the network they are of")
+        raise InputError(f"these weights do not fit {name}: {listed}; load them into the network they are of")
+
+
+def _listed(keys: Mapping[str, Collection[str]]) -> str:
+    """Name some of the keys of each kind, as in '2 missing (a, b); 1 unexpected (c)'; '' where there are none."""
+    return "; ".join(
+        f"{len(found)} {what} ({', '.join(sorted(found)[:3])}{', ...' if len(found) > 3 else ''})"
+        for what, found in keys.items()
+        if found
+    )
 
 
 def _names(cfg: Mapping[str, Any], key: str) -> tuple[str, ...]:

@@ -1,20 +1,21 @@
 #!/usr/bin/env python
-"""Makes a deconvolution network of a batch-norm one, its weights carried over: model.safetensors and config.json.
+"""Transfers a batch-norm network and its weights to a deconvolution network: model.safetensors and config.json.
 
-    python scripts/convert.py resnet18.a1_in1k converted/resnet18 --calibrate DATA_DIR
-    python scripts/convert.py regnety_008 converted/regnety_008 --checkpoint mine.safetensors --num-classes 10 --fuse
+    python scripts/transfer.py resnet18.a1_in1k transferred/resnet18 --calibrate DATA_DIR
+    python scripts/transfer.py regnety_008 transferred/regnety_008 --checkpoint my.safetensors --num-classes 10 --fuse
 
-timm.create_model('local-dir:converted/resnet18', pretrained=True) loads it, once timm_deconv is imported.
+timm.create_model('local-dir:transferred/resnet18', pretrained=True) loads it, once timm_deconv is imported.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from timm_deconv.convert import calibrate, fuse
 from timm_deconv.data.calibration import calibration_loader
 from timm_deconv.errors import InputError, one_line_errors
-from timm_deconv.models.carry_over import carry_over
+from timm_deconv.models.pretrained import create_transferred
 from timm_deconv.models.weights import save_network
 
 
@@ -33,18 +34,25 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def policy_from(text: str | None) -> Any:
+    try:
+        return json.loads(text) if text and text.startswith("{") else text
+    except json.JSONDecodeError as error:
+        raise InputError(f"policy {text!r} is not JSON: {error}") from None
+
+
 def main() -> None:
     args = parse()
     with one_line_errors():
         if args.output.exists() and any(args.output.iterdir()):
             raise InputError(f"{args.output} is not empty: name a new folder")
-        options: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
-        model = carry_over(
-            args.network, args.checkpoint, policy=args.policy, keep_affine=args.keep_affine, **options
+        classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
+        policy = policy_from(args.policy)
+        model = create_transferred(
+            args.network, args.checkpoint, policy=policy, keep_affine=args.keep_affine, **classes
         ).eval()
         if args.calibrate:
-            images = calibration_loader(model, args.calibrate, images=args.images, image_size=args.image_size)
-            calibrate(model, images)
+            calibrate(model, calibration_loader(model, args.calibrate, images=args.images, image_size=args.image_size))
         save_network(fuse(model) if args.fuse else model, args.output)
         print(f"{args.output}: load it by timm.create_model('local-dir:{args.output}', pretrained=True)")
 

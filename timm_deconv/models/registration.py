@@ -1,0 +1,319 @@
+"""Registration with timm: `register_family` for networks of this package, `register_deconv` for networks of timm.
+
+Both make `<name>_deconv`. timm (or the family's class) builds the batch-norm network, the converter changes its layers,
+and timm's builder goes on with weights and feature extraction as for any of its own models.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_module
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    model_entrypoint,
+    register_model,
+)
+from torch import nn
+
+from timm_deconv.convert import DeconvPolicy, convert_deconv_model
+from timm_deconv.convert.policy import SMALL_BATCH_DEFAULTS, as_saved
+from timm_deconv.convert.surgery import fuse_in_place
+from timm_deconv.errors import InputError
+from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame, DeconvLinear
+from timm_deconv.layers.notices import share_notices
+
+from .checkpoints import batch_norm_filter, checkpoint_filter, refuse_other_forms
+from .weights import TAG_PREFIX, packaged_weights
+
+__all__ = [
+    "CIFAR_POLICY",
+    "IMAGENET_POLICY",
+    "build_deconv",
+    "cifar_cfg",
+    "default_cfg",
+    "frozen_stem",
+    "list_models",
+    "register_deconv",
+    "register_family",
+    "when_transferred",
+]
+
+for _layer in (Deconv2d, Deconv2dSame, DeconvLinear, ChannelDeconv, Conv2dSame):
+    register_notrace_module(_layer)
+
+FamilyPolicy = DeconvPolicy | Callable[[nn.Module], DeconvPolicy]
+"""What the preset 'paper' means for a family; made from the batch-norm network where it depends on its channels."""
+
+CIFAR_POLICY = DeconvPolicy(roles={"classifier": {"block": 512}})
+"""32x32 networks of the paper's Table 1: published behaviour throughout."""
+
+IMAGENET_POLICY = SMALL_BATCH_DEFAULTS
+"""ImageNet networks, as converted ones: layers that see fewer rows than features are kept in bounds. Where nothing is
+published at this scale, a family's networks take the exceptions of its 32x32 network."""
+
+
+def frozen_stem(policy: DeconvPolicy, n_iter: int) -> DeconvPolicy:
+    """Return the policy with a first layer that freezes after 101 forwards and takes `n_iter` steps."""
+    return DeconvPolicy(roles={"stem": {"freeze": True, "n_iter": n_iter}}).over(policy)
+
+
+def cifar_cfg(**differences: Any) -> dict[str, Any]:
+    """Return the default_cfg of a 32x32 network; `differences` are fields of `timm.models.PretrainedCfg`."""
+    shared = {
+        "input_size": (3, 32, 32),
+        "pool_size": (4, 4),
+        "num_classes": 10,
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2023, 0.1994, 0.2010),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+    }
+    return {**shared, **differences}
+
+
+# Tables to entry points
+
+_deconv_names: list[str] = []
+
+
+def list_models() -> list[str]:
+    """Return the names of all registered deconvolution networks, sorted."""
+    return sorted(_deconv_names)
+
+
+def register_family(
+    module: str,
+    model_cls: type[nn.Module],
+    table: Mapping[str, Mapping[str, Any]],
+    policy: FamilyPolicy,
+    *,
+    cfg: Mapping[str, Any],
+    feature_cfg: Mapping[str, Any] = {"flatten_sequential": True},
+    in_place: bool = False,
+) -> None:
+    """Register batch-norm networks of this package and the deconvolution form `<name>_deconv` of each.
+
+    Args:
+        module: `__name__` of the family's module, which gets the entry points and `default_cfgs`.
+        model_cls: builds a network from a row's arguments and the user's.
+        table: model name -> constructor arguments that make it.
+        policy: what the preset 'paper' means for the deconvolution forms.
+        cfg: the networks' default_cfg.
+        feature_cfg: how `features_only=True` works, as in timm's builder; by default as for a `StagedNet` of five
+            levels.
+        in_place: every norm stands directly behind a convolution; see `convert_deconv_model`.
+    """
+    _add_default_cfgs(module, {name: cfg for name in table})
+    for name, arguments in table.items():
+        _publish(module, name, _batch_norm_entry_point(name, model_cls, arguments, feature_cfg))
+    register_deconv(module, table, policy, feature_cfg=feature_cfg, in_place=in_place)
+
+
+def register_deconv(
+    module: str,
+    sources: Iterable[str],
+    policy: FamilyPolicy,
+    *,
+    feature_cfg: Mapping[str, Any] | None = None,
+    in_place: bool = False,
+) -> None:
+    """Register `<source>_deconv` (without a `_bn` of the source's name) for batch-norm networks that timm knows.
+
+    Args:
+        module: `__name__` of the family's module, which gets the entry points and `default_cfgs`.
+        sources: names of the batch-norm networks.
+        policy: what the preset 'paper' means for them.
+        feature_cfg: how `features_only=True` works, as in timm's builder.
+        in_place: every norm stands directly behind a convolution; see `convert_deconv_model`.
+    """
+    names = {source: f"{source.removesuffix('_bn')}_deconv" for source in sources}
+    _add_default_cfgs(module, {key: cfg for source, name in names.items() for key, cfg in _deconv_cfgs(name, source)})
+    for source, name in names.items():
+        _publish(module, name, _deconv_entry_point(name, source, policy, feature_cfg or {}, in_place))
+    _deconv_names.extend(names.values())
+
+
+def _add_default_cfgs(module: str, cfgs: Mapping[str, Mapping[str, Any]]) -> None:
+    namespace = sys.modules[module]
+    namespace.default_cfgs = {**getattr(namespace, "default_cfgs", {}), **generate_default_cfgs(cfgs)}  # type: ignore[attr-defined]
+
+
+def _publish(module: str, name: str, entry_point: Callable[..., nn.Module]) -> None:
+    """Register an entry point with timm as if it were written in the family's module."""
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__ = module
+    setattr(sys.modules[module], name, register_model(entry_point))
+
+
+def _batch_norm_entry_point(
+    name: str, model_cls: type[nn.Module], arguments: Mapping[str, Any], feature_cfg: Mapping[str, Any]
+) -> Callable[..., nn.Module]:
+    def entry_point(
+        pretrained: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        _check_counts(kwargs)
+        built_with: dict[str, Any] = {}
+
+        def build(**given: Any) -> nn.Module:
+            built_with.update(given)
+            return model_cls(**given)
+
+        with nullcontext() if device is None else torch.device(device):
+            model = build_model_with_cfg(
+                build,
+                name,
+                pretrained,
+                feature_cfg=dict(feature_cfg),
+                pretrained_filter_fn=batch_norm_filter(model_cls, built_with),
+                **{**arguments, **kwargs},
+            )
+        return model.to(dtype=dtype)
+
+    entry_point.__doc__ = f"{name}: batch-norm form; arguments as in `timm.create_model`."
+    return entry_point
+
+
+def _deconv_entry_point(
+    name: str, source: str, policy: FamilyPolicy, feature_cfg: Mapping[str, Any], in_place: bool
+) -> Callable[..., nn.Module]:
+    def entry_point(pretrained: bool = False, *, deconv: Any = None, fused: bool = False, **kwargs: Any) -> nn.Module:
+        requested = as_saved(deconv, kwargs.get("pretrained_model_args"))
+
+        def convert(model: nn.Module) -> None:
+            family = policy if isinstance(policy, DeconvPolicy) else policy(model)
+            convert_deconv_model(model, requested, family=family, in_place=in_place)
+
+        with packaged_weights(source, kwargs) if pretrained else nullcontext(kwargs) as options:
+            return build_deconv(name, source, convert, pretrained, fused=fused, feature_cfg=feature_cfg, **options)
+
+    entry_point.__doc__ = f"""Create {source} with every convolution and the classifier whitened and no batch norm.
+
+    `deconv` is a preset's name, a dictionary over a preset, or a `DeconvPolicy`; `fused=True` makes the plain network
+    that `timm_deconv.fuse` makes of it, for its weights; other arguments as in `timm.create_model`.
+
+    {_about_weights(source)}
+    """
+    return entry_point
+
+
+def build_deconv(
+    name: str,
+    source: str,
+    convert: Callable[[nn.Module], object],
+    pretrained: bool,
+    *,
+    feature_cfg: Mapping[str, Any],
+    fused: bool = False,
+    keep_affine: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build the deconvolution network `name` as timm's entry points do.
+
+    Args:
+        name: in timm's registry.
+        source: the batch-norm network that it is made from.
+        convert: turns a new batch-norm network into a deconvolution network, in place.
+        pretrained, feature_cfg: as in timm's builder.
+        fused: make the plain network that `timm_deconv.fuse` makes of it.
+        keep_affine: as in `transfer`, of batch-norm weights.
+        kwargs: other arguments of timm's builder and of `source`.
+
+    Raises:
+        InputError: `num_classes` or `in_chans` makes no sense, or the weights do not fit.
+    """
+    _check_counts(kwargs)
+    arguments: dict[str, Any] = {}
+
+    def build(**given: Any) -> nn.Module:
+        arguments.update(given)
+        model = model_entrypoint(source)(pretrained=False, **given)
+        convert(model)
+        if fused:
+            fuse_in_place(model)
+        model._model_args = dict(getattr(model, "own_arguments", {}))  # timm's factory adds the user's
+        refuse_other_forms(model)
+        return model
+
+    filter_fn = checkpoint_filter(source, arguments, keep_affine=keep_affine)
+    model = build_model_with_cfg(
+        build, name, pretrained, feature_cfg=dict(feature_cfg), pretrained_filter_fn=filter_fn, **kwargs
+    )
+    for action in _when_transferred if share_notices(model).uncalibrated else ():
+        action(model)
+    return model
+
+
+_when_transferred: list[Callable[[nn.Module], object]] = []
+
+
+def when_transferred(action: Callable[[nn.Module], object]) -> None:
+    """Let `action` be called with every network that is created with batch-norm weights, before its creator has it.
+
+    `python -m timm_deconv --calibrate` does so, as the script that it runs knows nothing of this package.
+    """
+    _when_transferred.append(action)
+
+
+def _check_counts(arguments: Mapping[str, Any]) -> None:
+    for name, least in (("num_classes", 0), ("in_chans", 1)):
+        value = arguments.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InputError(f"{name}={value!r}: it is a whole number, {least} at least")
+
+
+# Configurations and tags of the weights
+
+PRE_NORM_MODULES = ("densenet", "dpn", "resnetv2")
+"""Of timm: batch norms stand before the convolutions, behind sums and concatenations, and cannot be folded exactly."""
+
+POST_NORM_WEIGHTS = """Tags `.bn_*` are weights of the batch-norm network, each norm folded into the layer before it.
+    In evaluation the function is the batch-norm network's. Training whitens by its batches, and starts from another
+    function unless `timm_deconv.calibrate(model, loader)` comes first, or the script is run by
+    `python -m timm_deconv --calibrate DATA SCRIPT.py`."""
+PRE_NORM_WEIGHTS = """The batch-norm network's weights have no tag here: its norms stand before the convolutions, and
+    those behind sums and concatenations cannot be folded exactly. `timm_deconv.transfer(network, keep_affine=True)`
+    transfers the weights and leaves such a norm's scale and shift in place."""
+
+_OF_THE_NAME = ("architecture", "tag")
+
+
+def default_cfg(source: str) -> dict[str, Any]:
+    """Return a registered network's default_cfg (input size, mean and so on) without its name and its weights."""
+    cfg = get_pretrained_cfg(source)
+    assert cfg is not None
+    left_out = ("url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "custom_load", *_OF_THE_NAME)
+    return {key: value for key, value in cfg.to_dict().items() if key not in left_out and value is not None}
+
+
+def _deconv_cfgs(name: str, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `name` with each tag of the source and where its weights are, or `name` alone where there are none."""
+    tagged = [cfg for cfg in get_arch_pretrained_cfgs(source).values() if cfg.tag and cfg.has_weights]
+    if _is_pre_norm(source) or not tagged:
+        yield name, default_cfg(source)
+        return
+    for cfg in tagged:  # the default first
+        kept = {key: value for key, value in cfg.to_dict().items() if key not in _OF_THE_NAME}
+        yield f"{name}.{TAG_PREFIX}{cfg.tag}", kept
+
+
+def _is_pre_norm(source: str) -> bool:
+    package, _, module = model_entrypoint(source).__module__.rpartition(".")
+    return package == "timm.models" and module in PRE_NORM_MODULES
+
+
+def _about_weights(source: str) -> str:
+    if _is_pre_norm(source):
+        return PRE_NORM_WEIGHTS
+    return POST_NORM_WEIGHTS if any(cfg.has_weights for cfg in get_arch_pretrained_cfgs(source).values()) else ""
