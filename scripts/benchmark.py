@@ -8,52 +8,43 @@
     python scripts/benchmark.py memory --batch 32                             peak memory of a training step
     python scripts/benchmark.py profile --network resnet18_cifar              operations of a training step
     python scripts/benchmark.py scaling --axis batch --values 16 32 64        share of whitening, with a picture
+    python scripts/benchmark.py transfer --data-dir PHOTOGRAPHS               a pretrained network whitened, its answers
+    python scripts/benchmark.py convert --networks 'regnet*'                  every batch-norm network of timm, checked
 
-Prints a table; the rows go to --output, and with --record to hub_configs/results of the checkout too.
+Prints a table; the rows go to --output, and with --record to hub_configs/results of the checkout too. `convert` passes
+over networks that the file has a row of, so that it goes on where it was stopped.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is part of a checkout, and not installed
 
-from timm_deconv.benchmark import plots, rows
-from timm_deconv.benchmark.tasks import OPTIONS, TASKS
-from timm_deconv.errors import one_line_errors
+from timm_deconv.errors import needs_extra, one_line_errors
+
+with one_line_errors(), needs_extra("benchmark"):
+    from benchmarks.tasks import OPTIONS, TASKS, run
 
 
 def parse() -> argparse.Namespace:
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
     for name, task in TASKS.items():
         options = tasks.add_parser(name, argument_default=argparse.SUPPRESS)
         for option in task.options.split():
             options.add_argument(f"--{option}", **OPTIONS[option])
-        options.add_argument("--quick", action="store_true", help="something small")
-        options.add_argument("--output", default=Path("output") / task.file, type=Path, help="CSV file to add rows to")
-        options.add_argument("--record", default=False, action="store_true", help="to the checkout's results too")
+        options.add_argument("--quick", action="store_true", default=False, help="something small")
+        options.add_argument("--output", default=None, type=Path, help=f"CSV file to add rows to; output/{task.file}")
+        options.add_argument("--record", action="store_true", default=False, help="to the checkout's results too")
     return parser.parse_args()
 
 
 def main() -> None:
     options = vars(parse())
-    name, output, record = (options.pop(key) for key in ("task", "output", "record"))
-    task = TASKS[name]
-    if threads := options.pop("threads", None):
-        torch.set_num_threads(threads)
+    name, quick, output, record = (options.pop(key) for key in ("task", "quick", "output", "record"))
     with one_line_errors():
-        settings = task.settings(**((task.quick if options.pop("quick", False) else {}) | options))
-        files = rows.result_files(output, record, task.file)  # first, so that nothing is measured in vain
-        if name == "scaling":
-            plots.need_matplotlib()
-        measured = task.measure(settings)
-        rows.add_rows(files, task.columns, measured)
-        print(rows.table(measured, task.shown), task.summary(measured), sep="\n")
-        if name == "scaling":
-            picture = output.with_name(f"{output.stem}_{settings.axis}.png")
-            plots.share_picture(measured, picture)
-            print(f"picture: {picture}")
+        run(name, options, quick=quick, output=output, record=record)
 
 
 if __name__ == "__main__":

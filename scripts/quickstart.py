@@ -12,10 +12,12 @@ import timm.data
 import torch
 
 from timm_deconv.data import Digits
-from timm_deconv.errors import one_line_errors
-from timm_deconv.training import load_recipe
-from timm_deconv.training.checkpoint import read_curve
-from timm_deconv.training.loop import train
+from timm_deconv.errors import needs_extra, one_line_errors
+
+with one_line_errors(), needs_extra("train"):
+    from timm_deconv.training import load_recipe
+    from timm_deconv.training.checkpoint import read_curve
+    from timm_deconv.training.loop import train
 
 
 def train_twins(output_dir: Path, settings: list[str]) -> Path:

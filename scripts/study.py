@@ -7,19 +7,21 @@
     study.py finetune mobilenetv2_100 --rates rates.png --output finetune.csv
 
 A variant is `twin` (batch norm), `iterative` (iterative normalisation) or a preset, and settings as of train.py, those
-of the whitening as deconv.key=value. Rows go to --output, and with --record to hub_configs/results of the checkout too;
-runs that have rows there are not done again. --picture trains nothing: it times steps and draws what there is;
---rates draws all rows of a file, without training either. Going on from weights is recorded in finetune.csv, from the
-beginning in study.csv.
+of the whitening as deconv.key=value. Rows go to --output, and with --record to hub_configs/results of the checkout too:
+finetune.csv for runs from weights, else study.csv. A run that has rows there is not done again. With --picture or
+--rates nothing is trained: rows are drawn, against steps that are timed now or against the rate.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from timm_deconv.benchmark import plots, rows, study
-from timm_deconv.benchmark.step import StepSettings
-from timm_deconv.errors import one_line_errors
-from timm_deconv.training import load_recipe
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is part of a checkout, and not installed
+
+from timm_deconv.errors import needs_extra, one_line_errors
+
+with one_line_errors(), needs_extra("benchmark"):
+    from benchmarks import plots, study
 
 
 def parse() -> argparse.Namespace:
@@ -42,25 +44,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     with one_line_errors():
-        arguments = {} if args.width is None else {"width": args.width}
-        overrides = [*args.settings, *([f"data_dir={args.data_dir}"] if args.data_dir else [])]
-        recipe = load_recipe(args.recipe, overrides)
-        recipe = recipe.merged({"model_kwargs": recipe.model_kwargs | arguments})
+        recipe = study.study_recipe(args.recipe, args.settings, data_dir=args.data_dir, width=args.width)
         variants = [study.variant(text, args.network, recipe) for text in args.variants]
-        name = "finetune.csv" if recipe.pretrained or recipe.pretrained_path else "study.csv"
-        output = args.output or Path("output", name)
-        files = rows.result_files(output, args.record, name)
+        files = study.study_files(recipe, args.output, args.record)
         if args.rates:
             plots.rates_picture(study.rate_rows(files[-1]), args.rates)
-            return
-        if args.picture is None:
-            study.study(variants, args.seeds, output.parent / "runs", files)
-            return
-        plots.need_matplotlib()
-        measured = study.pareto_rows(files[-1], variants, StepSettings(batch=recipe.batch_size, rounds=args.rounds))
-        rows.add_rows([file.with_name("study_pareto.csv") for file in files], study.PARETO_COLUMNS, measured)
-        print(rows.table(measured, study.SHOWN))
-        plots.pareto_picture(measured, args.picture)
+        elif args.picture:
+            study.compare_with_steps(files, variants, args.picture, batch=recipe.batch_size, rounds=args.rounds)
+        else:
+            study.train_variants(variants, args.seeds, files[0].parent / "runs", files)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ Settings of the recipe are changed by key=value: epochs=5 lr=0.05 model_kwargs.d
 import argparse
 from pathlib import Path
 
-from timm_deconv.errors import one_line_errors
-from timm_deconv.training import Recipe, load_recipe
-from timm_deconv.training.loop import train
-from timm_deconv.training.recipe import parse_settings
+from timm_deconv.errors import needs_extra, one_line_errors
+
+with one_line_errors(), needs_extra("train"):
+    from timm_deconv.training import Recipe, load_recipe
+    from timm_deconv.training.loop import train
+    from timm_deconv.training.recipe import parse_settings
 
 
 def parse() -> argparse.Namespace:

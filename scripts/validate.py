@@ -7,10 +7,12 @@ Preprocessing is always that of the weights; key=value changes it.
 
 import argparse
 
-from timm_deconv.errors import one_line_errors
-from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
-from timm_deconv.training.loop import create_accelerator
-from timm_deconv.training.recipe import parse_settings
+from timm_deconv.errors import needs_extra, one_line_errors
+
+with one_line_errors(), needs_extra("train"):
+    from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
+    from timm_deconv.training.loop import create_accelerator
+    from timm_deconv.training.recipe import parse_settings
 
 
 def parse() -> argparse.Namespace:

@@ -36,3 +36,19 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (InputError, NonFiniteError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Say which extra of the package installs an import that is missing; optional imports stand in this context.
+
+    Raises:
+        InputError: a package is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "timm_deconv", "benchmarks"):
+            raise
+        raise InputError(f"{package} is not installed; pip install 'timm-deconv[{extra}]'") from None

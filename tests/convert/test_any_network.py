@@ -315,6 +315,6 @@ def test_a_base_that_cannot_be_is_named(base: str | None, message: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobileone_s0", "tf_mobilenetv3_small_minimal_100", "ghostnet_050"])
 def test_networks_pass_every_check_of_the_table(name: str) -> None:
-    from timm_deconv.benchmark.conversion import check_network
+    from benchmarks.conversion import check_network
 
     assert check_network(name).outcome == "pass"

@@ -141,7 +141,7 @@ TINY = ["--width", 0.125, "--batch", 4, "--memory-formats", "channels_last"]
     ],
 )
 def test_benchmark_prints_and_records_rows(monkeypatch, tmp_path, capsys, task, arguments, said, rows):
-    monkeypatch.setattr("timm_deconv.benchmark.rows.checkout_configs", lambda: tmp_path / "hub_configs")
+    monkeypatch.setattr("benchmarks.rows.checkout_configs", lambda: tmp_path / "hub_configs")
     output = tmp_path / f"benchmark_{task}.csv"
     _run(monkeypatch, "benchmark.py", task, *arguments, "--output", output, "--record")
     assert said in capsys.readouterr().out

@@ -12,7 +12,8 @@ from timm_deconv.errors import InputError
 from timm_deconv.training import loop
 from timm_deconv.training.checkpoint import read_curve
 from timm_deconv.training.loop import create_accelerator, create_optimizer, create_scheduler, train
-from timm_deconv.training.tasks import Classification, create_model
+from timm_deconv.training.network import create_model
+from timm_deconv.training.tasks import Classification
 
 
 def _weights(folder):

@@ -14,10 +14,10 @@ __all__ = ["calibration_loader"]
 def calibration_loader(
     model: nn.Module, data: str, *, images: int = 1024, image_size: int | None = None, batch_size: int = 32
 ) -> DataLoader:
-    """Batches of (images, targets), normalised and cropped as `timm.data.resolve_data_config(model=model)` says.
+    """Create a loader of (images (B, C, H, W), targets (B,)), cropped and normalised as the network's settings say.
 
     Args:
-        model: a timm network.
+        model: a timm network; its settings are those of `timm.data.resolve_data_config`.
         data: folder or tar with a training part, or `digits`.
         images: how many, drawn at random (always the same ones).
         image_size: height and width, where the network is to be trained at others than its configuration says: the
@@ -31,7 +31,7 @@ def calibration_loader(
     channels = cfg["input_size"][0]
     if image_size is not None:
         cfg["input_size"] = (channels, image_size, image_size)
-    digits = data == "digits"
-    dataset: Any = create_dataset("digits" if digits else "", None if digits else data, "train", channels=channels)
+    name, root = ("digits", None) if data == "digits" else ("", data)
+    dataset: Any = create_dataset(name, root, "train", channels=channels)
     dataset.transform = timm.data.create_transform(**cfg, is_training=False)
     return DataLoader(chosen_images(dataset, min(images, len(dataset))), batch_size)

@@ -22,7 +22,7 @@ VALIDATION_NAMES = ("validation", "val", "valid", "test", "eval")
 class StrictImageDataset(timm.data.ImageDataset):
     """timm's data set of image files, which stops at an unreadable image.
 
-    timm puts the next image in its place, up to ten times, and logs a warning.
+    timm's own puts the next image in its place, up to ten times, and logs a warning.
 
     Raises:
         OSError: an image cannot be read or decoded; names its path and index.
@@ -50,7 +50,7 @@ class StrictImageDataset(timm.data.ImageDataset):
 def create_dataset(
     name: str, root: str | None = None, split: str = "train", *, download: bool = False, channels: int = 3
 ) -> Dataset:
-    """One split of a data set of (PIL image, class index).
+    """Create one split of a data set of (PIL image, class index).
 
     Args:
         name: `digits`; `torch/cifar10` or another of torchvision; `hfds/...`; or '' for folders and tars.
@@ -81,7 +81,7 @@ def create_dataset(
 
 
 def find_split(root: Path, split: str) -> Path | None:
-    """The folder or tar of a split in a data folder, or None; a root that is a tar is its own split."""
+    """Find the folder or tar of a split in a data folder, or None; a root that is a tar is its own split."""
     if root.suffix == ".tar":
         return root
     names = [split]
@@ -93,7 +93,7 @@ def find_split(root: Path, split: str) -> Path | None:
 
 
 def chosen_images(dataset: Dataset, images: int | None) -> Dataset:
-    """So many of a data set's images, drawn at random but always the same ones; None for all.
+    """Choose so many of a data set's images, at random but always the same ones; None for all.
 
     Raises:
         InputError: there are fewer, or none are asked for.
@@ -109,7 +109,7 @@ def chosen_images(dataset: Dataset, images: int | None) -> Dataset:
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
-    """The classes in the order of their indices, where the data set knows them."""
+    """List the classes in the order of their indices, where the data set knows them."""
     if isinstance(dataset, Digits):
         return [str(digit) for digit in range(10)]
     reader = getattr(dataset, "reader", None)

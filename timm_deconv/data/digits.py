@@ -5,11 +5,14 @@ order, every fifth image (the 1st, 6th, 11th, ...) is a test image: 1,433 for tr
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
+
+from timm_deconv.errors import needs_extra
 
 SIDE = 32
 TEST_EVERY = 5
@@ -39,8 +42,10 @@ class Digits(Dataset):
         return self.transform(image) if self.transform else image, int(self.targets[index])
 
 
+@cache
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # a second of imports that only this data set needs
+    with needs_extra("train"):
+        from sklearn.datasets import load_digits  # a second of imports that only this data set needs
 
     digits = load_digits()
     return digits.images, digits.target

@@ -25,7 +25,7 @@ def create_transform(
     crop_pct: float = 1.0,
     interpolation: str = "bilinear",
 ) -> Callable[[Any], Any]:
-    """PIL image -> uint8 tensor of input_size.
+    """Make the transform of a PIL image into a uint8 tensor of input_size.
 
     Args:
         input_size: channels, height, width.
@@ -36,19 +36,17 @@ def create_transform(
         crop_pct: side of the crop over side resized to, for `none`.
         interpolation: of resizing.
     """
-    mode = "RGB" if input_size[0] == 3 else "L"
-    steps: list[Callable[[Any], Any]] = [_Convert(mode)]
-    size = input_size[1:]
+    channels, *size = input_size
+    steps: list[Callable[[Any], Any]] = [_Convert("RGB" if channels == 3 else "L")]
     if augmentation == "pad_crop":
         steps += [
             transforms.RandomCrop(size, padding=crop_padding, pad_if_needed=True),
             transforms.RandomHorizontalFlip(hflip),
             MaybePILToTensor(),
         ]
-        return transforms.Compose(steps)
-    training = augmentation == "rrc"
-    steps.append(
-        timm.data.create_transform(
+    else:
+        training = augmentation == "rrc"
+        timms = timm.data.create_transform(
             input_size,
             is_training=training,
             use_prefetcher=True,
@@ -58,12 +56,12 @@ def create_transform(
             crop_pct=crop_pct,
             interpolation=interpolation,
         )
-    )
+        steps.append(timms)
     return transforms.Compose(steps)
 
 
 class _Convert:
-    """PIL image -> PIL image of the mode; a class, as workers must be able to pickle it."""
+    """PIL image to PIL image of a mode; a class, as workers must be able to pickle it."""
 
     def __init__(self, mode: str):
         self.mode = mode
@@ -81,9 +79,15 @@ def create_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """timm's loader of (uint8 images (B, C, H, W), class indices (B,)).
+    """Create timm's loader of (uint8 images (B, C, H, W), class indices (B,)).
 
-    In training the order is random and what does not fill a batch is left out.
+    Args:
+        dataset: of PIL images and class indices.
+        transform: of an image into a tensor; the data set keeps it.
+        batch_size: images a batch, over all processes.
+        training: draw in random order, and leave out what does not fill a batch.
+        workers: processes that load images; 0 loads in this one.
+        pin_memory: copy batches to memory from which a GPU reads without waiting.
 
     Raises:
         InputError: fewer training images than a batch.

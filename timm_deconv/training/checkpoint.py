@@ -21,8 +21,8 @@ from torch import nn
 from timm_deconv.errors import InputError
 from timm_deconv.models.weights import write_weights
 
-from .files import flush, remove, write_text, write_whole
-from .recipe import Recipe, parse_yaml
+from .atomic_io import flush, remove, write_text, write_whole
+from .recipe import Recipe, load_recipe
 
 # may differ between a run and its continuation
 FREE = {"name", "data_dir", "pretrained_path", "dataset_download", "workers", "log_interval"}
@@ -52,37 +52,40 @@ class RunFolder:
         self.recipe = recipe
 
     def check(self, resume: bool) -> None:
-        """Raises InputError where the folder holds another recipe's run, or this one's and `resume` is not set.
+        """Check that the run may write here. A run that ended before its first epoch did may begin with other settings.
 
-        A run that ended before its first epoch did may be begun anew with other settings.
+        Raises:
+            InputError: the folder holds another recipe's run, weights of unknown origin, or this run and `resume` is
+                not set.
         """
-        saved = self.path / "recipe.yaml"
+        saved, weights = self.path / "recipe.yaml", self.path / "model.safetensors"
         if not saved.exists():
             self._refuse_foreign_files()
-            return
-        if not self.states() and not (self.path / "model.safetensors").exists():
-            return
-        differing = _differences(Recipe.from_dict(parse_yaml(saved.read_text(), str(saved))), self.recipe)
-        if differing:
-            raise InputError(f"{self.path} holds a run of other settings ({differing}); choose another --output-dir")
-        if not resume:
-            raise InputError(f"{self.path} holds this run already; add --resume, or choose another --output-dir")
+        elif self.states() or weights.exists():
+            if differing := _differences(load_recipe(str(saved)), self.recipe):
+                raise InputError(
+                    f"{self.path} holds a run of other settings ({differing}); choose another --output-dir"
+                )
+            if not resume:
+                raise InputError(f"{self.path} holds this run already; add --resume, or choose another --output-dir")
 
     def open(self) -> None:
-        """Creates the folder, with the recipe in it."""
+        """Create the folder, with the recipe in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "recipe.yaml", self.recipe.yaml())
 
     def states(self) -> list[Path]:
-        """Whole states, the latest last."""
+        """List the whole states, the latest last."""
         return sorted((self.path / "state").glob("epoch-*"))
 
     def save(self, accelerator: Accelerator, model: nn.Module, ema: nn.Module | None, progress: Progress) -> None:
-        """Saves weights, curve and state of a finished epoch; all processes call it.
+        """Save weights, curve and state of a finished epoch; all processes call it.
 
         Args:
+            accelerator: holds what is needed to resume.
             model: the network whose weights are the result, not wrapped.
             ema: the averaged network where there is one.
+            progress: with the epoch counted.
 
         Raises:
             OSError: something could not be written, e.g. on a full disk. What was saved before is whole.
@@ -99,7 +102,7 @@ class RunFolder:
             raise OSError(f"epoch {progress.epoch} could not be saved in {self.path} ({cause}); {kept}") from error
 
     def load(self, accelerator: Accelerator, ema: nn.Module | None) -> Progress:
-        """Restores the latest whole state into what was prepared; a fresh Progress where there is none."""
+        """Restore the latest whole state into what was prepared; return a fresh Progress where there is none."""
         states = self.states()
         if not states:
             return Progress()
@@ -109,8 +112,7 @@ class RunFolder:
         return Progress(**json.loads((states[-1] / "progress.json").read_text()))
 
     def _export(self, model: nn.Module) -> None:
-        data = {"input_size": self.recipe.input_size, "mean": self.recipe.mean, "std": self.recipe.std}
-        data |= {"crop_pct": self.recipe.crop_pct, "interpolation": self.recipe.interpolation}
+        data = self.recipe.model_dump(include={"input_size", "mean", "std", "crop_pct", "interpolation"})
         write_whole(self.path / "config.json", lambda file: save_config_for_hf(model, str(file), data_config=data))
         write_whole(self.path / "model.safetensors", lambda file: write_weights(model, file))
 
@@ -148,7 +150,7 @@ class RunFolder:
 
 
 def read_curve(folder: str | Path) -> list[dict[str, str]]:
-    """The rows of a run's curve.csv, one an epoch."""
+    """Read the rows of a run's curve.csv, one an epoch."""
     with open(Path(folder) / "curve.csv", newline="") as file:
         return list(csv.DictReader(file))
 

@@ -25,13 +25,16 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.@-]*")
 
 
 def evaluate(task: Task, model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> dict[str, float]:
-    """The task's figures over all images, each counted once whatever the number of processes; `images` is their number.
+    """Return the task's figures over all images, each counted once whatever the number of processes, and `images`.
 
     Args:
         task: what to measure.
         model: not wrapped; put into evaluation.
         loader: prepared by the accelerator.
         accelerator: gathers from all processes.
+
+    Returns:
+        The named numbers of `Task.summarise`, and the number of images.
     """
     model.eval()
     total = torch.zeros(len(task.columns), device=accelerator.device, dtype=widest(accelerator.device))
@@ -45,7 +48,7 @@ def evaluate(task: Task, model: nn.Module, loader: DataLoader, accelerator: Acce
 
 
 def validate(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> dict[str, float]:
-    """`evaluate` on the recipe's evaluation images, with `images_per_second` (loading included).
+    """Evaluate a network on the recipe's images; return its figures and `images_per_second` (loading included).
 
     Raises:
         InputError: the data set cannot be found, or has other classes than the network.
@@ -59,7 +62,7 @@ def validate(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> dict
 
 
 def load_network(name: str) -> nn.Module:
-    """A network with its weights: the output folder of a run, a Hub id (`org/name`), or a name of `timm.list_models()`.
+    """Load a network with its weights, by the output folder of a run, a Hub id (`org/name`) or a name that timm knows.
 
     Raises:
         InputError: no such folder, name or repository (with the nearest names), or timm knows no weights for the name.
@@ -78,7 +81,7 @@ def load_network(name: str) -> nn.Module:
 
 
 def _hub_id(name: str) -> str:
-    """The name, if it can be no mistyped folder: of two parts, the first of which is no folder here."""
+    """Return the name if it can be no mistyped folder: it has two parts, the first of which is no folder here."""
     path = Path(name)
     if HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return name
@@ -102,7 +105,7 @@ def _load_from(name: str) -> nn.Module:
 def evaluation_recipe(
     name: str, model: nn.Module, recipe: str | None, settings: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """The recipe to evaluate with: the data set of the run or of the named recipe, the preprocessing of the weights.
+    """Return the recipe to evaluate with: the data set of the run or a named recipe, the preprocessing of the weights.
 
     Args:
         name: what `load_network` took; a folder's own recipe.yaml is used unless `recipe` is given.

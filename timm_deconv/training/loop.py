@@ -1,6 +1,7 @@
 """The training loop: accelerate's processes and precision, timm's optimisers and schedules, our checks and records."""
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, adaptive_clip_grad, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from timm_deconv.errors import InputError
 from timm_deconv.linalg import widest
@@ -28,12 +30,11 @@ from timm_deconv.models.weights import follow_saved, saved_arguments
 
 from . import results
 from .checkpoint import Progress, RunFolder
-from .display import Display
 from .evaluation import evaluate
-from .rates import with_layer_rates
+from .lr_scale import scaled_param_groups
+from .nan_guard import NanGuard
 from .recipe import Recipe
-from .tasks import Classification, Task
-from .watch import Watch
+from .tasks import Batch, Classification, Task
 
 
 def train(
@@ -45,7 +46,7 @@ def train(
     cpu: bool = False,
     task: Callable[[Recipe, torch.device], Task] = Classification,
 ) -> dict[str, object]:
-    """Trains a recipe into a folder; see `checkpoint` for what lies there afterwards.
+    """Train a recipe into a folder; see `checkpoint` for what lies there afterwards.
 
     Args:
         recipe: the settings.
@@ -72,7 +73,6 @@ def train(
     try:
         row = trainer.run(resume)
     finally:
-        trainer.display.end_epoch()
         accelerator.end_training()
     if record_to and accelerator.is_main_process:
         results.append_row(record_to, row, trainer.task.headline)
@@ -80,7 +80,7 @@ def train(
 
 
 def create_accelerator(recipe: Recipe, log_dir: Path | None = None, cpu: bool = False) -> Accelerator:
-    """accelerate, set up for whole-batch loaders that every process takes its share of.
+    """Set accelerate up for loaders of whole batches, of which every process takes its share.
 
     Args:
         recipe: precision, accumulation and seed.
@@ -123,46 +123,43 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, task: Task, folder: RunFolder, accelerator: Accelerator):
         self.recipe, self.task, self.folder, self.accelerator = recipe, task, folder, accelerator
-        self.display = Display(accelerator.is_main_process, recipe.epochs)
         self.progress = Progress()
-        network = task.create_model()
+        self.network = task.create_model()  # without what accelerate puts around it: processes, compilation
         with accelerator.main_process_first():  # which downloads
             train_loader, val_loader = task.create_loaders()
-        task.calibrate(network.to(accelerator.device))
-        optimizer = create_optimizer(network, recipe)
+        task.calibrate(self.network.to(accelerator.device))
+        optimizer = create_optimizer(self.network, recipe)
         self.scheduler = create_scheduler(optimizer, recipe, len(train_loader))
         with warnings.catch_warnings():
             # torch 2.14 renames an argument that older ones know by this name alone
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.model, self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(
-                network, optimizer, train_loader, val_loader
+                self.network, optimizer, train_loader, val_loader
             )
-        self.network = network  # without what accelerate puts around it: processes, compilation
-        self.ema = self._create_ema()
-        self.watch = Watch(self.network)
+        self.ema: ModelEmaV3 | None = None
+        if recipe.model_ema:
+            self.ema = ModelEmaV3(self.network, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+        self.averaged: nn.Module | None = None if self.ema is None else self.ema.module
+        self.result = self.network if self.averaged is None else self.averaged  # what is evaluated and saved
+        self.guard = NanGuard(self.network)
 
     def run(self, resume: bool) -> dict[str, object]:
-        """Trains to the last epoch and returns the result row."""
+        """Train to the last epoch and return the result row."""
         self._open(resume)
         while self.progress.epoch < self.recipe.epochs:
             self._epoch()
         return self._finish()
-
-    @property
-    def result(self) -> nn.Module:
-        """The network that is evaluated and saved."""
-        return self.ema.module if self.ema is not None else self.network
 
     def _open(self, resume: bool) -> None:
         if self.accelerator.is_main_process:
             self.folder.open()
         self.accelerator.wait_for_everyone()
         if resume:
-            for network in filter(None, (self.network, self._ema_network())):
+            for network in filter(None, (self.network, self.averaged)):
                 follow_saved(network, saved_arguments(self.folder.path))
-            self.progress = self.folder.load(self.accelerator, self._ema_network())
+            self.progress = self.folder.load(self.accelerator, self.averaged)
         if self.progress.epoch:
-            self.display.line(f"resumed after {self.progress.epoch} of {self.recipe.epochs} epochs")
+            self._say(f"resumed after {self.progress.epoch} of {self.recipe.epochs} epochs")
             self.scheduler.step_update(self.progress.step)
         self.accelerator.init_trackers("tensorboard")
 
@@ -170,43 +167,52 @@ class Trainer:
         started = time.perf_counter()
         training = self._train_epoch()
         training_seconds = time.perf_counter() - started
-        self.watch.finish()
-        average_buffers(self.accelerator, self.network)
-        if self.ema is not None:
-            average_buffers(self.accelerator, self.ema.module)
+        self.guard.finish()
+        for network in filter(None, (self.network, self.averaged)):
+            average_buffers(self.accelerator, network)
         validation = evaluate(self.task, self.result, self.val_loader, self.accelerator)
         self.progress.epoch += 1
         self.progress.training_seconds += training_seconds
         self.progress.seconds += time.perf_counter() - started
-        self._note(training, validation)
-        self.folder.save(self.accelerator, self.result, self._ema_network(), self.progress)
+        self._record_epoch(training, validation)
+        self.folder.save(self.accelerator, self.result, self.averaged, self.progress)
 
     def _train_epoch(self) -> dict[str, float]:
-        epoch = self.progress.epoch
+        epoch, device = self.progress.epoch, self.accelerator.device
         # order and augmentation depend on seed and epoch alone, so a resumed run continues as if it had never stopped
         random_seed((self.recipe.seed + 1_000_003 * (epoch + 1)) % 2**31, self.accelerator.process_index)
         self.train_loader.set_epoch(epoch)
         self.model.train()
-        self.display.start_epoch(epoch, len(self.train_loader) * self.recipe.batch_size)
-        device = self.accelerator.device
         total = torch.zeros(len(self.task.columns), device=device, dtype=widest(device))
         images = 0
-        for batch in self.train_loader:
-            figures = self._batch(batch)
-            total += figures.sum(0)
-            images += len(figures)
-            self.display.advance(len(figures) * self.accelerator.num_processes)
-            if self.accelerator.sync_gradients and self.progress.step % self.recipe.log_interval == 0:
-                self._log(total, images)
-        self.display.end_epoch()
+        with self._progress_bar() as bar:
+            for batch in bar:
+                figures = self._batch(batch)
+                total += figures.sum(0)
+                images += len(figures)
+                if self.accelerator.sync_gradients and self.progress.step % self.recipe.log_interval == 0:
+                    bar.set_postfix(self._log(total, images), refresh=False)
         total = self.accelerator.reduce(total, "sum")
         return dict(self.task.summarise(total, images * self.accelerator.num_processes))
 
-    def _batch(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _progress_bar(self) -> tqdm:
+        """Wrap the training loader in a bar of images, which the main process shows where there is a terminal."""
+        return tqdm(
+            self.train_loader,
+            desc=f"epoch {self.progress.epoch + 1}/{self.recipe.epochs}",
+            unit="img",
+            unit_scale=self.recipe.batch_size,
+            disable=None if self.accelerator.is_main_process else True,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def _batch(self, batch: Batch) -> Tensor:
+        """Make a forward and a backward pass, and an update where one is due; return the figures (B, columns)."""
         with self.accelerator.accumulate(self.model):
             loss, figures = self._loss(batch)
             place = f"epoch {self.progress.epoch + 1}, update {self.progress.step + 1}"
-            self.watch.step(loss, lambda: self.task.loss(self.network, batch), place)
+            self.guard.step(loss, lambda: self.task.loss(self.network, batch), place)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients and self.recipe.clip_grad is not None:
                 self._clip_gradient(self.recipe.clip_grad)
@@ -219,7 +225,7 @@ class Trainer:
                 self.ema.update(self.network, self.progress.step)
         return figures
 
-    def _loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         try:
             return self.task.loss(self.model, batch)
         except ValueError as error:
@@ -239,14 +245,15 @@ class Trainer:
         for group in self.optimizer.param_groups:  # the step is bounded, whatever a group's own rate
             adaptive_clip_grad(clipped.intersection(group["params"]), bound / group.get("lr_scale", 1.0))
 
-    def _log(self, total: Tensor, images: int) -> None:
-        figures = dict(self.task.summarise(total, images))
-        figures = {"loss": figures["loss"], self.task.headline: figures[self.task.headline]}
-        self.display.show(figures)
+    def _log(self, total: Tensor, images: int) -> dict[str, str]:
+        """Log loss and headline of the epoch so far; return them as the bar shows them."""
+        summary = self.task.summarise(total, images)
+        figures = {name: summary[name] for name in ("loss", self.task.headline)}
         values = {f"train/{name}": value for name, value in figures.items()}
         self.accelerator.log({**values, "lr": self.optimizer.param_groups[0]["lr"]}, step=self.progress.step)
+        return {name: f"{value:.4g}" for name, value in figures.items()}
 
-    def _note(self, training: dict[str, float], validation: dict[str, float]) -> None:
+    def _record_epoch(self, training: dict[str, float], validation: dict[str, float]) -> None:
         headline = self.task.headline
         row = {
             "epoch": self.progress.epoch,
@@ -258,11 +265,15 @@ class Trainer:
         self.progress.curve.append(row)
         values = {f"validation/{name}": value for name, value in validation.items()}
         self.accelerator.log(values, step=self.progress.step)
-        self.display.line(
+        self._say(
             f"epoch {row['epoch']}/{self.recipe.epochs}: loss {training['loss']:.4f}, {headline} in training "
             f"{training[headline]:.2f} %, in evaluation {validation[headline]:.2f} %, {self._speed():.0f} images/s, "
             f"{row['seconds']:.0f} s"
         )
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, file=sys.stderr, flush=True)
 
     def _speed(self) -> float:
         images = self.progress.epoch * len(self.train_loader) * self.recipe.batch_size
@@ -286,18 +297,10 @@ class Trainer:
             results.append_row(path, row, headline)
         return row
 
-    def _create_ema(self) -> ModelEmaV3 | None:
-        if not self.recipe.model_ema:
-            return None
-        return ModelEmaV3(self.network, decay=self.recipe.model_ema_decay, use_warmup=self.recipe.model_ema_warmup)
-
-    def _ema_network(self) -> nn.Module | None:
-        return self.ema.module if self.ema is not None else None
-
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """timm's optimiser of the recipe."""
-    groups = with_layer_rates(recipe.weight_decay, recipe.filter_bias_and_bn) if recipe.layer_rates else None
+    """Create timm's optimiser of the recipe."""
+    groups = scaled_param_groups(recipe.weight_decay, recipe.filter_bias_and_bn) if recipe.layer_rates else None
     return create_optimizer_v2(
         model,
         opt=recipe.opt,
@@ -310,7 +313,7 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, batches: int) -> Scheduler:
-    """timm's schedule of the recipe over all its updates, at its first value."""
+    """Create timm's schedule of the recipe over all its updates, at its first value, for so many batches an epoch."""
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.sched,
@@ -325,7 +328,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, batches: 
 
 
 def average_buffers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Makes floating-point buffers (running means, whiteners) the mean over all processes, as each saw other images."""
+    """Replace floating-point buffers (running means, whiteners) by their mean over processes: each saw other images."""
     if accelerator.num_processes == 1:
         return
     for buffer in model.buffers():

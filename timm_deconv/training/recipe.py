@@ -3,27 +3,27 @@
 The keys are timm's (`opt`, `sched`, `model_ema`, ...) where timm has them, and mean the same.
 """
 
-import copy
 import hashlib
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from timm.optim import list_optimizers
+from yaml import YAMLError
 
 from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.resources import recipe_files
 
 Triple = tuple[float, float, float]
-Rate = Field(ge=0, allow_inf_nan=False)
 
-# what tells two runs apart elsewhere (a result row has columns for them), or changes nothing that is learned
+# result rows have columns of their own for the first four; the others change nothing that is learned
 NOT_IN_HASH = {"name", "model", "model_kwargs", "seed", "data_dir", "dataset_download", "workers", "log_interval"}
-
 
 SGD = ("momentum", "sgd")
 OWN_KEYS = {"num_classes": "num_classes", "in_chans": "input_size", "pretrained": "pretrained"}
@@ -31,21 +31,21 @@ OWN_KEYS = {"num_classes": "num_classes", "in_chans": "input_size", "pretrained"
 
 
 class Recipe(BaseModel):
-    """Settings of one training run. Frozen; `recipe.model_copy(update=...)` is not checked, `merged` is.
+    """Settings of one training run, frozen; `merged` returns a changed copy.
 
     Attributes:
         name: the recipe's name, for the result row.
         model: a name of `timm.list_models()`.
         model_kwargs: handed to `timm.create_model`.
         pretrained: start from the weights that timm has for the model's name.
-        pretrained_path: start from the weights in this file or output folder; what trained a batch-norm network is
-            carried over into its deconvolution form. A classifier of another size starts anew.
-        calibration_images: of the training set, to whiten by before the first step, in a deconvolution network that
-            starts from such weights (see `timm_deconv.calibrate`); 0 starts from whitening by the identity.
+        pretrained_path: start from the weights in this file or output folder; those of a batch-norm network are
+            transferred into its deconvolution form. A classifier of another size starts anew.
+        calibration_images: training images by which a deconvolution network that starts from such weights is calibrated
+            before the first step (see `timm_deconv.calibrate`); 0 starts from whitening by the identity.
         head_init_scale: multiplies the classifier's weights and bias at the start; 0 lets it begin with equal scores.
         freeze_backbone: train the classifier alone; the statistics of norms and whiteners stay too (see
             `timm_deconv.freeze`).
-        freeze_bn: batch norms keep their statistics, scale and shift, as by `timm.utils.freeze_batch_norm_2d`.
+        freeze_bn: keep statistics, scale and shift of batch norms, as `timm.utils.freeze_batch_norm_2d` does.
         dataset: `digits` (embedded), `torch/cifar10` and others of torchvision, `hfds/...`, or '' for folders and tars.
         data_dir: where the data set lies or is downloaded to. A folder with train/ or train.tar is read as it is.
         train_split, val_split: as `timm.data.create_dataset` calls them.
@@ -67,7 +67,7 @@ class Recipe(BaseModel):
         opt: a name of `timm.optim.list_optimizers()`; `momentum` is SGD without Nesterov, `sgd` with.
         lr, momentum, weight_decay: of the optimiser.
         layer_rates: multiply the rate of each whitened layer by the mean squared norm of its rows at the start;
-            for going on from pretrained weights with SGD; the classifier's otherwise (see `rates.layer_rates`).
+            for going on from pretrained weights with SGD; the classifier's otherwise (see `lr_scale.layer_lr_scales`).
         filter_bias_and_bn: keep biases and other vectors out of weight decay. The published recipes decay everything.
         clip_grad: largest norm of the gradient, or what `clip_mode` makes of it; None leaves it.
         clip_mode: timm's: 'norm', 'value' (of every element), 'agc' (of every output's gradient, in norms of its
@@ -118,7 +118,7 @@ class Recipe(BaseModel):
     opt: str = "momentum"
     lr: float = Field(gt=0, allow_inf_nan=False)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Rate
+    weight_decay: float = Field(ge=0, allow_inf_nan=False)
     layer_rates: bool = False
     filter_bias_and_bn: bool = False
     clip_grad: float | None = Field(None, gt=0)
@@ -169,7 +169,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:
-        """A checked recipe.
+        """Return the recipe of these settings, checked.
 
         Raises:
             InputError: an unknown key (with the nearest known one), a missing one, or a value that makes no sense.
@@ -183,11 +183,11 @@ class Recipe(BaseModel):
             raise InputError(_one_line(error)) from None
 
     def merged(self, settings: dict[str, Any]) -> Self:
-        """This recipe with some settings replaced, checked again."""
+        """Return this recipe with some settings replaced, checked again as by `from_dict`."""
         return self.from_dict({**self.model_dump(), **settings})
 
     def hash(self) -> str:
-        """Eight hexadecimal digits that two runs share which differ in model, seed and machine only.
+        """Return eight hexadecimal digits, equal for runs that differ in model, seed and machine only.
 
         Settings at their defaults are left out, so that a new option does not change the hash of an old recipe.
         """
@@ -197,75 +197,73 @@ class Recipe(BaseModel):
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
     def yaml(self) -> str:
-        """All settings, defaults included, as `load_recipe` reads them."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+        """Return all settings, defaults included, as `load_recipe` reads them."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe by name or file, with settings replaced.
+    """Load a recipe by name or file, with settings replaced.
 
     Args:
         name: one of `hub_configs/recipes`, or the path of a YAML file.
-        overrides: `key=value`, the value in YAML; `model_kwargs.key=value` for one argument of the model.
+        overrides: see `parse_settings`.
 
     Raises:
-        InputError: no such recipe, or see `Recipe.from_dict`.
+        InputError: no such recipe, or see `parse_settings` and `Recipe.from_dict`.
     """
-    return Recipe.from_dict(parse_settings(overrides, _read(name)))
-
-
-def _read(name: str) -> dict[str, Any]:
     known = recipe_files()
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
             raise InputError(f"no recipe file {name}; a recipe of the package is named without .yaml")
-        text, stem = path.read_text(), path.stem
+        file, stem = Path(name), Path(name).stem
     elif name in known:
-        text, stem = known[name].read_text(), name
+        file, stem = known[name], name
     else:
         raise unknown_name("recipe", name, known)
-    settings = parse_yaml(text, name)
+    with _readable(name), file.open() as text:
+        settings = OmegaConf.to_container(OmegaConf.load(text))
     if not isinstance(settings, dict):
         raise InputError(f"recipe {name} is not a mapping of keys to values")
-    return {"name": stem, **settings}
+    return Recipe.from_dict(parse_settings(overrides, {"name": stem, **settings}))
 
 
 def parse_settings(overrides: Iterable[str], onto: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`key=value` texts as a dictionary, over the settings of `onto`; see `load_recipe`."""
-    settings = copy.deepcopy(onto or {})
+    """Return settings with `key=value` texts applied in turn.
+
+    Args:
+        overrides: the value is YAML and replaces what the key held; `model_kwargs.key=value` sets one argument of the
+            model, `mean[0]=value` one element.
+        onto: the settings to begin with; they are not changed.
+
+    Raises:
+        InputError: a text without `=`, a value that is not YAML, or a key below one that holds a single value.
+    """
+    config = OmegaConf.create(onto or {})
     for override in overrides:
-        key, sign, value = override.partition("=")
+        key, sign, text = override.partition("=")
         if not sign:
             raise InputError(f"{override!r} is not key=value")
-        *outer, last = key.split(".")
-        target = settings
-        for part in outer:
-            target = target.setdefault(part, {})
-            if not isinstance(target, dict):
-                raise InputError(f"{override!r}: {part} holds one value, not keys")
-        target[last] = parse_yaml(value, override)
-    return settings
+        for outer in accumulate(key.split(".")[:-1], "{}.{}".format):
+            held = OmegaConf.select(config, outer)
+            if held is not None and not OmegaConf.is_dict(held):
+                raise InputError(f"{override!r}: {outer} holds one value, not keys")
+        with _readable(override):
+            value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+            OmegaConf.update(config, key, value, merge=False)
+    return OmegaConf.to_container(config)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-3 is one, which YAML 1.1 takes for a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text; `where` names it in the error."""
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Name the file or text that is not YAML, in one line."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        yield
+    except (YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _one_line(error: ValidationError) -> str:
+    """Say what is wrong with the first of the keys at fault, and how many more there are."""
     first, *rest = error.errors()
     key = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and part in Recipe.model_fields)
     text = first["msg"].removeprefix("Value error, ")

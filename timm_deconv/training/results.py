@@ -19,7 +19,7 @@ from timm_deconv.errors import InputError
 from timm_deconv.models import list_models
 from timm_deconv.resources import checkout_configs
 
-from .files import lock
+from .atomic_io import lock
 from .recipe import Recipe
 
 COLUMNS = (
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def record_path(recipe: Recipe) -> Path:
-    """hub_configs/results/DATASET.csv of the checkout.
+    """Return hub_configs/results/DATASET.csv of the checkout.
 
     Raises:
         InputError: the package is installed, not a checkout.
@@ -41,12 +41,12 @@ def record_path(recipe: Recipe) -> Path:
 
 
 def dataset_name(recipe: Recipe) -> str:
-    """The data set in one word: cifar10 for torch/cifar10; the data folder's name where the recipe says '' only."""
+    """Name the data set in one word: cifar10 for torch/cifar10, the data folder's name where the recipe has no name."""
     return recipe.dataset.split("/")[-1] or Path(recipe.data_dir or "folder").resolve().name
 
 
 def describe_run(recipe: Recipe) -> dict[str, object]:
-    """The columns that are known before the run."""
+    """Return the columns that are known before the run."""
     return {
         "model": recipe.model,
         "model_kwargs": json.dumps(kwargs, sort_keys=True) if (kwargs := _model_kwargs(recipe)) else "",
@@ -63,14 +63,14 @@ def describe_run(recipe: Recipe) -> dict[str, object]:
 
 
 def _model_kwargs(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's, and in a network of this package the preset by name: a later default changes no old row."""
+    """Return the recipe's, in a network of this package with the preset by name: a later default changes no old row."""
     if recipe.model.split(".")[0] not in list_models():
         return recipe.model_kwargs
     return recipe.model_kwargs | {"deconv": resolve_policy(recipe.model_kwargs.get("deconv")).to_dict()}
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:
-    """Hardware, versions and the date."""
+    """Return the columns of hardware, versions and date."""
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "torch": torch.__version__,
@@ -81,12 +81,12 @@ def describe_machine(device: torch.device) -> dict[str, object]:
 
 
 def append_row(path: Path, row: Mapping[str, object], headline: str = "top1") -> None:
-    """Adds the row of a run to a CSV of COLUMNS, `headline` in place of top1; see `append_rows`."""
+    """Add the row of a run to a CSV of COLUMNS, `headline` in place of top1; see `append_rows`."""
     append_rows(path, [column.replace("top1", headline) for column in COLUMNS], [row])
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Adds rows to a CSV file, which is created with its header where it is missing; all of them or none, in one write.
+    """Add rows to a CSV file, all of them or none, in one write; create it with its header where it is missing.
 
     Safe beside other processes that add rows to the same file.
 
@@ -122,7 +122,11 @@ def _write(file: io.FileIO, path: Path, text: bytes) -> None:
 
 
 def _check_header(file: io.FileIO, path: Path, columns: list[str]) -> str:
-    """What stands between the file's last row and a new one: nothing, or a missing line break."""
+    """Check the file's columns; return what stands between its last row and a new one: nothing or a missing line break.
+
+    Raises:
+        InputError: it has other columns.
+    """
     file.seek(0)
     text = file.read().decode()
     header = next(csv.reader(io.StringIO(text)))

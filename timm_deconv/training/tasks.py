@@ -3,65 +3,73 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_deconv import data
-from timm_deconv.convert import calibrate, freeze, unfreeze
-from timm_deconv.convert.roles import classifier_names
-from timm_deconv.errors import InputError, unknown_name
+from timm_deconv.convert import calibrate
+from timm_deconv.errors import InputError
 from timm_deconv.linalg import to_double
 
-from .arguments import check_arguments
+from .network import create_model
 from .recipe import Recipe
-from .start import check_loaded, start_arguments
 
 Batch = tuple[Tensor, Tensor]
+"""Images (B, C, H, W) of bytes, and their targets: (B,) class indices in classification."""
 
 
 class Task(Protocol):
-    """What the loop asks. Figures of a batch are (images, columns), so that they add over batches and processes."""
+    """What the loop asks of a task. Figures of a batch are (B, columns): they add over batches and processes."""
 
     columns: tuple[str, ...]
     headline: str
 
     def create_model(self) -> nn.Module:
-        """A fresh network."""
+        """Create a fresh network."""
 
     def create_loaders(self) -> tuple[DataLoader, DataLoader]:
-        """Training and evaluation loaders of whole batches over all processes."""
+        """Create the training and evaluation loaders, of whole batches over all processes."""
 
     def calibrate(self, model: nn.Module) -> None:
-        """Whiten the network by training images before the first step, where the recipe says so."""
+        """Calibrate the network by training images before the first step, where the recipe says so."""
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The training loss (a scalar with a graph) and the figures (B, columns) without one."""
+        """Return the training loss (a scalar with a graph) and the figures (B, columns) without one."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The figures (B, columns) of a batch."""
+        """Return the figures (B, columns) of a batch."""
 
     def summarise(self, total: Tensor, images: int) -> Mapping[str, float]:
-        """Figures added up (columns,) over `images` -> named numbers, `loss` and the headline among them."""
+        """Turn figures (columns,), added up over `images`, into named numbers, `loss` and the headline among them."""
 
 
 class Classification:
-    """Cross entropy, top-1 and top-5."""
+    """Cross entropy, top-1 and top-5 accuracy; a `Task`.
+
+    Args:
+        recipe: the settings.
+        device: where images are normalised.
+    """
 
     columns = ("loss", "top1", "top5")
     headline = "top1"
 
     def __init__(self, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
-        self.normalise = Normalise(recipe.mean, recipe.std, device, recipe.channels_last)
+        self.normalise = Normalise(recipe, device)
 
     def create_model(self) -> nn.Module:
+        """Create the recipe's network; see `network.create_model`."""
         return create_model(self.recipe)
 
     def create_loaders(self) -> tuple[DataLoader, DataLoader]:
+        """Create the training and evaluation loaders.
+
+        Raises:
+            InputError: the data cannot be had, or the two parts and the recipe differ in their classes.
+        """
         recipe = self.recipe
         train, val = self._dataset(recipe.train_split), self._dataset(recipe.val_split)
         _check_classes(train, val, recipe.num_classes)
@@ -69,7 +77,7 @@ class Classification:
         return self._loader(train, training=True), self._loader(val, training=False)
 
     def evaluation_loader(self) -> DataLoader:
-        """The evaluation split alone.
+        """Create the loader of the evaluation split alone.
 
         Raises:
             InputError: the images have other classes than the network.
@@ -84,6 +92,7 @@ class Classification:
         return self._loader(data.chosen_images(images, self.recipe.val_images), training=False)
 
     def calibrate(self, model: nn.Module) -> None:
+        """Calibrate the network by `calibration_images` of the training images; see `timm_deconv.calibrate`."""
         recipe = self.recipe
         if not recipe.calibration_images:
             return
@@ -92,28 +101,28 @@ class Classification:
         calibrate(model, (self.normalise(batch.to(self.device)) for batch, _ in self._loader(images, training=False)))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mean smoothed cross entropy (a scalar) and the figures (B, 3)."""
         images, target = batch
         output = model(self.normalise(images))
         losses = F.cross_entropy(output.float(), target, reduction="none", label_smoothing=self.recipe.smoothing)
         return losses.mean(), _figures(losses.detach(), output.detach(), target)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the figures (B, 3): cross entropy without smoothing, 1 where top-1 is right, 1 where top-5 is."""
         images, target = batch
         output = model(self.normalise(images))
         return _figures(F.cross_entropy(output.float(), target, reduction="none"), output, target)
 
     def summarise(self, total: Tensor, images: int) -> Mapping[str, float]:
+        """Turn the sums (3,) over `images` into a mean loss and percentages."""
         loss, top1, top5 = (to_double(total) / images).tolist()
         return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
     def _dataset(self, split: str) -> Dataset:
         recipe = self.recipe
+        channels = recipe.input_size[0]
         return data.create_dataset(
-            recipe.dataset,
-            recipe.data_dir,
-            split,
-            download=recipe.dataset_download,
-            channels=recipe.input_size[0],
+            recipe.dataset, recipe.data_dir, split, download=recipe.dataset_download, channels=channels
         )
 
     def _loader(self, dataset: Dataset, training: bool) -> DataLoader:
@@ -138,43 +147,21 @@ class Classification:
 
 
 class Normalise:
-    """Bytes (B, C, H, W) -> float32 of zero mean and unit deviation, as the recipe's figures have it."""
+    """Images of bytes (B, C, H, W) to float32 of zero mean and unit deviation, by the recipe's `mean` and `std`.
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, channels_last: bool):
-        self.mean, self.std = (torch.tensor(value, device=device).view(1, -1, 1, 1) * 255 for value in (mean, std))
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    Args:
+        recipe: says mean, deviation and memory format.
+        device: where the images are.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self.mean, self.std = (
+            torch.tensor(value, device=device).view(1, -1, 1, 1) * 255 for value in (recipe.mean, recipe.std)
+        )
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.memory_format)
-
-
-def create_model(recipe: Recipe) -> nn.Module:
-    """The recipe's network, freshly initialised.
-
-    Raises:
-        InputError: an unknown model or argument of it, with the nearest names, or a value that it does not take.
-    """
-    if not timm.is_model(recipe.model):
-        raise unknown_name("model", recipe.model, timm.list_models())
-    check_arguments(recipe)
-    kwargs = {"num_classes": recipe.num_classes, "in_chans": recipe.input_size[0], **recipe.model_kwargs}
-    model = timm.create_model(recipe.model, **start_arguments(recipe), **kwargs)
-    check_loaded(recipe, model)
-    if recipe.head_init_scale is not None:
-        _scale_classifier(model, recipe.head_init_scale)
-    if recipe.freeze_bn:
-        freeze_batch_norm_2d(model)
-    if recipe.freeze_backbone:
-        freeze(model)
-        unfreeze(model, list(classifier_names(model)))
-    return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
-
-
-@torch.no_grad()
-def _scale_classifier(model: nn.Module, scale: float) -> None:
-    for name in classifier_names(model):
-        for parameter in model.get_submodule(name).parameters():
-            parameter.mul_(scale)
 
 
 def _figures(losses: Tensor, output: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""Files and folders that are whole or not there: written under another name, then renamed. Locks of shared files."""
+
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+FAR = 2**30
+"""A byte behind the end of any file: where Windows locks, which would otherwise keep others from reading."""
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, renamed when it is on the disk; on failure `path` stays as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `write_whole` does."""
+    write_whole(path, lambda partial: partial.write_text(text))
+
+
+def flush(path: Path) -> None:
+    """Wait until the file, or every file of the folder, is on the disk."""
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY if fcntl else os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder where there is one."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def lock(file: io.FileIO) -> None:
+    """Wait until no other process has locked the file; the lock ends when the file is closed."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return
+    import msvcrt
+
+    file.seek(FAR)
+    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]

@@ -1,0 +1,137 @@
+"""Stops a run at the first NaN or infinity, and names the layer that saw it.
+
+On the processor the loss is read at once, before the weights change. On a GPU it is read one step late, so that the
+device never waits for the host; each step leaves a small record (loss and the layers' flags) of what that step saw.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from timm_deconv.errors import NonFiniteError
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one step saw.
+
+    Attributes:
+        bad: (1 + layers,) booleans on the host, True where non-finite: the loss, then the whitening layers.
+        copied: when `bad` has arrived from a GPU.
+        repeat: runs the step's batch through the model again.
+        place: where in training this was.
+    """
+
+    bad: Tensor
+    copied: "torch.cuda.Event | None"
+    repeat: Callable[[], object]
+    place: str
+
+
+class NanGuard:
+    """Checks each step's loss.
+
+    Args:
+        model: the network, not wrapped. Layers with a boolean tensor `saw_nonfinite` are asked first; where none has,
+            the batch is repeated and the first layer named whose input or output is non-finite.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers = [(name, m) for name, m in model.named_modules() if hasattr(m, "saw_nonfinite")]
+        self.lag = 1 if next(model.parameters()).is_cuda else 0
+        self.records: deque[Record] = deque()
+
+    def step(self, loss: Tensor, repeat: Callable[[], object], place: str) -> None:
+        """Leave a record of this step and check the one that is due.
+
+        Args:
+            loss: scalar.
+            repeat: runs the same batch through the model again.
+            place: where in training this is, for the message.
+
+        Raises:
+            NonFiniteError: the loss checked is NaN or infinite.
+        """
+        flags = [layer.saw_nonfinite.reshape(()) for _, layer in self.layers]
+        bad = torch.stack([~torch.isfinite(loss.detach()), *flags])
+        self.records.append(Record(*_to_host(bad), repeat, place))
+        self._check_all_but(self.lag)
+
+    def finish(self) -> None:
+        """Check what is outstanding, and the weights: to be called before they are saved.
+
+        Raises:
+            NonFiniteError: see `step`; or a weight or buffer is NaN or infinite.
+        """
+        self._check_all_but(0)
+        check_state(self.model)
+
+    def _check_all_but(self, lag: int) -> None:
+        while len(self.records) > lag:
+            self._check(self.records.popleft())
+
+    def _check(self, record: Record) -> None:
+        if record.copied is not None:
+            record.copied.synchronize()
+        loss_is_bad, *flags = record.bad.tolist()
+        if not loss_is_bad:
+            return
+        named = zip(self.layers, flags, strict=True)
+        flagged = [f"{name} ({type(layer).__name__}, its batch statistics)" for (name, layer), flag in named if flag]
+        where = flagged[0] if flagged else first_nonfinite(self.model, record.repeat)
+        raise NonFiniteError(f"non-finite loss at {record.place}, first seen by {where}; lower lr, or check the images")
+
+
+def check_state(model: nn.Module) -> None:
+    """Check that every weight and buffer of the state dict is finite.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite; it is named.
+    """
+    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    finite = torch.stack([torch.isfinite(value).all() for value in state.values()]).tolist()
+    for name, is_finite in zip(state, finite, strict=True):
+        if not is_finite:
+            raise NonFiniteError(f"{name} is non-finite after an update with a finite loss; lower lr, or set clip_grad")
+
+
+def first_nonfinite(model: nn.Module, repeat: Callable[[], object]) -> str:
+    """Repeat a batch; return the first layer, in the order of execution, whose input or output is non-finite."""
+    found: list[str] = []
+
+    def look(label: str, value: object) -> None:
+        tensors = value if isinstance(value, tuple | list) else (value,)
+        if not found and any(isinstance(t, Tensor) and not torch.isfinite(t).all() for t in tensors):
+            found.append(label)
+
+    def watch(name: str, layer: nn.Module) -> list[RemovableHandle]:
+        label = f"{name} ({type(layer).__name__}, its"
+        return [
+            layer.register_forward_pre_hook(lambda _, inputs: look(f"{label} input)", inputs)),
+            layer.register_forward_hook(lambda _, inputs, output: look(f"{label} output)", output)),
+        ]
+
+    layers = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
+    handles = [handle for name, layer in layers for handle in watch(name, layer)]
+    try:
+        with torch.no_grad():
+            repeat()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "no layer when the batch was repeated: the loss alone"
+
+
+def _to_host(bad: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
+    if not bad.is_cuda:
+        return bad, None
+    host = torch.empty(bad.shape, dtype=bad.dtype, pin_memory=True)
+    host.copy_(bad, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied
