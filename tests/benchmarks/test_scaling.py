@@ -119,7 +119,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         ScalingSettings(axis="width", values=(-1,))
 
 
-def test_the_picture_shows_positive_shares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_picture_shows_positive_shares_in_per_cent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure")
     drawn: dict[str, object] = {}
     original = figure.Figure.savefig
@@ -135,5 +135,5 @@ def test_the_picture_shows_positive_shares(monkeypatch: pytest.MonkeyPatch, tmp_
     shares = [(4, 0.5), (8, -0.1), (16, 0.25)]
     rows = [{**row, "batch": b, "share": s, "share_lower": s - 0.3, "share_upper": s + 0.1} for b, s in shares]
     share_picture(rows, tmp_path / "deep" / "share.png")
-    assert drawn == {"xy": [[4.0, 0.5], [16.0, 0.25]], "legend": "(work)^-0.5"}
+    assert drawn == {"xy": [[4.0, 50.0], [16.0, 25.0]], "legend": "(work)^-0.5"}
     assert (tmp_path / "deep" / "share.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,117 @@
+"""What README and docs say holds: their code runs, their commands parse, their links lead somewhere, their tables are
+those of the rows."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+from timm.models import save_for_hf
+
+import timm_deconv
+from benchmarks.pages import TABLES, stale_pages
+from benchmarks.pictures import PICTURES
+from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, links
+from tests.hub_server import hub
+from timm_deconv import __main__ as runner
+from timm_deconv.training import load_recipe
+
+README = ROOT / "README.md"
+COMMANDS = [(page, block) for page in PAGES for block in blocks(page, "sh")]
+
+
+def test_every_python_block_runs(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "timm" / "resnet18.a1_in1k"
+    save_for_hf(timm.create_model("resnet18"), str(repository), safe_serialization=True)
+    places = {"HF_HOME": tmp_path / "cache", "TORCH_HOME": tmp_path / "torch", "PYTHONPATH": ROOT}
+    with hub(tmp_path / "hub") as endpoint:
+        settings = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        command = [sys.executable, "-m", "tests.docs.run_blocks", *map(str, PAGES)]
+        environment = os.environ | settings | {name: str(place) for name, place in places.items()}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert not errors, "\n".join(f"{place}\n{error}" for place, error in errors.items())
+
+
+@pytest.mark.parametrize(("page", "block"), COMMANDS, ids=lambda value: getattr(value, "stem", ""))
+def test_every_command_is_one_that_its_script_takes(monkeypatch: pytest.MonkeyPatch, page: Path, block: Block) -> None:
+    for words in _commands(block.text):
+        if "timm_deconv" in words[:3]:
+            runner.parse(words[words.index("timm_deconv") + 1 :] if "--calibrate" not in words else ["train.py"])
+        elif script := next((word for word in words if word.startswith("scripts/")), None):
+            monkeypatch.setattr(sys, "argv", words[words.index(script) :])
+            _check_arguments(_module(ROOT / script))
+
+
+def _commands(text: str) -> list[list[str]]:
+    """The commands of a block, without the variables before them and comments behind."""
+    lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def _module(script: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_{script.stem}", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_arguments(module: ModuleType) -> None:
+    if not hasattr(module, "parse"):
+        assert len(sys.argv) == 1 or sys.argv[1].startswith("--"), f"{sys.argv}: has no arguments but options"
+        return
+    arguments = module.parse()
+    recipe, settings = getattr(arguments, "recipe", None), getattr(arguments, "settings", [])
+    if recipe is not None:
+        load_recipe(recipe, settings)
+    if (model := getattr(arguments, "model", None)) and Path(model).parts[0] != "runs":
+        assert timm.is_model(model.partition(".")[0])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_there_are(page: Path) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor and not anchor.startswith("timm_deconv."):
+            assert anchor in anchors(target), link
+
+
+def test_the_tables_are_those_of_the_rows() -> None:
+    stale = [page.name for page in stale_pages(PAGES, ROOT / "hub_configs" / "results")]
+    assert not stale, "run python scripts/results.py"
+
+
+def test_every_table_and_picture_is_shown() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    assert {name for name in TABLES if f"<!-- table: {name} -->" not in text} == set()
+    assert {name for name in PICTURES if f"images/{name}" not in text} == set()
+    images = {file.name: file.stat().st_size for file in (ROOT / "docs" / "images").iterdir()}
+    assert images.keys() == PICTURES.keys()
+    assert max(images.values()) < 300_000
+
+
+def test_the_readme_is_short_and_counts_right() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    assert f"{len(timm_deconv.list_models())} networks" in text
+    for name in ("main job", "test command"):
+        assert re.search(rf"^<!-- {name} -->\n```sh\n[^\n]+\n```$", text, re.MULTILINE), name
+
+
+def test_the_reference_has_every_public_name() -> None:
+    documented = re.findall(r"^::: timm_deconv\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(timm_deconv.__all__)
