@@ -143,7 +143,7 @@ def symmetric_part(matrices: Tensor) -> Tensor:
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context without autocast on a tensor's device; entering one where there is none to leave takes time."""
+    """Return a context without autocast on the device of a tensor of any shape; none where there is none to leave."""
     device = tensor.device.type
     if tensor.is_meta or not torch.is_autocast_enabled(device):
         return nullcontext()
@@ -151,7 +151,7 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def promote(tensor: Tensor) -> Tensor:
-    """Convert a tensor to float32, unless it is of float64."""
+    """Convert a tensor (...) to float32, unless it is of float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -161,7 +161,7 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def to_double(tensor: Tensor) -> Tensor:
-    """Convert a tensor to float64, on the processor where the tensor's device has no such numbers."""
+    """Convert a tensor (...) to float64, on the processor where the tensor's device has no such numbers."""
     return (tensor.cpu() if tensor.device.type in WITHOUT_DOUBLE else tensor).double()
 
 

@@ -1,4 +1,4 @@
-"""calibrate: whiten the layers of a trained network without changing what it computes.
+"""calibrate: the whitening of a trained network's layers without a change of what it computes.
 
 After `transfer` every whitener is the identity, and the first training step would put a whitened input under weights
 that were learned on a plain one. Here the whitener becomes D, the inverse root of the average covariance over many
@@ -33,8 +33,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
     The layers' samples of their inputs are gathered in evaluation mode and count alike. The whitener is the layer's own
     inverse root of their covariance. In evaluation the network is the same function as before, to rounding.
 
-    What the counter of a calibrated layer says: that it has seen the batches of the pass; or, with `cfg.freeze`, that
-    its live forwards are behind it, so that it starts frozen at the calibrated values. Layers that the evaluating
+    A calibrated layer counts the batches of the pass as seen; with `cfg.freeze` it counts its live forwards as done, so
+    that it starts frozen at the calibrated values. Layers that the evaluating
     network does not use (an auxiliary head) stay as they are, and so does `ChannelDeconv`: it has no weight that could
     absorb anything, and in training it whitens what it let pass before.
 
@@ -77,7 +77,7 @@ def _write(layer: WhiteningMixin, values: Values, batches: int) -> None:
 
 
 def _targets(layer: WhiteningMixin) -> tuple[Tensor, ...]:
-    """Weight, bias, running mean and whitener of a layer that has them all."""
+    """Return weight, bias, running mean and whitener of a layer that has them all."""
     assert layer.bias is not None
     return layer.weight, layer.bias, layer.running_mean, layer.running_deconv
 
@@ -129,7 +129,7 @@ def _check_parameters(name: str, layer: WhiteningMixin) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module, layers: dict[str, WhiteningMixin], moments: dict[str, Moments]) -> Iterator[None]:
-    """The network in evaluation mode, its layers' inputs being watched; afterwards all is as before."""
+    """Evaluate the network and watch its layers' inputs; afterwards all is as before."""
     modes = [(module, module.training) for module in model.modules()]
     watches = [
         layer.register_forward_pre_hook(_watch(name, layer, moments), with_kwargs=True)
@@ -158,7 +158,7 @@ def _watch(name: str, layer: WhiteningMixin, moments: dict[str, Moments]) -> Any
 
 
 def _values(name: str, layer: WhiteningMixin, moments: Moments) -> Values:
-    """What leaves a layer's function as it is and whitens its input, computed in float64."""
+    """Compute, in float64, what leaves a layer's function as it is and whitens its input."""
     features = layer.blocks.features
     if moments.rows < features:
         raise InputError(

@@ -77,7 +77,7 @@ def apply_whitener_backward(
 
 
 def plain_application(values: Tensor, whitener: Tensor, blocks: Sequence[int]) -> Tensor:
-    """Do what `apply_whitener` does by operations that can be derived twice."""
+    """Do what `apply_whitener` does, values (O, ...) times D (S, F, F), by operations that can be derived twice."""
     parts = Blocks.of_ints(blocks)
     with full_precision(values):
         return merge_weight(split_weight(values, parts) @ whitener.to(values.dtype), list(values.shape), parts)

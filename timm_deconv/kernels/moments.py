@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_deconv.linalg import full_precision, promote
+from timm_deconv.linalg import full_precision
 
 from .blocks import Blocks, merge_rows, split_rows
 from .onednn import inner_products, rows_times
@@ -63,7 +63,7 @@ def add_moments_gradient_(
 
 
 def plain_moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Do what `moments` does by operations that can be derived twice."""
+    """Do what `moments` does, of x (N, C, H, W), by operations that can be derived twice."""
     with full_precision(x):
         rows, _ = _sampled_rows(x, sampling, blocks)
         mean = rows.mean(1)
@@ -75,7 +75,8 @@ def _sampled_rows(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> 
     """Return rows (S, R, F) in float32 or better, and the shape of the columns that they are made of."""
     parts = Blocks.of_ints(blocks)
     columns = gather(x, Sampling.of_ints(sampling), samples_last=parts.groups > 1)
-    return promote(split_rows(columns, parts)), list(columns.shape)
+    rows = split_rows(columns, parts)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)), list(columns.shape)
 
 
 def _subtract(rows: Tensor, mean: Tensor, sampling: Sequence[int]) -> Tensor:

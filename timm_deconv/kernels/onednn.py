@@ -69,7 +69,7 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def few_products(values: Tensor, outputs: int) -> bool:
-    """Tell whether products of all values with so many columns are too few for a convolution to be faster."""
+    """Tell whether products of values (..., F) with (F, `outputs`) are too few for a convolution to be faster."""
     return values.numel() * outputs <= FEW_PRODUCTS
 
 

@@ -127,6 +127,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
+        """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (N, Cin, H, W)."""
         x = self._padded_batch(input)
         geometry = self._geometry(x)
         mean, cov = moments(x, geometry.sampling.ints, self.blocks.ints)

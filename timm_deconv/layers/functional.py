@@ -134,7 +134,7 @@ def sample_deviations(x: Tensor, window: Window, blocks: Blocks, mean: Tensor) -
 
 
 def check_rows(rows: int, name: str, input: Tensor) -> None:
-    """Raise InputError for one row: it has no deviation from its own mean, and only the bias would learn."""
+    """Raise InputError for one row of an input (N, ...): it is its own mean, and only the bias would learn."""
     if rows == 1:
         raise InputError(
             f"{name.strip()} has one row to whiten in training, from an input of {tuple(input.shape)}: nothing would be"
@@ -203,7 +203,16 @@ def fold(
 
 
 def fold_bias(bias: Tensor | None, weight: Tensor, shift: Tensor, blocks: Blocks) -> Tensor:
-    """Subtract from the bias (O,) what the weight (O, C, h, w) makes of a shift (S, F) in every block of its window."""
+    """Subtract from the bias what the weight makes of a shift in every block of its window.
+
+    Args:
+        bias: (O,); None counts as zeros.
+        weight: (O, C, h, w).
+        shift: (S, F). blocks: which of its windows' features it meets.
+
+    Returns:
+        (O,).
+    """
     window = spread_over_window(shift, list(weight.shape), blocks)
     if blocks.groups > 1:
         products = (weight.unflatten(0, [blocks.groups, -1]) * window.unsqueeze(1)).sum((2, 3, 4)).reshape(-1)

@@ -19,8 +19,13 @@ without variance, where D mu is near weight ** -0.5. Counting all of it cost a p
 
 
 def conv_blocks(in_channels: int, positions: int, groups: int, cfg: DeconvCfg) -> Blocks:
-    """Divide the features of a convolution with `positions` = kernel height * width into blocks (paper, section 4.3,
-    and released code)."""
+    """Divide the features of a convolution into blocks (paper, section 4.3, and released code).
+
+    Args:
+        in_channels, groups: the convolution's.
+        positions: of its kernel, height * width.
+        cfg: layout and block.
+    """
     width = in_channels // groups
     of_pixels = cfg.layout == "channels" and width * positions > cfg.least_block
     if groups > 1:

@@ -93,6 +93,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
+        """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (..., in_features)."""
         vectors = input.reshape(-1, self.in_features)
         mean, cov = moments(_as_images(vectors), EVERY_VECTOR.ints, self.blocks.ints)
         return Moments(mean, cov, len(vectors) * self.blocks.number)

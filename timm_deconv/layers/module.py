@@ -81,7 +81,7 @@ class WhiteningMixin(nn.Module):
 
     @abstractmethod
     def moments(self, input: Tensor) -> Moments:
-        """Compute mean and covariance of the samples that the layer takes of its input."""
+        """Compute mean (S, F) and covariance (S, F, F) of the samples that the layer takes of its input (N, ...)."""
 
     @abstractmethod
     def fuse(self) -> nn.Module:
@@ -343,7 +343,7 @@ def be_leaf(layer: nn.Module) -> None:
 
 
 def check_dtype(input: Tensor, weight: Tensor) -> None:
-    """Raise InputError for an input that the plain layer would not take with this weight, autocast or not.
+    """Raise InputError for an input (N, ...) of a dtype that the plain layer would not take with its weight (O, ...).
 
     Under autocast floating-point numbers are converted, but for float64, as torch does it.
     """

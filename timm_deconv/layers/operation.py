@@ -20,7 +20,13 @@ __all__ = ["convolve", "whitened_conv", "whitens_input"]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Convolve x (N, C, H, W) with another weight (O, C / groups, h, w) and bias (O,) in a layer's geometry."""
+    """Convolve x with another weight and bias in a layer's geometry.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (O, C / groups, h, w). bias: (O,); all of one dtype.
+        geometry: the layer's.
+    """
     window = geometry.window
     return torch.conv2d(x, weight, bias, window.stride, window.padding, window.dilation, geometry.groups)
 

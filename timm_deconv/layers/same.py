@@ -39,6 +39,7 @@ class Deconv2dSame(Deconv2d):
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
+        """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (N, Cin, H, W)."""
         return super().moments(self._padded(input))
 
     def _padded(self, input: Tensor) -> Tensor:
