@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_deconv.data import Digits
+from timm_deconv.data import Digits, digits
 from timm_deconv.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +88,7 @@ def test_scripts_that_need_an_extra_end_with_one_line_that_names_it(without_trai
 
 def test_digits_say_which_extra_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    digits._load.cache_clear()
     with pytest.raises(InputError, match=r"^sklearn is not installed; pip install 'timm-deconv\[train\]'$"):
         Digits(train=True)
 
