@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_deconv.convert import ConversionReport, convert_deconv_model, fuse
-from timm_deconv.convert.self_fusing import SelfFusing
+from timm_deconv.convert.fuse import SelfFusing
 from timm_deconv.layers import WhiteningMixin
 
 from .rows import Row

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a small deconvolution network and its batch-norm twin on the embedded digits, and lets the first read some.
+"""Trains a small network on the embedded digits, with deconvolution and with batch norm, and lets the first read some.
 
 Takes a few minutes on two processor cores and no network. Run again, it shows what it trained.
 """
@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 import timm
-import timm.data
 import torch
 
 from timm_deconv.data import Digits
@@ -20,37 +19,40 @@ with one_line_errors(), needs_extra("train"):
     from timm_deconv.training.loop import train
 
 
-def train_twins(output_dir: Path, settings: list[str]) -> Path:
-    deconv = load_recipe("digits", settings)
-    twin = deconv.merged({"model": deconv.model.removesuffix("_deconv")})
-    folders = [output_dir / recipe.model for recipe in (deconv, twin)]
-    for recipe, folder in zip((deconv, twin), folders, strict=True):
-        print(f"\n{recipe.model} in {folder}", flush=True)
+def train_both(output_dir: Path, settings: list[str]) -> Path:
+    """Train both networks, show how well each reads after every epoch, and return the folder of the first."""
+    recipe = load_recipe("digits", settings)
+    recipes = {"deconvolution": recipe, "batch norm": recipe.merged({"model": recipe.model.removesuffix("_deconv")})}
+    folders = [output_dir / recipe.model for recipe in recipes.values()]
+    for folder, (name, recipe) in zip(folders, recipes.items(), strict=True):
+        print(f"\n{recipe.model}, with {name}", flush=True)
         train(recipe, folder, resume=True, cpu=True)
-    print(f"\nright of {len(Digits(train=False))} test digits, in %, after each epoch\n")
-    print(f"epoch  {deconv.model:>24}  {twin.model:>24}")
-    for ours, theirs in zip(*map(read_curve, folders), strict=True):
-        print(f"{ours['epoch']:>5}  {ours['top1']:>24}  {theirs['top1']:>24}")
+    print("\ntest digits read correctly, in %\n\nepoch", *(f"{name:>14}" for name in recipes))
+    for rows in zip(*map(read_curve, folders), strict=True):
+        print(f"{rows[0]['epoch']:>5}", *(f"{float(row['top1']):14.1f}" for row in rows))
     return folders[0]
 
 
-def predict(folder: Path, count: int = 12) -> None:
+@torch.no_grad()
+def predict(folder: Path) -> None:
+    """Load the network that was saved, and print what it reads in the first test image of each digit."""
     model = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    digits = Digits(train=False)
-    images, truth = zip(*(digits[index * 29] for index in range(count)), strict=True)
-    with torch.no_grad():
-        read = model(torch.stack([transform(image) for image in images])).argmax(1).tolist()
-    print(f"\nread back from {folder}:\n  predicted {read}\n  truth     {list(truth)}")
+    test = Digits(train=False, transform=timm.data.create_transform(**timm.data.resolve_data_config(model=model)))
+    images = [test[list(test.targets).index(digit)][0] for digit in range(10)]
+    read = model(torch.stack(images)).argmax(1).tolist()
+    print(f"\nsaved in {folder}; loaded again by timm.create_model('local-dir:{folder}', pretrained=True):\n")
+    print("digits     ", *range(10))
+    print("read as    ", *read)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the quickstart."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the recipe's")
     parser.add_argument("--output-dir", type=Path, default=Path("runs", "quickstart"))
     args = parser.parse_intermixed_args()
     with one_line_errors():
-        predict(train_twins(args.output_dir, args.settings))
+        predict(train_both(args.output_dir, args.settings))
 
 
 if __name__ == "__main__":

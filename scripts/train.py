@@ -16,6 +16,7 @@ with one_line_errors(), needs_extra("train"):
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a name of hub_configs/recipes, or a YAML file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the recipe's")
@@ -29,16 +30,18 @@ def parse() -> argparse.Namespace:
 
 
 def resolve(args: argparse.Namespace) -> Recipe:
+    """Load the recipe and apply what the command line changes, key=value last."""
     recipe = load_recipe(args.recipe)
     if args.model not in (None, recipe.model):
         # the recipe's arguments are those of its own model
         recipe = recipe.merged({"model": args.model, "model_kwargs": {}})
     if args.data_dir is not None:
         recipe = recipe.merged({"data_dir": args.data_dir})
-    return recipe.merged(parse_settings(args.settings, recipe.model_dump()))
+    return recipe.merged(parse_settings(args.settings, recipe.model_dump(mode="json")))
 
 
 def main() -> None:
+    """Train what the command line asks for."""
     args = parse()
     with one_line_errors():
         recipe = resolve(args)

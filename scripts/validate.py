@@ -16,6 +16,7 @@ with one_line_errors(), needs_extra("train"):
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="output folder of a run, Hub id (org/name), or a name of timm.list_models()")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the recipe's")
@@ -26,6 +27,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Evaluate what the command line names, and print one line."""
     args = parse()
     with one_line_errors():
         model = load_network(args.model)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,32 @@ import timm
 import torch
 
 from tests.data.test_datasets import take_of_each_class
+from timm_deconv import __main__ as runner
+from timm_deconv.models import registration
 
 SCRIPT = Path(__file__).parent / "other_project" / "script.py"
 FINETUNE = SCRIPT.with_name("finetune.py")
 
+Run = Callable[..., None]
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, which takes seconds of imports."""
     command = [sys.executable, "-m", "timm_deconv", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in this process, and leave nothing of it here."""
+
+    def run_main(*arguments: str) -> None:
+        monkeypatch.setattr(registration, "_when_transferred", [])
+        monkeypatch.setattr(sys, "argv", ["timm_deconv", *arguments])
+        monkeypatch.setattr(sys, "path", ["replaced", *sys.path])
+        runner.main()
+
+    return run_main
 
 
 def test_a_script_sees_our_networks_and_its_own_arguments_and_neighbours() -> None:
@@ -26,25 +45,24 @@ def test_a_script_sees_our_networks_and_its_own_arguments_and_neighbours() -> No
     assert done.stdout.split() == [str(SCRIPT), "__main__", "CifarResNet", "7", "neighbour"]
 
 
-@pytest.mark.parametrize(("arguments", "status", "line"), [((), 1, "usage:"), (("no.py",), 1, "no script 'no.py'")])
-def test_without_a_script_the_usage_is_shown(arguments: tuple[str, ...], status: int, line: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == status and done.stderr.startswith(line) and "Traceback" not in done.stderr
+def test_without_a_script_the_usage_is_shown(run_here: Run) -> None:
+    with pytest.raises(SystemExit, match=r"^usage:"):
+        run_here()
+    with pytest.raises(SystemExit, match=r"^no script 'no.py'\n\nusage:"):
+        run_here("no.py")
 
 
-def test_help_is_no_error() -> None:
-    done = run("--help")
-    assert done.returncode == 0 and done.stdout.startswith(
-        "usage: python -m timm_deconv [--calibrate DATA [--images N]"
-    )
+def test_help_is_no_error(run_here: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here("--help")
+    assert capsys.readouterr().out.startswith("usage: python -m timm_deconv [--calibrate DATA [--images N]")
 
 
-def test_the_scripts_own_failure_is_its_own() -> None:
-    done = run(str(SCRIPT), "--model", "no_such_network")
-    assert done.returncode == 1 and "Unknown model (no_such_network)" in done.stderr
+def test_the_scripts_own_failure_is_its_own(run_here: Run) -> None:
+    with pytest.raises(RuntimeError, match=r"Unknown model \(no_such_network\)"):
+        run_here(str(SCRIPT), "--model", "no_such_network")
 
 
-CARRIED_OVER = """
+TRANSFERRED = """
 import sys
 import timm, torch
 from timm.models import create_model
@@ -60,26 +78,28 @@ create_model("resnet18_cifar_deconv", width=0.125)
 
 
 @pytest.fixture
-def carried_over(tmp_path: Path) -> tuple[str, str]:
+def transferred(tmp_path: Path) -> tuple[str, str]:
     """A script that makes networks of these batch-norm weights, and the weights."""
     torch.manual_seed(1)
     model = timm.create_model("resnet18_cifar", width=0.125)
     for _ in range(3):
         model(torch.randn(16, 3, 32, 32))
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    (tmp_path / "script.py").write_text(CARRIED_OVER)
+    (tmp_path / "script.py").write_text(TRANSFERRED)
     return str(tmp_path / "script.py"), str(tmp_path / "weights.pth")
 
 
-def test_networks_of_carried_over_weights_are_calibrated_as_they_are_created(carried_over: tuple[str, str]) -> None:
-    plain, calibrated, again = (
-        [line.split() for line in done.stdout.splitlines()]
-        for done in (
-            run(*carried_over),
-            *(run("--calibrate", "digits", "--images=300", *carried_over) for _ in range(2)),
-        )
-    )
-    assert calibrated == again, "every process calibrates alike"
+def test_networks_of_transferred_weights_are_calibrated_as_they_are_created(
+    transferred: tuple[str, str], run_here: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--calibrate", "digits", "--images=300")
+    run_here(*transferred)
+    plain = [line.split() for line in capsys.readouterr().out.splitlines()]
+    run_here(*options, *transferred)
+    said = capsys.readouterr()
+    calibrated = [line.split() for line in said.out.splitlines()]
+    assert "calibrated resnet18_cifar_deconv on 300 images of digits\ncalibrated deconv on 300" in said.err
+    assert run(*options, *transferred).stdout == said.out, "every process calibrates alike"
     for before, after in zip(plain, calibrated, strict=True):
         assert before[0] == after[0] and before[2:3] == after[2:3] == ["True"]
         assert float(after[3]) == pytest.approx(float(before[3]), rel=1e-3), "the function stays"
@@ -87,36 +107,43 @@ def test_networks_of_carried_over_weights_are_calibrated_as_they_are_created(car
         assert (before[1] == after[1]) == (before[0] == "resnet18_cifar"), "whitened networks have seen batches"
 
 
-def test_what_was_calibrated_is_said_and_that_nothing_was(carried_over: tuple[str, str], tmp_path: Path) -> None:
-    said = run("--calibrate", "digits", *carried_over).stderr
-    assert "calibrated resnet18_cifar_deconv on 1024 images of digits\ncalibrated deconv on 1024" in said
+def test_calibration_takes_1024_images_of_the_networks_own_size_unless_told() -> None:
+    calibrator, command = runner.parse(["--calibrate", "digits", "script.py", "--images", "5"])
+    assert (calibrator.data, calibrator.images, calibrator.image_size) == ("digits", 1024, None)
+    assert command == ["script.py", "--images", "5"], "what stands behind the script is the script's"
+    calibrator, _ = runner.parse(["--images=7", "--calibrate=digits", "--image-size", "64", "script.py"])
+    assert (calibrator.images, calibrator.image_size) == (7, 64)
+
+
+def test_that_nothing_was_calibrated_is_said(run_here: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "nothing.py").write_text("import timm; timm.create_model('resnet18_cifar_deconv', width=0.125)")
-    said = run("--calibrate", "digits", str(tmp_path / "nothing.py"))
-    assert said.returncode == 0 and "nothing was calibrated" in said.stderr
+    run_here("--calibrate", "digits", str(tmp_path / "nothing.py"))
+    assert "nothing was calibrated" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        (["--calibrate", "nowhere"], "--calibrate nowhere: no such folder or tar"),
-        (["--calibrate"], "--calibrate needs a value"),
-        (["--images", "5"], "--images is for --calibrate DATA"),
-        (["--calibrate", "digits", "--images", "none"], "--images none: a whole number"),
-        (["--calibrate", "digits", "--images=0"], "--images 0: a whole number"),
-        (["--image-size", "64"], "--image-size is for --calibrate DATA"),
-        (["--calibrate", "digits", "--image-size", "-64"], "--image-size -64: a whole number"),
-        (["--calibrate", "digits", "--images", "2"], "--calibrate digits: too few samples to calibrate"),
-    ],
-)
-def test_what_cannot_be_calibrated_ends_in_one_line(
-    carried_over: tuple[str, str], options: list[str], line: str
-) -> None:
-    done = run(*options, *([] if options == ["--calibrate"] else carried_over))
-    assert done.returncode == 1 and done.stderr.startswith(line) and "Traceback" not in done.stderr
+WRONG_OPTIONS = {
+    "--calibrate": "--calibrate needs a value",
+    "--calibrate nowhere": "--calibrate nowhere: no such folder or tar",
+    "--images 5": "--images is for --calibrate DATA",
+    "--calibrate digits --images none": "--images none: a whole number",
+    "--calibrate digits --images=0": "--images 0: a whole number",
+    "--image-size 64": "--image-size is for --calibrate DATA",
+    "--calibrate digits --image-size -64": "--image-size -64: a whole number",
+    "--calibrate digits --images 2": "--calibrate digits: too few samples to calibrate",
+}
+
+
+@pytest.mark.parametrize("options", WRONG_OPTIONS)
+def test_what_cannot_be_calibrated_ends_in_one_line(transferred: tuple[str, str], run_here: Run, options: str) -> None:
+    with pytest.raises(SystemExit, match=f"^{WRONG_OPTIONS[options]}"):
+        run_here(*options.split(), *([] if options == "--calibrate" else transferred))
 
 
 @pytest.mark.slow
-def test_fine_tuning_by_a_foreign_script_is_ahead_of_the_uncalibrated_start(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves images to the garbage collector
+def test_fine_tuning_by_a_foreign_script_is_ahead_of_the_uncalibrated_start(
+    data_dir: Path, tmp_path: Path, run_here: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = tmp_path / "images"
     for split, count in (("train", 40), ("test", 20)):
         packed = tmp_path / f"{split}.tar"
@@ -124,11 +151,11 @@ def test_fine_tuning_by_a_foreign_script_is_ahead_of_the_uncalibrated_start(data
         with tarfile.open(packed) as tar:
             tar.extractall(images / split, filter="data")
     model = ("--model", "tf_efficientnet_lite0_deconv", "--pretrained", "--num-classes", "10", "--img-size", "64")
-    model += ("--epochs", "2")
-    calibrate = ("--calibrate", str(images), "--images", "256", "--image-size", "64")
-    runs = [run(*options, str(FINETUNE), str(images), *model, "--batch-size", "25") for options in ((), calibrate)]
-    for done in runs:
-        assert done.returncode == 0, done.stderr
-    plain, calibrated = (max(map(float, done.stdout.split()[1:])) for done in runs)  # of the network and its average
-    assert "carried over from batch norm" in runs[0].stderr and "carried over" not in runs[1].stderr
+    command = (str(FINETUNE), str(images), *model, "--epochs", "2", "--batch-size", "25")
+    with pytest.warns(UserWarning, match="carried over from batch norm"):
+        run_here(*command)
+    run_here("--calibrate", str(images), "--images", "256", "--image-size", "64", *command)
+    plain, calibrated = (  # of the network and its average, behind the loss of the first batch
+        max(map(float, line.split()[1:])) for line in capsys.readouterr().out.splitlines()
+    )
     assert plain < 13 and calibrated > plain + 5, "in %; 10 is chance"

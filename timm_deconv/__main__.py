@@ -1,14 +1,13 @@
 """python -m timm_deconv SCRIPT.py [arguments]: run a script that knows nothing of this package with its networks.
 
 So timm's own train.py, validate.py, inference.py and benchmark.py take --model resnet18_cifar_deconv. With --calibrate
-the networks that they make of batch-norm weights are whitened by images before the optimiser sees them.
+the networks that they make of batch-norm weights are calibrated on images before the optimiser sees them.
 """
 
 import os
 import runpy
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,21 +27,47 @@ Runs the script as `python SCRIPT.py [arguments]` would, with the deconvolution 
   --images N         use N of them, always the same; default 1024
   --image-size N     at the size that the script trains at (its own --img-size); default the network's configuration"""
 
-
-COUNTS = ("--images", "--image-size")
-
-
-class Options(NamedTuple):
-    """What stands before the script, and the script with its arguments."""
-
-    calibrate: str | None
-    images: int
-    image_size: int | None
-    command: list[str]
+COUNTS = {"--images": "images", "--image-size": "image_size"}
 
 
-def parse(arguments: list[str]) -> Options:
-    """The command line; what stands behind the script is the script's.
+class Calibrator:
+    """Calibrates networks as they are created.
+
+    The images are the same in every process and drawn without touching the script's random numbers.
+
+    Args:
+        data: folder or tar of images, or `digits`.
+        images: how many, at most.
+        image_size: height and width; None for those of each network's configuration.
+    """
+
+    def __init__(self, data: str, images: int = 1024, image_size: int | None = None) -> None:
+        self.data, self.images, self.image_size = data, images, image_size
+        self.networks = 0
+
+    def __call__(self, model: nn.Module) -> None:
+        """Calibrate a network.
+
+        Raises:
+            SystemExit: with one line, where the images cannot be had or are too few.
+        """
+        try:
+            with torch.random.fork_rng(devices=[]):
+                loader = calibration_loader(model, self.data, images=self.images, image_size=self.image_size)
+                calibrate(model, loader)
+        except (InputError, OSError) as error:
+            raise SystemExit(f"--calibrate {self.data}: {' '.join(str(error).split())}") from error
+        self.networks += 1
+        self.say(f"calibrated {model.pretrained_cfg['architecture']} on {len(loader.dataset)} images of {self.data}")
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr in the first process."""
+        if os.environ.get("RANK", "0") == "0":
+            print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str]) -> tuple[Calibrator | None, list[str]]:
+    """Split the command line into what calibrates, if anything does, and the script with its own arguments.
 
     Raises:
         InputError: an option without a value, or with one that makes no sense.
@@ -60,67 +85,39 @@ def parse(arguments: list[str]) -> Options:
             raise InputError(f"{name} is for --calibrate DATA, which is missing")
         if not value.isdecimal() or int(value) < 1:
             raise InputError(f"{name} {value}: a whole number, at least 1")
-    if data not in (None, "digits") and not Path(data).exists():
+    if data is None:
+        return None, arguments
+    if data != "digits" and not Path(data).exists():
         raise InputError(f"--calibrate {data}: no such folder or tar")
-    images, size = (int(given[name]) if name in given else None for name in COUNTS)
-    return Options(data, images or 1024, size, arguments)
-
-
-class Calibrator:
-    """Calibrates networks as they are created.
-
-    The images are the same in every process and drawn without touching the script's random numbers.
-
-    Args:
-        data: folder or tar of images, or `digits`.
-        images: how many, at most.
-        image_size: height and width; None for those of each network's configuration.
-    """
-
-    def __init__(self, data: str, images: int, image_size: int | None) -> None:
-        self.data, self.images, self.image_size = data, images, image_size
-        self.networks = 0
-
-    def __call__(self, model: nn.Module) -> None:
-        """Calibrate a network; ends the script in one line where that cannot be."""
-        try:
-            with torch.random.fork_rng(devices=[]):
-                loader = calibration_loader(model, self.data, images=self.images, image_size=self.image_size)
-                calibrate(model, loader)
-        except (InputError, OSError) as error:
-            raise SystemExit(f"--calibrate {self.data}: {' '.join(str(error).split())}") from error
-        self.networks += 1
-        self.say(f"calibrated {model.pretrained_cfg['architecture']} on {len(loader.dataset)} images of {self.data}")
-
-    def say(self, text: str) -> None:
-        """A line of the first process."""
-        if os.environ.get("RANK", "0") == "0":
-            print(text, file=sys.stderr, flush=True)
+    return Calibrator(data, **{COUNTS[name]: int(value) for name, value in given.items()}), arguments
 
 
 def main() -> None:
-    """Run the script that the command line names."""
+    """Run the script that the command line names.
+
+    Raises:
+        SystemExit: with the usage, where it names none.
+    """
     try:
-        options = parse(sys.argv[1:])
+        calibrator, command = parse(sys.argv[1:])
     except InputError as error:
         raise SystemExit(f"{error}\n\n{USAGE}") from None
-    if not options.command:
+    if not command:
         raise SystemExit(USAGE)
-    if options.command[0] in ("-h", "--help"):
+    if command[0] in ("-h", "--help"):
         print(USAGE)
         return
-    script = Path(options.command[0])
+    script = Path(command[0])
     if not script.is_file():
         raise SystemExit(f"no script {str(script)!r}\n\n{USAGE}")
-    calibrator = None if options.calibrate is None else Calibrator(*options[:3])
     if calibrator is not None:
         when_transferred(calibrator)
-    sys.argv = options.command
+    sys.argv = command
     if not sys.flags.safe_path:
         sys.path[0] = str(script.resolve().parent)
     runpy.run_path(str(script), run_name="__main__")
     if calibrator is not None and not calibrator.networks:
-        calibrator.say("--calibrate: the script has created no network of carried-over weights; nothing was calibrated")
+        calibrator.say("--calibrate: the script has created no network of transferred weights; nothing was calibrated")
 
 
 if __name__ == "__main__":

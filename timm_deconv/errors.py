@@ -14,7 +14,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that is not known, with the nearest known ones.
+    """Make the error for a name that is not known, with the nearest known ones.
 
     Args:
         kind: what the name is of, as in "no KIND 'name'".
@@ -31,7 +31,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends a script with one line on stderr and status 1 where the input, the disk or the numbers are at fault."""
+    """End a script with one line where the input, the disk or the numbers are at fault.
+
+    Raises:
+        SystemExit: the line, which goes to stderr, and status 1.
+    """
     try:
         yield
     except (InputError, NonFiniteError, OSError) as error:

@@ -6,25 +6,18 @@ from pathlib import Path
 
 
 def checkout_configs() -> Path | None:
-    """`hub_configs/` of the source checkout this package is imported from; None in an installed wheel."""
+    """Find `hub_configs/` of the source checkout this package is imported from; None in an installed wheel."""
     folder = Path(__file__).resolve().parent.parent / "hub_configs"
     return folder if folder.is_dir() else None
 
 
-def hub_configs() -> Traversable:
-    """The folder of recipes, results and model configurations, wherever the package came from.
+def recipe_files() -> dict[str, Traversable]:
+    """List the recipes that come with the package: name and YAML file.
 
     Raises:
-        FileNotFoundError: neither a checkout nor a wheel that carries it.
+        FileNotFoundError: neither a checkout nor a wheel that carries them.
     """
-    packaged = files("timm_deconv") / "hub_configs"
-    folder = checkout_configs() or packaged
+    folder = (checkout_configs() or files("timm_deconv") / "hub_configs") / "recipes"
     if not folder.is_dir():
-        raise FileNotFoundError(f"no hub_configs beside or in {files('timm_deconv')}; install the package again")
-    return folder
-
-
-def recipe_files() -> dict[str, Traversable]:
-    """The recipes that come with the package: name -> YAML file."""
-    folder = hub_configs() / "recipes"
+        raise FileNotFoundError(f"no recipes beside or in {files('timm_deconv')}; install the package again")
     return {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.segmentation import CLASSES, IGNORED, CamVid, Segmentation
 from benchmarks.study import variant
-from timm_deconv.convert.kinds import batch_norms
+from timm_deconv.convert.module_types import batch_norms
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 from timm_deconv.training import Recipe, load_recipe

@@ -233,7 +233,7 @@ def saved(model: nn.Module, folder: str) -> dict[str, Any]:
     ("name", "kwargs", "policy"),
     [
         ("test_resnet", {"num_classes": 5, "in_chans": 1}, {"block": 16}),
-        ("test_efficientnet", {"num_classes": 5}, {"classifier": "channel"}),
+        ("test_efficientnet", {"num_classes": 5}, {"classifier": "plain"}),
         ("test_byobnet", {}, {"roles": {"classifier": None}}),
     ],
 )

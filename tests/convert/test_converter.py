@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import BatchNormAct2d, SelectAdaptivePool2d, convert_sync_batchnorm
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
 from tests.convert.networks import Shared, Tiny, converted, images, trained
-from timm_deconv import ChannelDeconv, Deconv2d, DeconvLinear, convert_deconv_model, fuse, transfer
-from timm_deconv.convert.classifier import WhitenedPool
+from timm_deconv import Deconv2d, DeconvLinear, convert_deconv_model, fuse, transfer
 from timm_deconv.errors import InputError
 
 
@@ -111,7 +110,7 @@ def test_the_mode_is_kept(training: bool) -> None:
 def test_everything_stays_on_its_device_and_in_its_dtype() -> None:
     with torch.device("meta"):
         model = timm.create_model("test_resnet")
-    convert_deconv_model(model, {"classifier": "channel"})
+    convert_deconv_model(model)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     double = Tiny().double()
     convert_deconv_model(double)
@@ -168,32 +167,22 @@ def test_layers_with_fewer_rows_than_features_stay_of_ordinary_size() -> None:
     assert output.isfinite().all() and output.abs().max() < 10
 
 
-@pytest.mark.parametrize(
-    ("kind", "layer", "pool"),
-    [
-        ("linear", DeconvLinear, SelectAdaptivePool2d),
-        ("plain", nn.Linear, SelectAdaptivePool2d),
-        ("channel", nn.Linear, WhitenedPool),
-    ],
-)
-def test_reset_classifier_keeps_the_kind(kind: str, layer: type, pool: type) -> None:
+@pytest.mark.parametrize(("kind", "layer"), [("linear", DeconvLinear), ("plain", nn.Linear)])
+def test_reset_classifier_keeps_the_kind(kind: str, layer: type) -> None:
     model, _ = converted("test_resnet", {"classifier": kind}, num_classes=7)
     for classes in (7, 4):
         if classes != 7:
             model.reset_classifier(classes)
-        assert type(model.get_classifier()) is layer and type(model.global_pool) is pool
+        assert type(model.get_classifier()) is layer
         assert model(images(size=32)).shape == (4, classes)
-        assert sum(isinstance(m, ChannelDeconv) for m in model.modules()) == (kind == "channel")
     model.reset_classifier(0)
     assert model(images(size=32)).shape == (4, model.num_features)
 
 
 def test_fused_networks_get_plain_classifiers() -> None:
-    for kind in ("linear", "channel"):
-        plain = fuse(converted("test_resnet", {"classifier": kind})[0])
-        plain.reset_classifier(4)
-        assert type(plain.get_classifier()) is nn.Linear
-        assert not any(isinstance(m, ChannelDeconv) for m in plain.modules())
+    plain = fuse(converted("test_resnet")[0])
+    plain.reset_classifier(4)
+    assert type(plain.get_classifier()) is nn.Linear
 
 
 def test_fusing_leaves_the_network_training() -> None:

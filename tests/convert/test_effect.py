@@ -64,7 +64,6 @@ def test_an_option_without_effect_is_refused_and_nothing_has_changed(deconv: Any
         {"preset": "paper", "quartic": True, "roles": {"spatial": {"n_iter": 3}}},
         {"preset": "paper", "wide_block": 64},
         {"preset": "paper", "layout": "flat", "wide_block": 8},
-        {"centred": True, "classifier": "channel"},
         {"freeze_iter": 50, "roles": {"stem": {"freeze": True}}},
         {"preset": "paper", "grid": True},
         {"layout": "window", "wide_block": 0, "grid": False, "centred": False},

@@ -31,11 +31,6 @@ def test_the_particular_wins_over_the_general() -> None:
     assert other is not None and (other.n_iter, other.block, other.eps) == (2, 2, 0.1)
 
 
-def test_channel_whitening_has_the_blocks_of_wide_layers() -> None:
-    assert DeconvPolicy(preset="fast", classifier="channel").channel_cfg().block == 64
-    assert DeconvPolicy(preset="fast", options={"block": 16}).channel_cfg().block == 16
-
-
 def test_none_leaves_plain_and_a_later_pattern_takes_it_back() -> None:
     policy = DeconvPolicy(roles={"spatial": None}, patterns={"a*": {}, "ab": None})
     assert policy.cfg("c", "spatial") is None
@@ -58,7 +53,7 @@ def test_a_policy_over_a_familys_own_wins_where_both_speak() -> None:
     "policy",
     [
         DeconvPolicy(),
-        DeconvPolicy(options={"block": 16}, classifier="channel"),
+        DeconvPolicy(options={"block": 16}),
         DeconvPolicy(roles={"stem": None, "linear": {}}, patterns={"layer4.*": {"n_iter": 3}}, classifier="plain"),
     ],
 )
@@ -105,7 +100,7 @@ def test_registered_names_take_all_three(deconv: object) -> None:
         ({"patterns": {"stm": {}}}, "no layer that matches 'stm'; nearest: stem"),
         ({"patterns": {"zzz*": None}}, r"no layer that matches 'zzz\*'; there are: depthwise, grouped, head"),
         ({"classifier": "lin"}, "no classifier 'lin'; nearest: linear"),
-        ({"classifier": "channel"}, "0 global poolings in Tiny"),
+        ({"classifier": "channel"}, "no classifier 'channel'; there are: linear, plain"),
     ],
 )
 def test_what_makes_no_sense_is_one_line_and_changes_nothing(deconv: object, message: str) -> None:

@@ -1,7 +1,6 @@
 """The preset 'fast' on every registered network: the published layers but squeeze-excite, and only its own settings."""
 
 import json
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -31,10 +30,15 @@ OF_EACH_FAMILY = [
 ]
 
 
-@lru_cache(maxsize=1)  # the tests of one network follow one another
 def fast(name: str) -> nn.Module:
     with torch.device("meta"):
         return timm.create_model(name, deconv="fast")
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def model(request: pytest.FixtureRequest) -> Any:
+    """Each registered network, made once for all tests that take it."""
+    return fast(request.param)
 
 
 def whitened(model: nn.Module) -> dict[str, WhiteningMixin]:
@@ -48,9 +52,7 @@ def expected_cfg(role: str, linear_as_conv: bool) -> DeconvCfg | None:
     return None if options is None else general.override(options)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_is_whitened_with_the_settings_of_its_layers_roles_alone(name: str) -> None:
-    model = fast(name)
+def test_every_network_is_whitened_with_the_settings_of_its_layers_roles_alone(model: Any) -> None:
     assert not any(isinstance(module, _BatchNorm | ChannelDeconv) for module in model.modules())
     layers = whitened(model)
     roles, as_convs = find_roles(model), linear_layers_as_convs(model)
@@ -66,9 +68,7 @@ def test_every_network_is_whitened_with_the_settings_of_its_layers_roles_alone(n
     assert [n for n, role in roles.items() if role == "classifier"] == list(classifier_names(model))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_saved_configuration_names_the_preset_and_nothing_of_its_roles(name: str) -> None:
-    model = fast(name)
+def test_a_saved_configuration_names_the_preset_and_nothing_of_its_roles(model: Any) -> None:
     assert (
         model.requested_policy.to_dict() == model._model_args["deconv"] == {"version": PRESET_VERSION, "preset": "fast"}
     )
@@ -84,11 +84,12 @@ def test_the_same_layers_but_squeeze_excite_are_whitened_as_with_the_published_s
     with torch.device("meta"):
         published = timm.create_model(name, deconv="paper")
     excites = {n for n, role in find_roles(published).items() if role == "squeeze_excite"}
-    ours, theirs = whitened(fast(name)), {n: m for n, m in whitened(published).items() if n not in excites}
+    model = fast(name)
+    ours, theirs = whitened(model), {n: m for n, m in whitened(published).items() if n not in excites}
     assert {n: type(layer) for n, layer in ours.items()} == {n: type(layer) for n, layer in theirs.items()}
     assert all(ours[n].weight.shape == layer.weight.shape for n, layer in theirs.items())
     assert all(ours[n].cfg != layer.cfg for n, layer in theirs.items())
-    assert {n for n, _ in published.named_modules()} == {n for n, _ in fast(name).named_modules()}
+    assert {n for n, _ in published.named_modules()} == {n for n, _ in model.named_modules()}
 
 
 def cifar_resnet(deconv: Any, name: str = "resnet18_cifar_deconv") -> Any:
@@ -145,14 +146,6 @@ def test_options_of_layout_and_sampling_leave_linear_layers_held_as_convolutions
     more = {**deconv, "roles": {"classifier": {"layout": "window"}}, "patterns": {"classifier": {"sampling_stride": 2}}}
     layer = cifar_resnet(more, "dpn68_deconv").get_classifier()
     assert (layer.cfg.layout, layer.cfg.sampling_stride) == ("window", 2)
-
-
-def test_the_epsilon_of_channel_whitening_is_the_published_one_unless_the_user_says() -> None:
-    for name in PRESETS:
-        deconv: dict[str, Any] = {"preset": name, "classifier": "channel"}
-        assert {m.cfg.eps for m in cifar_resnet(deconv).modules() if isinstance(m, ChannelDeconv)} == {1e-2}
-        deconv["eps"] = 0.1
-        assert {m.cfg.eps for m in cifar_resnet(deconv).modules() if isinstance(m, ChannelDeconv)} == {0.1}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import timm_deconv
 from timm_deconv import Deconv2d, DeconvLinear, transfer
-from timm_deconv.convert.affine import ChannelAffine
+from timm_deconv.convert.bn_folding import ChannelAffine
 from timm_deconv.errors import InputError
 
 POST_NORM: list[tuple[str, dict[str, Any], int]] = [
@@ -193,7 +193,7 @@ def test_weight_shared_by_name_is_not_folded_twice() -> None:
 
 def test_norms_that_plain_layers_read_stay_and_those_behind_them_are_folded_into_plain_layers() -> None:
     model = randomised(timm.create_model("resnet18_cifar", width=0.25))
-    policy = {"patterns": {"layer1.0.*": None}, "classifier": "channel"}
+    policy = {"patterns": {"layer1.0.*": None}, "classifier": "plain"}
     after, before = outputs_before_and_after(model, torch.randn(2, 3, 32, 32), policy=policy)
     assert difference(after, before) < 1e-4
     block = model.layer1[0]

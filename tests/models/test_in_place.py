@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import timm_deconv  # noqa: F401 (registers the networks)
-from timm_deconv.convert.surgery import write_out_of_place, writes_in_place
+from timm_deconv.convert.module_replace import write_out_of_place, writes_in_place
 
 NETWORKS = {
     "vgg11_deconv": {},

@@ -96,7 +96,7 @@ def test_batch_norm_weights_give_the_same_function_under_any_option(
 ) -> None:
     x = torch.randn(2, 3, 64, 64)
     expected = batch_norm(x)
-    plain = {"patterns": {"layer1.*": None}, "classifier": "channel"}
+    plain = {"patterns": {"layer1.*": None}, "classifier": "plain"}
     for options in ({}, {"deconv": {"block": 32, "per_block": True}}, {"deconv": plain}, {"fused": True}):
         assert difference(load("resnet18_deconv", weights, **options)(x), expected) < 1e-4
     assert difference(load("deconv", weights, base="resnet18")(x), expected) < 1e-4
@@ -139,9 +139,9 @@ def test_deconvolution_weights_are_left_alone(weights: dict[str, Tensor]) -> Non
         tensor.copy_(tensor + torch.rand_like(tensor) if tensor.is_floating_point() else tensor + 7)
     back = load("resnet18_deconv", trained.state_dict())
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in back.state_dict().items())
-    channel = load("resnet18_deconv", weights, deconv={"classifier": "channel"}).state_dict()
-    back = load("resnet18_deconv", channel, deconv={"classifier": "channel"})
-    assert all(torch.equal(value, channel[key]) for key, value in back.state_dict().items())
+    plain = load("resnet18_deconv", weights, deconv={"classifier": "plain"}).state_dict()
+    back = load("resnet18_deconv", plain, deconv={"classifier": "plain"})
+    assert all(torch.equal(value, plain[key]) for key, value in back.state_dict().items())
 
 
 def without(weights: dict[str, Tensor], key: str) -> dict[str, Tensor]:

@@ -121,7 +121,9 @@ def test_quickstart_shows_both_curves_and_reads_digits(monkeypatch, tmp_path, ca
     settings = ["model=vgg11_cifar_deconv", "model_kwargs.width=0.125", "epochs=1"]
     _run(monkeypatch, "quickstart.py", "--output-dir", tmp_path, *settings)
     said = capsys.readouterr().out
-    assert "vgg11_cifar_deconv" in said and " vgg11_cifar\n" in said and "predicted [" in said and "truth     [" in said
+    assert "vgg11_cifar_deconv, with deconvolution\n" in said and "vgg11_cifar, with batch norm\n" in said
+    accuracies, read = (line.split() for line in said.splitlines() if line.startswith(("    1 ", "read as ")))
+    assert [len(accuracies), len(read)] == [3, 12] and "digits      0 1 2 3 4 5 6 7 8 9\n" in said
     timm.create_model(f"local-dir:{tmp_path / 'vgg11_cifar_deconv'}", pretrained=True)
     _run(monkeypatch, "quickstart.py", "--output-dir", tmp_path, *settings)
     assert capsys.readouterr().out == said

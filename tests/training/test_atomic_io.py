@@ -1,10 +1,12 @@
 """A file is whole or not there."""
 
-import subprocess
+import runpy
 import sys
+import types
 
 import pytest
 
+from timm_deconv.training import atomic_io, results
 from timm_deconv.training.atomic_io import write_text, write_whole
 
 
@@ -21,21 +23,18 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["weights"]
 
 
-WITHOUT_FCNTL = """
-import os, sys, types
-sys.modules["fcntl"] = None
-from timm_deconv.training import atomic_io, loop, results
-locked = []
-sys.modules["msvcrt"] = types.SimpleNamespace(LK_LOCK=1, locking=lambda *how: locked.append(how))
-for _ in range(2):
-    results.append_rows(loop.Path(sys.argv[1]), ["a", "b"], [{"a": 1, "b": 2}])
-atomic_io.write_text(loop.Path(sys.argv[1] + ".txt"), "whole")
-assert len(locked) == 2 and {how[1:] for how in locked} == {(1, 1)}, locked
-"""
-
-
-def test_where_there_is_no_fcntl_as_on_windows_results_are_written_under_its_own_lock(tmp_path):
-    file = tmp_path / "rows.csv"
-    subprocess.run([sys.executable, "-c", WITHOUT_FCNTL, str(file)], check=True)
-    assert file.read_text() == "a,b\n1,2\n1,2\n"
+def test_where_there_is_no_fcntl_as_on_windows_results_are_written_under_its_own_lock(tmp_path, monkeypatch):
+    locked = []
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(
+        sys.modules, "msvcrt", types.SimpleNamespace(LK_LOCK=1, locking=lambda *how: locked.append(how))
+    )
+    imported = runpy.run_path(atomic_io.__file__)
+    assert imported["fcntl"] is None
+    monkeypatch.setattr(results, "lock", imported["lock"])
+    for _ in range(2):
+        results.append_rows(tmp_path / "rows.csv", ["a", "b"], [{"a": 1, "b": 2}])
+    assert len(locked) == 2 and {how[1:] for how in locked} == {(1, 1)}
+    assert (tmp_path / "rows.csv").read_text() == "a,b\n1,2\n1,2\n"
+    imported["write_text"](tmp_path / "rows.csv.txt", "whole")
     assert (tmp_path / "rows.csv.txt").read_text() == "whole"

@@ -1,7 +1,6 @@
 """The output folder: what timm loads from it, what a crash or a full disk leaves in it."""
 
-import subprocess
-import sys
+import resource
 
 import pytest
 import timm
@@ -75,31 +74,22 @@ def test_a_finished_run_resumed_trains_no_further_and_has_one_row(run):
     assert len((folder / "results.csv").read_text().splitlines()) == 2
 
 
-FILL_THE_DISK = """
-import resource, sys
-from timm_deconv.training import load_recipe, loop
-recipe = load_recipe(sys.argv[1] + "/recipe.yaml")
-save, calls = loop.RunFolder.save, []
-def save_on_a_full_disk(self, *args):
-    calls.append(1)
-    if len(calls) == 2:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    save(self, *args)
-loop.RunFolder.save = save_on_a_full_disk
-try:
-    loop.train(recipe, sys.argv[1], cpu=True)
-except OSError as error:
-    print(error)
-"""
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(recipe, tmp_path, monkeypatch):
+    recipe = recipe.merged({"epochs": 2, "train_images": 256, "val_images": 64})
+    save, (soft, hard) = RunFolder.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
+    def save_on_a_full_disk(self, accelerator, model, ema, progress):
+        if progress.epoch == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        save(self, accelerator, model, ema, progress)
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(recipe, tmp_path):
-    recipe = recipe.merged({"epochs": 2})
-    RunFolder(tmp_path, recipe).open()
-    command = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "epoch 2 could not be saved" in said and "epoch-0001 is whole: make room and add --resume" in said
-    assert said.count("\n") == 1
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="epoch 2 could not be saved") as full:
+        patch.setattr(RunFolder, "save", save_on_a_full_disk)
+        try:
+            train(recipe, tmp_path, cpu=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "epoch-0001 is whole: make room and add --resume" in str(full.value) and "\n" not in str(full.value)
     left = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert all(torch.isfinite(value).all() for value in left.state_dict().values())
     row = train(recipe, tmp_path, resume=True)

@@ -135,7 +135,7 @@ def test_with_a_frozen_backbone_the_classifier_alone_learns(weights: Path, tmp_p
 
 
 def test_a_run_is_calibrated_before_its_first_step_and_resumes_alike(weights: Path, tmp_path: Path) -> None:
-    settings = {"calibration_images": 256, "train_images": 256, "val_images": 64, "layer_rates": True, "epochs": 2}
+    settings = {"calibration_images": 128, "train_images": 128, "val_images": 10, "layer_rates": True, "epochs": 2}
     recipe = recipe_from(weights, **settings, model_ema=True)
     whole = train(recipe, tmp_path / "whole", cpu=True)
 

@@ -2,13 +2,11 @@
 
 from .adapters import refuse_adapters
 from .calibrate import calibrate
-from .converter import convert_deconv_model
-from .freezing import freeze, unfreeze
+from .converter import ConversionReport, convert_deconv_model
 from .fuse import fuse
 from .policy import DeconvPolicy, resolve_policy
-from .report import ConversionReport
+from .statistics import freeze, unfreeze, update_statistics
 from .transfer import transfer
-from .update_statistics import update_statistics
 
 __all__ = [
     "ConversionReport",

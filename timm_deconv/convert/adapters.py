@@ -1,7 +1,7 @@
 """Adapters that are merged into a weight, such as PEFT's LoRA, are refused around whitening layers.
 
-They compute `base(x) + B A x` and write B A into the weight of `base`. That of a whitening layer acts on the whitened
-x, so that merging would change the function, and the copy of the layer's class that they make for A would whiten, too.
+They compute `base(x) + B A x` and write B A into the weight of `base`. A whitening layer's weight acts on the whitened
+x, so that merging would change the function, and the copy of the layer's class that they make for A would whiten too.
 """
 
 from typing import Any
@@ -11,13 +11,16 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from timm_deconv.errors import InputError
 
-from .surgery import WHITENING_TYPES
+from .module_types import WHITENING_TYPES
 
 __all__ = ["refuse_adapters"]
 
 
 def refuse_adapters() -> None:
-    """Let no module that can `merge` take a whitening layer for its `base_layer`, PEFT's name for what it adapts."""
+    """Refuse from now on, with an InputError, that a module that can `merge` takes a whitening layer as `base_layer`.
+
+    That is PEFT's name for the layer that an adapter changes.
+    """
     register_module_module_registration_hook(_check)
 
 

@@ -7,7 +7,6 @@ images, and the weight takes its inverse in: (w D^-1) D = w. The function stays,
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from timm_deconv.layers.notices import share_notices
 from timm_deconv.layers.whitening import count_padding, fold, whitener
 from timm_deconv.linalg import covariance, full_precision, to_double
 
-from .batches import checked_count, image_batches, images_of
+from .statistics import images_of
 
 __all__ = ["calibrate"]
 
@@ -58,8 +57,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
     moments = {name: _Moments() for name in layers}
     seen = 0
     with _evaluating(model, layers, moments):
-        for batch in islice(image_batches(loader), checked_count(batches)):
-            model(images_of(batch, next(iter(layers.values())).weight))
+        for images in images_of(loader, batches, next(iter(layers.values())).weight):
+            model(images)
             seen += 1
     if not seen:
         raise InputError("no batches to calibrate on: the loader is empty, or its iterator was used up before")

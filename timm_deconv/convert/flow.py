@@ -1,15 +1,17 @@
 """What the computation says of layers: squeeze-excites, ends of residual branches and dense layers, classifiers."""
 
 import heapq
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from .kinds import is_batch_norm, is_transposed
-from .record import Run, Step
+from .module_types import is_batch_norm
+from .trace import Inputs, Run, RunError, Step, trace_network
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "observe", "observe_what_runs"]
 
 POOLS = ("mean", "sum", "amax", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "bmm")
 """Operators that may pool over all positions; `bmm` with weights of attention."""
@@ -19,6 +21,28 @@ LINEAR_OPS = (
     *("avg_pool2d", "avg_pool1d", "mean", "adaptive_avg_pool2d", "to_copy", "unsafe_view", "write", "index", "roll"),
 )
 """Operators that pass a value on, scaled or shifted at most; `mul` and `div` where the other factor is no value."""
+
+
+def observe(
+    model: nn.Module, *, input_size: tuple[int, ...] | None = None, example_inputs: Inputs | None = None
+) -> tuple["Flow", ...]:
+    """Run a copy of a network and return how values flow through it; arguments and errors are `trace_network`'s."""
+    runs = trace_network(model, input_size=input_size, example_inputs=example_inputs)
+    return tuple(Flow(run, dict(model.named_modules())) for run in runs)
+
+
+def observe_what_runs(model: nn.Module, example_inputs: Inputs | None = None) -> tuple[tuple["Flow", ...], str | None]:
+    """Return the flows of a network as far as it runs and, if that is not to its end, why.
+
+    Raises:
+        InputError: it does not run on the `example_inputs`.
+    """
+    try:
+        return observe(model, example_inputs=example_inputs), None
+    except RunError as error:
+        if example_inputs is not None:
+            raise
+        return (Flow(error.so_far, dict(model.named_modules())),), str(error)
 
 
 class Flow:
@@ -32,6 +56,12 @@ class Flow:
         self.steps = run.steps
         self.modules = modules
         self._projections: set[int] = set()
+
+    def sources(self, index: int) -> tuple[int, ...]:
+        """Return the steps that a step reads, but for what a squeeze-excite multiplies it by."""
+        inputs = self.steps[index].inputs
+        gate = self.gates.get(index)
+        return inputs if gate is None else tuple(source for source in inputs if source != gate)
 
     # Squeeze-excites
 
@@ -52,7 +82,7 @@ class Flow:
         return [self._back_to_pool(gate) for index, gate in self.gates.items() if self.steps[index].name == "mul"]
 
     @cached_property
-    def aside(self) -> set[int]:
+    def side_steps(self) -> set[int]:
         """The steps of all squeeze-excites, and of what is added to maps instead."""
         return set().union(*(self._back_to_pool(gate) for gate in self.gates.values()))
 
@@ -69,7 +99,7 @@ class Flow:
         if step.kind != "op" or step.name not in POOLS:
             return False
         before = self.steps[step.inputs[0]].shape
-        return len(before) > 2 and _numel(step.shape) == _numel(before[:2])
+        return len(before) > 2 and math.prod(step.shape) == math.prod(before[:2])
 
     def _back_to_pool(self, gate: int) -> set[int]:
         found, todo = set(), [gate]
@@ -84,14 +114,8 @@ class Flow:
 
     # Block ends
 
-    def sources(self, index: int) -> tuple[int, ...]:
-        """What a step reads, but for what a squeeze-excite multiplies it by."""
-        inputs = self.steps[index].inputs
-        gate = self.gates.get(index)
-        return inputs if gate is None else tuple(source for source in inputs if source != gate)
-
     def block_ends(self) -> set[str]:
-        """Names of the layers that residual branches and dense layers end with, and bottlenecks without activation.
+        """Find the layers that residual branches and dense layers end with, and bottlenecks without activation.
 
         A residual branch is an operand of a sum that comes, over two layers or more, from a value that another operand
         is, or is a projection of. A dense layer is an operand of a concatenation that comes, over two layers or more,
@@ -103,11 +127,11 @@ class Flow:
             if step.kind == "op" and step.name in ("add", "cat") and len(step.inputs) > 1:
                 for branch in self._branches(index) if step.name == "add" else self._dense_layers(index):
                     if not ends & {self.steps[i].name for i in branch if self.steps[i].kind == "layer"}:
-                        ends |= self._last(branch)
+                        ends |= self._last_layers(branch)
         return ends | self._bottlenecks()
 
     def _branches(self, index: int) -> Iterator[set[int]]:
-        """The steps of every operand of a sum that is a residual branch."""
+        """Yield the steps of every operand of a sum that is a residual branch."""
         operands = self._operands(index)
         fork = self._fork(operands)
         if fork is None:
@@ -117,7 +141,7 @@ class Flow:
         self._projections |= set().union(*(regions[operand] for operand in inputs))
         for operand in operands:
             branch = regions[operand]
-            up = self._goes_up(branch) and fork not in inputs
+            up = self._upsamples(branch) and fork not in inputs
             if inputs and not up and self._depth(branch) > 1 and self._reads_whole(fork, branch):
                 yield branch
 
@@ -152,34 +176,30 @@ class Flow:
         return None
 
     def _dense_layers(self, index: int) -> Iterator[set[int]]:
-        """The steps of every operand of a concatenation that is a dense layer; none unless all but the first are."""
+        """Yield the steps of every operand of a concatenation that is a dense layer, if all but the first are."""
         operands = sorted(self.steps[index].inputs)
         regions = []
         for k, operand in enumerate(operands[1:], 1):
             region = self._between(operands[:k], operand)
             reads = {source for i in region for source in self.sources(i)}
-            if not reads >= set(operands[:k]) or self._depth(region) < 2 or self._goes_up(region):
+            if not reads >= set(operands[:k]) or self._depth(region) < 2 or self._upsamples(region):
                 return
             regions.append(region)
         yield from regions
 
     def _between(self, starts: list[int], end: int) -> set[int]:
-        """The steps on the ways from `starts`, which are none, to `end`, which is one."""
+        """The steps on the ways from `starts`, without these, to `end`, with it."""
+        back, todo = set(), [end]
+        while todo:
+            index = todo.pop()
+            if index not in back and index not in starts and index > min(starts):
+                back.add(index)
+                todo += self.sources(index)
         reached = set(starts)
-        for index in sorted(self._back(starts, end)):
+        for index in sorted(back):
             if any(source in reached for source in self.sources(index)):
                 reached.add(index)
         return reached - set(starts)
-
-    def _back(self, starts: list[int], end: int) -> set[int]:
-        """The steps on the way back from `end` that are later than the first of `starts`, without these."""
-        first, found, todo = min(starts), set(), [end]
-        while todo:
-            index = todo.pop()
-            if index not in found and index not in starts and index > first:
-                found.add(index)
-                todo += self.sources(index)
-        return found
 
     def _depth(self, region: set[int]) -> int:
         """The most layers in a row."""
@@ -189,7 +209,7 @@ class Flow:
             depths[index] = before + (self.steps[index].kind == "layer")
         return max(depths.values(), default=0)
 
-    def _last(self, region: set[int]) -> set[str]:
+    def _last_layers(self, region: set[int]) -> set[str]:
         """Names of the layers that no other layer follows."""
         followed: set[int] = set()
         for index in sorted(region, reverse=True):
@@ -197,23 +217,23 @@ class Flow:
                 followed.update(self.sources(index))
         return {self.steps[i].name for i in region - followed if self.steps[i].kind == "layer"}
 
-    def _goes_up(self, region: set[int]) -> bool:
+    def _upsamples(self, region: set[int]) -> bool:
         steps = [self.steps[index] for index in region]
-        transposed = (step.kind == "layer" and is_transposed(self.modules[step.name]) for step in steps)
-        return any("upsample" in step.name and step.kind == "op" for step in steps) or any(transposed)
+        transposed = (s.kind == "layer" and isinstance(self.modules[s.name], _ConvTransposeNd) for s in steps)
+        return any(s.kind == "op" and "upsample" in s.name for s in steps) or any(transposed)
 
     def _is_projection(self, region: set[int]) -> bool:
         """Whether a value is passed on, scaled or projected at most; an activation may stand before the projection."""
         projection = max((index for index in region if self.steps[index].kind == "layer"), default=-1)
-        return all(self._passes(i) or (i < projection and self._keeps_positions(i)) for i in region)
+        return all(self._is_linear(i) or (i < projection and self._is_activation(i)) for i in region)
 
-    def _keeps_positions(self, index: int) -> bool:
+    def _is_activation(self, index: int) -> bool:
         """Whether a step is an activation, as far as its name and shape say."""
         step = self.steps[index]
-        same = [self.steps[source].shape == step.shape for source in step.inputs]
-        return step.kind in ("norm", "op") and all(same) and "pool" not in step.name
+        same = all(self.steps[source].shape == step.shape for source in step.inputs)
+        return step.kind in ("norm", "op") and same and "pool" not in step.name
 
-    def _passes(self, index: int) -> bool:
+    def _is_linear(self, index: int) -> bool:
         step = self.steps[index]
         if step.kind == "norm":
             return isinstance(getattr(self.modules[step.name], "act", None), nn.Identity | None)
@@ -223,10 +243,40 @@ class Flow:
             return False
         return step.name not in ("mul", "div") or len(self.sources(index)) == 1
 
+    def _bottlenecks(self) -> set[str]:
+        """Find the pointwise layers to fewer channels whose output meets other layers before an activation.
+
+        Such is the projection of an inverted residual block, be there a sum behind it or none.
+        """
+        found = set()
+        for index, step in enumerate(self.steps):
+            candidate = step.kind == "layer" and index not in self._projections and _narrows(self.modules[step.name])
+            if candidate and self._next_layers[index] == "layer":
+                found.add(step.name)
+        return found
+
+    @cached_property
+    def _next_layers(self) -> list[str | None]:
+        """What all ways on from a value end in before an activation: a layer, or depthwise ones only; None if not."""
+        found: list[str | None] = [None] * len(self.steps)
+        for index in reversed(range(len(self.steps))):
+            readers = [reader for reader in self.run.readers[index] if reader not in self.side_steps]
+            if readers and index not in self.run.outputs and self._is_linear(index):
+                ways = {self._next_layer(reader, found) for reader in readers}
+                found[index] = None if None in ways else "layer" if "layer" in ways else "depthwise"
+        return found
+
+    def _next_layer(self, reader: int, found: list[str | None]) -> str | None:
+        step = self.steps[reader]
+        if step.kind == "layer":
+            return "depthwise" if _is_depthwise(self.modules[step.name]) else "layer"
+        other_norm = step.kind == "norm" and not is_batch_norm(self.modules[step.name])
+        return None if other_norm else found[reader]
+
     # Classifiers
 
     def heads(self) -> list[str]:
-        """Names of the layers that outputs of one value a class come from, with no norm between.
+        """Find the layers that outputs of one value a class come from, with no norm between.
 
         A convolution is one if each of its channels is a class, behind a pooling or before it.
         """
@@ -251,38 +301,6 @@ class Flow:
             return True
         return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and step.shape[1] == shape[-1]
 
-    # Linear bottlenecks
-
-    def _bottlenecks(self) -> set[str]:
-        """Names of pointwise layers to fewer channels whose output meets other layers before an activation.
-
-        Such is the projection of an inverted residual block, be there a sum behind it or none.
-        """
-        found = set()
-        for index, step in enumerate(self.steps):
-            candidate = step.kind == "layer" and index not in self._projections and _narrows(self.modules[step.name])
-            if candidate and self._meets[index] == "layer":
-                found.add(step.name)
-        return found
-
-    @cached_property
-    def _meets(self) -> list[str | None]:
-        """What all ways on from a value end in before an activation: a layer, or depthwise ones alone; None if not."""
-        meets: list[str | None] = [None] * len(self.steps)
-        for index in reversed(range(len(self.steps))):
-            readers = [reader for reader in self.run.readers[index] if reader not in self.aside]
-            if readers and index not in self.run.outputs and self._passes(index):
-                ways = {self._meets_at(reader, meets) for reader in readers}
-                meets[index] = None if None in ways else "layer" if "layer" in ways else "depthwise"
-        return meets
-
-    def _meets_at(self, reader: int, meets: list[str | None]) -> str | None:
-        step = self.steps[reader]
-        if step.kind == "layer":
-            return "depthwise" if _is_depthwise(self.modules[step.name]) else "layer"
-        other_norm = step.kind == "norm" and not is_batch_norm(self.modules[step.name])
-        return None if other_norm else meets[reader]
-
 
 def _narrows(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.out_channels < layer.in_channels
@@ -290,10 +308,3 @@ def _narrows(layer: nn.Module) -> bool:
 
 def _is_depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -23,7 +23,7 @@ __all__ = [
 Role = Literal[
     "stem", "pointwise", "spatial", "block_end", "depthwise", "grouped", "squeeze_excite", "linear", "classifier"
 ]
-ClassifierKind = Literal["linear", "channel", "plain"]
+ClassifierKind = Literal["linear", "plain"]
 Options = Mapping[str, Any]
 DEFAULT_PRESET = "fast"
 
@@ -47,8 +47,7 @@ class DeconvPolicy:
             only if this role is named or a pattern has fields for them.
         patterns: shell pattern of layer names ('layer4.*') -> fields, or None to leave the layers plain. Fields whiten
             layers whose role is plain, too. A pattern that matches no layer is an error.
-        classifier: 'linear' whitens the classifier's input features; 'channel' keeps it plain and whitens channels in
-            front of the global pooling; 'plain' leaves it alone.
+        classifier: 'linear' whitens the classifier's input features; 'plain' leaves it as it is.
         version: of the saved form that this was read from; None for what is written today. Version 1, of configurations
             without a number, let the preset's roles win over `options`; `updated` says the same in today's order.
         beneath: what holds where this is silent; None until a network is converted (see `over_published`).
@@ -118,12 +117,6 @@ class DeconvPolicy:
         """Whether there are fields for a layer's role, or for a pattern that it matches."""
         particular = (options for level in self._levels() for options in level._particular(name, role))
         return any(options is not None for options in particular)
-
-    def channel_cfg(self) -> DeconvCfg:
-        """The configuration of channel whitening before the pooling; eps is 1e-2 (published) unless `options` say."""
-        chosen = find_preset(self.preset)
-        levels = (level.options for level in self._levels())
-        return layered(asdict(chosen.cfg), chosen.alone["channel"], *levels)
 
     def over(self, family: "DeconvPolicy") -> "DeconvPolicy":
         """Both in one table: this policy's options, roles and patterns win over the family's where both speak."""

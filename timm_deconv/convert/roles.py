@@ -1,33 +1,34 @@
 """The part a layer plays in a network: stem, classifier, squeeze-excite, and so on."""
 
+from collections.abc import Sequence
+
 from timm.layers import SelectAdaptivePool2d
 from timm.models.vgg import ConvMlp
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .flow import Flow
-from .kinds import other_norms, weighted_layers
+from .flow import Flow, observe_what_runs
+from .module_types import is_any_norm, weighted_layers
 from .policy import Role
-from .trace import RunError, Trace, trace_network
 
 __all__ = ["block_ends", "classifier_names", "find_roles", "linear_layers_as_convs", "token_linears"]
 
 
-def find_roles(model: nn.Module, trace: Trace | None = None) -> dict[str, Role]:
-    """Role of every layer with a weight matrix by name, in network order; a module used twice is named once.
+def find_roles(model: nn.Module, flows: Sequence[Flow] | None = None) -> dict[str, Role]:
+    """Find the role of every layer with a weight matrix, in network order; a module used twice is named once.
 
     Squeeze-excites and block ends are taken from what the network computes. Layers of squeeze-excites that hold a batch
     norm have the role of their shape: as it goes, whitening is to take its place.
 
     Args:
         model: any network.
-        trace: what it computes; by default it is run to see. Of what was not run the roles are those that shapes and
+        flows: what it computes; by default it is run to see. Layers that were not run have the roles that shapes and
             timm's configuration say.
     """
-    trace = _traced(model) if trace is None else trace
-    stems, classifiers = _stem_names(model, trace), classifier_names(model, trace)
-    excites, ends = _excites_without_norm(model, trace), block_ends(model, trace)
-    hidden = {name for name in linear_layers_as_convs(model, trace) if name not in classifiers}
+    flows = _observed(model, flows)
+    stems, classifiers = _stem_names(model, flows), classifier_names(model, flows)
+    excites, ends = _excites_without_norm(flows), block_ends(model, flows)
+    hidden = linear_layers_as_convs(model, flows)
     roles: dict[str, Role] = {}
     for name, module in weighted_layers(model):
         if name in classifiers:
@@ -44,94 +45,69 @@ def find_roles(model: nn.Module, trace: Trace | None = None) -> dict[str, Role]:
     return roles
 
 
-def block_ends(model: nn.Module, trace: Trace | None = None) -> set[str]:
-    """Names of the layers that residual branches, dense layers and linear bottlenecks end with; see `Flow`."""
-    return set().union(*(flow.block_ends() for flow in _flows(model, trace)))
+def block_ends(model: nn.Module, flows: Sequence[Flow] | None = None) -> set[str]:
+    """Find the layers that residual branches, dense layers and linear bottlenecks end with; see `Flow.block_ends`."""
+    return set().union(*(flow.block_ends() for flow in _observed(model, flows)))
 
 
-def classifier_names(model: nn.Module, trace: Trace | None = None) -> tuple[str, ...]:
-    """Names of the classifier's layers: as timm's `get_classifier()` or default_cfg say, else what the output comes of.
+def classifier_names(model: nn.Module, flows: Sequence[Flow] | None = None) -> tuple[str, ...]:
+    """Find the classifier's layers: as timm's `get_classifier()` says, else what the output comes of.
 
-    Of a classifier of several layers, such as norm and linear layer, it is the last layer with a weight matrix.
+    A classifier of several layers, such as norm and linear layer, is named by its last convolution or linear layer.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    if hasattr(model, "get_classifier"):
-        found = model.get_classifier()  # type: ignore[operator]
-        parts = found if isinstance(found, tuple | list) else (found,)
-    elif said := _cfg_names(model, "classifier"):
-        modules = dict(model.named_modules(remove_duplicate=False))
-        parts = [modules.get(name) for name in said]
-    else:
-        return tuple(dict.fromkeys(name for flow in _flows(model, trace) for name in flow.heads()))
-    last = (_last_layer(part) for part in parts if isinstance(part, nn.Module))
-    return tuple(names[id(layer)] for layer in last if id(layer) in names)
+    if not hasattr(model, "get_classifier"):
+        return tuple(dict.fromkeys(name for flow in _observed(model, flows) for name in flow.heads()))
+    found = model.get_classifier()  # type: ignore[operator]
+    parts = [part for part in (found if isinstance(found, tuple | list) else (found,)) if isinstance(part, nn.Module)]
+    layers = [[m for m in part.modules() if isinstance(m, nn.Conv2d | nn.Linear)] for part in parts]
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(names[held[-1]] for held in layers if held and held[-1] in names)
 
 
-def linear_layers_as_convs(model: nn.Module, trace: Trace | None = None) -> set[str]:
-    """Names of the linear layers that the network holds as convolutions: classifiers behind pooling, timm's VGG."""
+def linear_layers_as_convs(model: nn.Module, flows: Sequence[Flow] | None = None) -> set[str]:
+    """Find the linear layers that the network holds as convolutions: classifiers behind pooling, timm's VGG."""
     pooled = any(isinstance(module, SelectAdaptivePool2d) and not module.is_identity() for module in model.modules())
-    held = {name for name in classifier_names(model, trace) if pooled} | {
-        f"{prefix}.{key}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, ConvMlp)
-        for key in ("fc1", "fc2")
-    }
+    held = set(classifier_names(model, flows)) if pooled else set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, ConvMlp):
+            held |= {f"{prefix}.fc1", f"{prefix}.fc2"}
     return {name for name in held if isinstance(model.get_submodule(name), nn.Conv2d)}
 
 
 def token_linears(model: nn.Module) -> set[str]:
-    """Names of hidden linear layers that batch norm has nothing to do with, as in transformer blocks.
+    """Find the hidden linear layers that batch norm has nothing to do with, as in transformer blocks.
 
-    None in a network without other norms than batch norm. Else all but those that have a batch norm beside them in the
-    same module, as the layers of LeViT do.
+    There are none in a network without other norms than batch norm. Else it is all but those that have a batch norm
+    beside them in the same module, as the layers of LeViT do.
     """
-    if not other_norms(model):
+    if not any(is_any_norm(module) and not isinstance(module, _BatchNorm) for module in model.modules()):
         return set()
-    beside = {id(m) for m in model.modules() if any(isinstance(child, _BatchNorm) for child in m.children())}
     return {
         f"{prefix}.{key}".lstrip(".")
         for prefix, parent in model.named_modules()
-        if id(parent) not in beside
+        if not any(isinstance(child, _BatchNorm) for child in parent.children())
         for key, child in parent.named_children()
         if isinstance(child, nn.Linear)
     }
 
 
-def _traced(model: nn.Module) -> Trace:
-    try:
-        return trace_network(model)
-    except RunError as error:
-        return (error.so_far,)
+def _observed(model: nn.Module, flows: Sequence[Flow] | None) -> Sequence[Flow]:
+    return observe_what_runs(model)[0] if flows is None else flows
 
 
-def _flows(model: nn.Module, trace: Trace | None) -> list[Flow]:
-    modules = dict(model.named_modules())
-    return [Flow(run, modules) for run in (_traced(model) if trace is None else trace)]
-
-
-def _last_layer(module: nn.Module) -> nn.Module | None:
-    layers = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return layers[-1] if layers else None
-
-
-def _stem_names(model: nn.Module, trace: Trace) -> tuple[str, ...]:
-    if named := tuple(name for name in _cfg_names(model, "first_conv") if name):
-        return named
+def _stem_names(model: nn.Module, flows: Sequence[Flow]) -> tuple[str, ...]:
+    cfg = getattr(model, "pretrained_cfg", None)
+    if named := cfg.get("first_conv") if isinstance(cfg, dict) else None:
+        return (named,) if isinstance(named, str) else tuple(named)
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    computed = (step.name for run in trace for step in run.steps if step.kind == "layer" and step.name in convs)
+    computed = (step.name for flow in flows for step in flow.steps if step.kind == "layer" and step.name in convs)
     return (next(computed, convs[0] if convs else ""),)
 
 
-def _cfg_names(model: nn.Module, key: str) -> tuple[str, ...]:
-    cfg = getattr(model, "pretrained_cfg", None)
-    value = cfg.get(key) if isinstance(cfg, dict) else None
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
-def _excites_without_norm(model: nn.Module, trace: Trace) -> set[str]:
+def _excites_without_norm(flows: Sequence[Flow]) -> set[str]:
     """Names of the layers of squeeze-excites that hold no batch norm."""
     found: set[str] = set()
-    for flow in _flows(model, trace):
+    for flow in flows:
         for excite in flow.excites:
             steps = [flow.steps[index] for index in excite]
             if not any(step.kind == "norm" and isinstance(flow.modules[step.name], _BatchNorm) for step in steps):

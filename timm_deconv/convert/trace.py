@@ -1,32 +1,86 @@
-"""A network run once, to see what it computes: on tensors without data, or on inputs that the user gives.
+"""What a network computes: it is run once, on tensors without data or on the user's inputs, and every step is noted.
 
 The run sees what Python does, so any control flow is allowed.
 """
 
 import copy
 import logging
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from timm_deconv.errors import InputError
 
-from .kinds import is_any_norm, weighted_layers
-from .record import Recorder, Run
+from .module_types import is_any_norm, weighted_layers
 
-__all__ = ["Inputs", "RunError", "Trace", "trace_network"]
+__all__ = ["Inputs", "Run", "RunError", "Step", "trace_network"]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """What a network's forward takes: a tuple of positional or a dictionary of keyword arguments."""
 
-Trace = tuple[Run, ...]
-"""A forward in evaluation and, where modules took no part in it, one in training: auxiliary heads speak only there."""
+USUAL_SIZES = (224, 32, 28, 64, 128, 256, 299)
+READ_NO_VALUE = ("_like", "new_")
+"""Parts of the names of operators that read no value of their argument."""
+PRODUCTS = ("convolution", "addmm", "mm", "bmm", "baddbmm", "addmv", "mv", "linear", "matmul")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One value and how it is made.
+
+    Attributes:
+        kind: input; layer, a module with a weight matrix; norm, a module that normalises; op, an operator; product, an
+            operator that multiplies by a parameter which belongs to no such layer.
+        name: the module's name in the network, or the operator's.
+        inputs: indices of the steps whose values it reads.
+        shape: the value's.
+        dim: the dimension of a concatenation, or the one that a layer's output has its channels along.
+    """
+
+    kind: Literal["input", "layer", "norm", "op", "product"]
+    name: str
+    inputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    dim: int | None = None
+
+
+@dataclass
+class Run:
+    """The steps of one forward in order, and which of their values it gives back.
+
+    Where a forward failed, `complete` is False and `outputs` are the values that nothing has read yet.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    complete: bool = True
+
+    @cached_property
+    def readers(self) -> list[list[int]]:
+        """For every step the steps that read it."""
+        readers: list[list[int]] = [[] for _ in self.steps]
+        for index, step in enumerate(self.steps):
+            for source in step.inputs:
+                readers[source].append(index)
+        return readers
+
+    @cached_property
+    def calls(self) -> Mapping[str, list[int]]:
+        """Name of a layer or norm -> its steps, one a call."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for index, step in enumerate(self.steps):
+            if step.kind in ("layer", "norm"):
+                found[step.name].append(index)
+        return found
 
 
 class RunError(InputError):
@@ -37,12 +91,9 @@ class RunError(InputError):
         self.so_far = so_far or Run(complete=False)
 
 
-USUAL_SIZES = (224, 32, 28, 64, 128, 256, 299)
-
-
 def trace_network(
     model: nn.Module, *, input_size: tuple[int, ...] | None = None, example_inputs: Inputs | None = None
-) -> Trace:
+) -> tuple[Run, ...]:
     """Run a copy of a network and note what it computes; neither it nor its buffers are changed.
 
     Args:
@@ -51,9 +102,15 @@ def trace_network(
             and the first of some usual sizes that the network takes.
         example_inputs: what its forward takes, in place of an image. The network is then run in earnest.
 
+    Returns:
+        A forward in evaluation and, where modules took no part in it, one in training: auxiliary heads speak only
+        there.
+
     Raises:
         RunError: the network does not run so.
+        InputError: `example_inputs` is neither a tuple nor a dictionary.
     """
+    like = next((tensor for tensor in _tensors(model) if tensor.is_floating_point()), torch.empty(0))
     if example_inputs is not None:
         if not isinstance(example_inputs, tuple | Mapping):
             kind = type(example_inputs).__name__
@@ -61,12 +118,12 @@ def trace_network(
                 f"example_inputs of type {kind}: give a tuple of what forward takes, as in (images,), or a dictionary"
                 " of its keyword arguments"
             )
-        return _InEarnest(model, example_inputs).trace()
+        return _run_copy(model, _in_earnest(example_inputs, like))
     errors: list[RunError] = []
     for size in [tuple(input_size)] if input_size else _input_sizes(model):
-        for stage in (_OnMeta, _OnFakes):
+        for way in (_without_data(size, like), _on_fake_tensors(size, like)):
             try:
-                return stage(model, size).trace()
+                return _run_copy(model, way)
             except RunError as error:
                 errors.append(error)
         if [str(e.__cause__) for e in errors[-4:-2]] == [str(e.__cause__) for e in errors[-2:]]:
@@ -75,76 +132,55 @@ def trace_network(
     raise RunError(str(errors[0]), longest) from errors[0].__cause__
 
 
-class _OnMeta:
-    """A copy of a network without data, and an image without data for it: the quickest run."""
-
-    def __init__(self, model: nn.Module, size: tuple[int, ...]) -> None:
-        self.kind = type(model).__name__
-        self.names = _recorded(model)
-        self.size = size
-        tensors = list(_tensors(model))
-        self.like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-        try:
-            self.network = copy.deepcopy(model, {**self._stand_ins(tensors), **_hooks(model)})
-        except Exception as error:
-            raise RunError(f"{self.kind} cannot be copied, to see what it computes: {_first_line(error)}") from error
-
-    def trace(self) -> Trace:
-        """The forwards that show all modules."""
-        evaluation = self._run(training=False)
-        if evaluation.calls.keys() >= self.names.keys():
-            return (evaluation,)
-        try:
-            return evaluation, self._run(training=True)
-        except InputError:  # in training a detector wants targets
-            return (evaluation,)
-
-    def _run(self, training: bool) -> Run:
-        self.network.train(training)
-        recorder = None
-        try:
-            with torch.no_grad(), self._context():
-                inputs = self._inputs()
-                with Recorder(self.network, self.names, inputs) as recorder:
-                    outputs = self.network(**inputs) if isinstance(inputs, Mapping) else self.network(*inputs)
-        except Exception as error:
-            so_far = recorder.give_up() if recorder else Run()
-            raise RunError(self._failure(_first_line(error)), so_far) from error
-        return recorder.finish(outputs)
-
-    def _stand_ins(self, tensors: list[Tensor]) -> dict[int, Any]:
-        """id of a tensor of the network -> what the copy has in its place."""
-        return {id(tensor): _without_data(tensor) for tensor in tensors}
-
-    def _context(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def _inputs(self) -> Inputs:
-        return (torch.zeros(2, *self.size, device="meta", dtype=self.like.dtype),)
-
-    def _failure(self, reason: str) -> str:
-        return (
-            f"{self.kind} does not run on an input of {self.size}, to show what it computes: {reason}; give the"
-            " input_size (C, H, W) of its image, or example_inputs=(...), what its forward takes"
-        )
+# Ways to run a copy
 
 
-class _OnFakes(_OnMeta):
-    """The same with tensors that know their device: for networks that make tensors on a device of their own."""
+class _Way(NamedTuple):
+    """How a copy of a network is run to see what it computes."""
 
-    def _stand_ins(self, tensors: list[Tensor]) -> dict[int, Any]:
-        return {id(tensor): tensor for tensor in tensors}
+    stand_in: Callable[[Tensor], Tensor]  # what the copy holds in place of a tensor
+    inputs: Callable[[], Inputs]
+    context: Callable[[], AbstractContextManager[object]]
+    failure: str  # the error's message, {} for the reason
 
-    def _context(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.like.is_meta else _fakes()
 
-    def _inputs(self) -> Inputs:
-        return (torch.zeros(2, *self.size, device=self.like.device, dtype=self.like.dtype),)
+def _without_data(size: tuple[int, ...], like: Tensor) -> _Way:
+    """On the meta device: the quickest."""
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        empty = torch.empty_like(tensor, device="meta")
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    failure = (
+        f"does not run on an input of {size}, to show what it computes: {{}}; give the input_size (C, H, W) of its"
+        " image, or example_inputs=(...), what its forward takes"
+    )
+    return _Way(stand_in, lambda: (torch.zeros(2, *size, device="meta", dtype=like.dtype),), nullcontext, failure)
+
+
+def _on_fake_tensors(size: tuple[int, ...], like: Tensor) -> _Way:
+    """With tensors that know their device: for networks that make tensors on a device of their own."""
+    return _without_data(size, like)._replace(
+        stand_in=lambda tensor: tensor,
+        inputs=lambda: (torch.zeros(2, *size, device=like.device, dtype=like.dtype),),
+        context=nullcontext if like.is_meta else _fake_tensors,
+    )
+
+
+def _in_earnest(inputs: Inputs, like: Tensor) -> _Way:
+    """On inputs that the user gave, with the network's parameters and copies of its buffers."""
+    moved: Inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs) if like.is_meta else inputs
+    return _Way(
+        stand_in=lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone(),
+        inputs=lambda: moved,
+        context=lambda: torch.random.fork_rng([like.device] if like.is_cuda else []),
+        failure="does not run on the example_inputs: {}; give what its forward takes in evaluation",
+    )
 
 
 @contextmanager
-def _fakes() -> Iterator[None]:
-    """Fake tensors, whose failures are expected here and not to be logged."""
+def _fake_tensors() -> Iterator[None]:
+    """Make fake tensors, whose failures are expected here and not to be logged."""
     logger = logging.getLogger(fake_tensor.__name__)
     before, logger.disabled = logger.disabled, True
     try:
@@ -154,44 +190,47 @@ def _fakes() -> Iterator[None]:
         logger.disabled = before
 
 
-class _InEarnest(_OnFakes):
-    """A copy that shares the network's parameters and has its own buffers, and the inputs that the user gave."""
-
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.given = inputs
-        super().__init__(model, ())
-
-    def _stand_ins(self, tensors: list[Tensor]) -> dict[int, Any]:
-        return {id(t): t if isinstance(t, nn.Parameter) else t.detach().clone() for t in tensors}
-
-    def _context(self) -> AbstractContextManager[object]:
-        device = self.like.device
-        return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-    def _inputs(self) -> Inputs:
-        if not self.like.is_meta:
-            return self.given
-        moved: Inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), self.given)
-        return moved
-
-    def _failure(self, reason: str) -> str:
-        return f"{self.kind} does not run on the example_inputs: {reason}; give what its forward takes in evaluation"
+def _run_copy(model: nn.Module, way: _Way) -> tuple[Run, ...]:
+    """Run a copy in evaluation and, if that does not show all modules, in training."""
+    kinds = _noted_modules(model)
+    stand_ins = {id(tensor): way.stand_in(tensor) for tensor in _tensors(model)}
+    try:
+        network = copy.deepcopy(model, {**stand_ins, **_hooks(model)})
+    except Exception as error:
+        kind = type(model).__name__
+        raise RunError(f"{kind} cannot be copied, to see what it computes: {_first_line(error)}") from error
+    evaluation = _run(network.eval(), kinds, way)
+    if evaluation.calls.keys() >= kinds.keys():
+        return (evaluation,)
+    try:
+        return evaluation, _run(network.train(), kinds, way)
+    except RunError:  # in training a detector wants targets
+        return (evaluation,)
 
 
-def _recorded(model: nn.Module) -> dict[str, Literal["layer", "norm"]]:
+def _run(network: nn.Module, kinds: Mapping[str, Literal["layer", "norm"]], way: _Way) -> Run:
+    recorder = None
+    try:
+        with torch.no_grad(), way.context():
+            inputs = way.inputs()
+            with _Recorder(network, kinds, inputs) as recorder:
+                outputs = network(**inputs) if isinstance(inputs, Mapping) else network(*inputs)
+    except Exception as error:
+        so_far = recorder.finish(complete=False) if recorder else None
+        raise RunError(f"{type(network).__name__} {way.failure.format(_first_line(error))}", so_far) from error
+    return recorder.finish(outputs)
+
+
+def _noted_modules(model: nn.Module) -> dict[str, Literal["layer", "norm"]]:
     """The modules whose calls are one step each; a layer that holds others is not."""
-    layers = dict(weighted_layers(model))
+    layers = {layer for _, layer in weighted_layers(model)}
     kinds: dict[str, Literal["layer", "norm"]] = {}
     for name, module in model.named_modules():
-        if name in layers and not any(_is_inside(other, name) for other in layers):
+        if module in layers and layers.isdisjoint(set(module.modules()) - {module}):
             kinds[name] = "layer"
-        elif is_any_norm(module) and name not in layers:
+        elif is_any_norm(module) and module not in layers:
             kinds[name] = "norm"
     return kinds
-
-
-def _is_inside(name: str, prefix: str) -> bool:
-    return name != prefix and (not prefix or name.startswith(f"{prefix}."))
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -201,18 +240,13 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
             yield from (value for value in held.values() if isinstance(value, Tensor))
 
 
-def _without_data(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
 def _hooks(model: nn.Module) -> dict[int, Any]:
     """In place of the hooks those that compute weights: others are the user's, who would see the tensors of the run."""
     kept: dict[int, Any] = {}
     for module in model.modules():
-        own = ((key, hook) for key, hook in module._forward_pre_hooks.items() if hasattr(hook, "compute_weight"))
-        pruning = ((key, hook) for key, hook in module._forward_pre_hooks.items() if hasattr(hook, "apply_mask"))
-        kept[id(module._forward_pre_hooks)] = OrderedDict((*own, *pruning))
+        own = module._forward_pre_hooks.items()
+        computing = [item for name in ("compute_weight", "apply_mask") for item in own if hasattr(item[1], name)]
+        kept[id(module._forward_pre_hooks)] = OrderedDict(computing)  # weight norm first, then pruning
         kept[id(module._forward_hooks)] = OrderedDict()
         kept[id(module._backward_hooks)] = OrderedDict()
     return kept
@@ -241,3 +275,104 @@ def _input_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 def _first_line(error: Exception) -> str:
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 160 else f"{line[:157]}..."
+
+
+# Noting the steps
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the steps of a forward that is called inside; what a layer or norm does within is one step."""
+
+    def __init__(self, network: nn.Module, kinds: Mapping[str, Literal["layer", "norm"]], inputs: Any) -> None:
+        super().__init__()
+        self._run = Run()
+        self._known: dict[int, tuple[Tensor, int]] = {}  # holding the tensors keeps their ids unique
+        self._weights: dict[int, Tensor] = {}  # computed from parameters only
+        self._sharers: dict[int, list[Tensor]] = defaultdict(list)
+        self._inside: list[tuple[int, ...]] = []
+        self._hooks: list[Any] = []
+        for name, kind in kinds.items():
+            module = network.get_submodule(name)
+            self._hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._leave(name, kind, isinstance(module, nn.Linear))))
+        for leaf in _tensors_in(inputs):
+            self._add(Step("input", "", (), tuple(leaf.shape)), leaf)
+
+    def finish(self, outputs: Any = None, *, complete: bool = True) -> Run:
+        """Forget the network and return its steps; `outputs` are what a complete forward gave back."""
+        run = self._run
+        run.complete = complete
+        unread = (index for index, readers in enumerate(run.readers) if not readers)
+        run.outputs = list(self._indices(outputs) if complete else unread)
+        for hook in self._hooks:
+            hook.remove()
+        for tensors in (self._known, self._weights, self._sharers):
+            tensors.clear()
+        return run
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self._inside and func.namespace != "prim":  # what asks for the device, not for values
+            self._note(func.__name__.partition(".")[0], out, args, kwargs)
+        return out
+
+    def _note(self, name: str, out: Any, args: Any, kwargs: Any) -> None:
+        read = list(_tensors_in((args, kwargs)))
+        inputs = self._indices(read)
+        weights = any(isinstance(tensor, nn.Parameter) or id(tensor) in self._weights for tensor in read)
+        values = list(_tensors_in(out))
+        if weights and not inputs:
+            self._weights.update((id(value), value) for value in values)
+        if not inputs or any(part in name for part in READ_NO_VALUE):
+            return
+        written = name.endswith("_") and isinstance(out, Tensor)
+        name = name.strip("_")
+        kind: Literal["product", "op"] = "product" if weights and name in PRODUCTS else "op"
+        dim = (args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)) % out.ndim if name == "cat" else None
+        whole = self._add(Step(kind, name, inputs, tuple(values[0].shape) if values else (), dim), *values[:1])
+        if len(values) > 1:
+            for value in values:
+                self._add(Step("op", "part", (whole,), tuple(value.shape)), value)
+        if written:
+            self._note_write(out, whole)
+
+    def _note_write(self, out: Tensor, index: int) -> None:
+        """Note that what shares its storage with a tensor that was written to has changed as well."""
+        for other in self._sharers[out.untyped_storage()._cdata]:
+            if other is not out:
+                before = self._known[id(other)][1]
+                self._add(Step("op", "write", (before, index), tuple(other.shape)), other)
+
+    def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._inside.append(self._indices((args, kwargs)))
+
+    def _leave(self, name: str, kind: Literal["layer", "norm"], linear: bool) -> Any:
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            inputs = self._inside.pop()
+            for value in _tensors_in(output) if not self._inside else ():
+                dim = value.ndim - 1 if linear else min(1, value.ndim - 1)
+                self._add(Step(kind, name, inputs, tuple(value.shape), dim), value)
+
+        return leave
+
+    def _indices(self, values: Any) -> tuple[int, ...]:
+        """The steps that made the tensors among the values, each once."""
+        known = (self._known.get(id(leaf)) for leaf in _tensors_in(values))
+        return tuple(dict.fromkeys(entry[1] for entry in known if entry))
+
+    def _add(self, step: Step, *values: Tensor) -> int:
+        index = len(self._run.steps)
+        self._run.steps.append(step)
+        for value in values:
+            if id(value) not in self._known:
+                self._sharers[_storage(value)].append(value)
+            self._known[id(value)] = (value, index)
+        return index
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage()._cdata if value.layout is torch.strided else id(value)

@@ -1,8 +1,4 @@
-"""transfer: a batch-norm network becomes a deconvolution network of the same function, its weights carried over.
-
-In evaluation batch norm is a fixed scale and shift a channel. Folded into the weight and bias of the convolution before
-it, it is gone, and a whitening layer that starts at the identity is that convolution.
-"""
+"""transfer: weights trained with batch norm go into a deconvolution network of the same function."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -12,23 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.layers import ChannelDeconv
 from timm_deconv.layers.notices import share_notices
-from timm_deconv.linalg import to_double
 
-from .affine import ChannelAffine
-from .converter import carry_out, check_convertible
-from .kinds import BatchNorm, batch_norms, check_network, frozen_norms
-from .pairing import Pairing, pair_norms
-from .plan import decide
+from .bn_folding import ChannelAffine, Folding, find_folding, fold_norms, scale_and_shift
+from .converter import ConversionReport, apply_plan, check_convertible
+from .flow import observe
+from .module_replace import keep_hooks, replace_modules
+from .module_types import BatchNorm, batch_norms, check_network, frozen_norms
+from .plan import make_plan
 from .policy import SMALL_BATCH_DEFAULTS, DeconvPolicy, resolve_policy
-from .report import ConversionReport
-from .surgery import keep_hooks
-from .trace import Inputs, trace_network
+from .trace import Inputs
 
 __all__ = ["transfer"]
-
-ScaleShift = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -71,85 +62,54 @@ def transfer(
     if not norms:
         raise InputError(f"no batch norm in {type(model).__name__}: there is nothing to fold; use convert_deconv_model")
     requested = resolve_policy(policy).updated(family)
-    policy = requested.over_published(family)
-    check_convertible(model, policy)
-    trace = trace_network(model, input_size=input_size, example_inputs=example_inputs)
-    plan = decide(model, requested, policy, trace, norms)
-    pairing = pair_norms(model, trace, {name: norms[name] for name in plan.removed})
-    _check(model, norms, pairing, keep_affine)
-    folded = _folded(model, norms, pairing)
-    kept = {name: _scale_and_shift(norms[name]) for name in pairing.refused}
-    places = {name: [n for n, m in model.named_modules(remove_duplicate=False) if m is norms[name]] for name in kept}
-    report = carry_out(model, plan, requested, policy)
-    for name, (weight, bias) in folded.items():
-        _set_parameters(model.get_submodule(name), weight, bias)
-    for name, values in kept.items():
-        parameter: Tensor | None = getattr(norms[name], "weight", None)
-        trained = parameter is None or parameter.requires_grad
-        _put_affine(model, places[name], values, trained)
-    for module in model.modules():
-        if isinstance(module, ChannelDeconv):  # the identity for its remaining channels too
-            module.running_var.fill_(1 - module.eps)
+    check_convertible(model)
+    flows = observe(model, input_size=input_size, example_inputs=example_inputs)
+    plan = make_plan(model, requested, requested.over_published(family), flows, norms)
+    folding = find_folding(model, flows, {name: norms[name] for name in plan.removed})
+    _check_folding(model, norms, folding, keep_affine)
+    folded = fold_norms(model, norms, folding)
+    report = apply_plan(model, plan)
+    for name, parameters in folded.items():
+        _set_parameters(model.get_submodule(name), *parameters)
+    for name in folding.refused:
+        _put_affine(model, name, norms[name])
     share_notices(model).uncalibrated = True
-    report.affine = list(kept)
+    report.affine = list(folding.refused)
     report.parameters_after = sum(parameter.numel() for parameter in model.parameters())
     return report
 
 
-def _check(model: nn.Module, norms: dict[str, BatchNorm], pairing: Pairing, keep_affine: bool) -> None:
+def _check_folding(model: nn.Module, norms: dict[str, BatchNorm], folding: Folding, keep_affine: bool) -> None:
     kind = type(model).__name__
-    for name in pairing.refused:
+    for name in folding.refused:
         if norms[name].running_var is None:
             raise InputError(f"batch norm {name} of {kind} keeps no running statistics: it is no fixed map")
-    if pairing.refused and not keep_affine:
-        name, reason = next(iter(pairing.refused.items()))
+    if folding.refused and not keep_affine:
+        name, reason = next(iter(folding.refused.items()))
         raise InputError(
-            f"{len(pairing.refused)} of {len(norms)} batch norms of {kind} cannot be folded into a convolution before"
+            f"{len(folding.refused)} of {len(norms)} batch norms of {kind} cannot be folded into a convolution before"
             f" them ({name} {reason}), as in pre-norm networks; transfer(model, keep_affine=True) keeps their scale and"
             " shift as a layer, or train from the beginning with convert_deconv_model"
         )
 
 
-def _scale_and_shift(norm: BatchNorm) -> ScaleShift:
-    """What the norm does to a channel in evaluation, in float64."""
-    mean, var, weight, bias = (getattr(norm, key) for key in ("running_mean", "running_var", "weight", "bias"))
-    scale: Tensor = (to_double(var) + norm.eps).rsqrt()
-    if weight is not None:
-        scale = scale * to_double(weight)
-    shift = -to_double(mean) * scale
-    return scale, shift if bias is None else shift + to_double(bias)
-
-
-def _folded(model: nn.Module, norms: dict[str, BatchNorm], pairing: Pairing) -> dict[str, ScaleShift]:
-    """Weight and bias, in float64, of every layer that takes a norm in."""
-    folded = {}
-    for norm, layers in pairing.folds.items():
-        scale, shift = _scale_and_shift(norms[norm])
-        for name, channels in layers:
-            layer = model.get_submodule(name)
-            assert isinstance(layer.weight, Tensor)
-            weight = to_double(layer.weight) * scale[channels].reshape(-1, *[1] * (layer.weight.ndim - 1))
-            bias = shift[channels]
-            folded[name] = weight, bias if layer.bias is None else bias + to_double(layer.bias) * scale[channels]  # type: ignore[arg-type]
-    return folded
-
-
-def _set_parameters(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    assert isinstance(layer.weight, Tensor)
+def _set_parameters(layer: Any, weight: Tensor, bias: Tensor) -> None:
     layer.weight.copy_(weight.reshape(layer.weight.shape))
     if layer.bias is None:
         layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=layer.weight.requires_grad)
     else:
-        layer.bias.copy_(bias)  # type: ignore[operator]
+        layer.bias.copy_(bias)
 
 
-def _put_affine(model: nn.Module, places: list[str], values: ScaleShift, trained: bool) -> None:
-    """Where a norm stood: its scale and shift, then what conversion left there, which may be its activation."""
+def _put_affine(model: nn.Module, name: str, norm: BatchNorm) -> None:
+    """Put a norm's scale and shift where it stood, before what conversion left there, which may be its activation."""
     like = next(model.parameters())
-    affine = ChannelAffine(*(value.to(like) for value in values)).requires_grad_(trained)
-    left = model.get_submodule(places[0])
+    weight: Tensor | None = getattr(norm, "weight", None)
+    affine = ChannelAffine(*(value.to(like) for value in scale_and_shift(norm)))
+    affine.requires_grad_(weight is None or weight.requires_grad)
+    left = model.get_submodule(name)
     if isinstance(left, nn.Identity):
         keep_hooks(left, affine)
-    new = affine if isinstance(left, nn.Identity) else nn.Sequential(OrderedDict(affine=affine, act=left))
-    for place in places:
-        model.set_submodule(place, new)
+        replace_modules(model, {left: affine})
+    else:
+        replace_modules(model, {left: nn.Sequential(OrderedDict(affine=affine, act=left))})

@@ -16,7 +16,8 @@ from timm.models import get_arch_name, get_arch_pretrained_cfgs, model_entrypoin
 from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy, transfer
-from timm_deconv.convert.surgery import fuse_in_place, is_whitened
+from timm_deconv.convert.fuse import fuse_in_place
+from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 from timm_deconv.layers.notices import share_notices

@@ -10,7 +10,7 @@ from timm.models import generate_default_cfgs, get_arch_name, register_model
 from torch import nn
 
 from timm_deconv.convert import convert_deconv_model, transfer
-from timm_deconv.convert.classifier import GENERIC_NAME
+from timm_deconv.convert.head import GENERIC_NAME
 from timm_deconv.convert.policy import as_saved
 from timm_deconv.errors import InputError, unknown_name
 

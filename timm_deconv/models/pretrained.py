@@ -14,7 +14,7 @@ from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy, transfer
-from timm_deconv.convert.classifier import GENERIC_NAME, ConvertedNetwork
+from timm_deconv.convert.head import GENERIC_NAME, ConvertedNetwork
 from timm_deconv.errors import InputError, unknown_name
 
 from .checkpoints import by_name_or_order

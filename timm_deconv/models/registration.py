@@ -22,8 +22,8 @@ from timm.models import (
 from torch import nn
 
 from timm_deconv.convert import DeconvPolicy, convert_deconv_model
+from timm_deconv.convert.fuse import fuse_in_place
 from timm_deconv.convert.policy import SMALL_BATCH_DEFAULTS, as_saved
-from timm_deconv.convert.surgery import fuse_in_place
 from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame, DeconvLinear
 from timm_deconv.layers.notices import share_notices
