@@ -52,9 +52,18 @@ TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DO
 EARLIER = " deconv.quartic=false deconv.roles.stem.n_iter=15"
 """What `fast` was before its stem took three steps and its steps became one polynomial."""
 
+UP_TO_256 = "".join(
+    f" deconv.patterns.stages?{layers}*.{field}=256" for layers in ("1", "2?1") for field in ("block", "wide_block")
+)
+"""Blocks of 256 in those layers of `vgg11_cifar` that have at most 256 channels and more than 64."""
+
 EARLIER_BLOCKS: Named = {
+    f"fast{EARLIER} deconv.block=64{UP_TO_256}": "blocks of 256 in layers of up to 256 channels, else 64",
+    f"fast{EARLIER} deconv.block=64 deconv.max_rows=2048{UP_TO_256}": "the same, at most 2,048 rows",
+    f"fast{EARLIER} deconv.block=64 deconv.max_rows=1024{UP_TO_256}": "the same, at most 1,024 rows",
+    f"fast{EARLIER} deconv.block=64 deconv.n_iter=2{UP_TO_256}": "the same, 2 steps",
     f"fast{EARLIER} deconv.wide_block=256": "blocks of 256 everywhere",
-    f"fast{EARLIER} deconv.wide_block=256 deconv.roles.spatial.max_rows=1024": "the same, at most 1,024 rows",
+    f"fast{EARLIER} deconv.wide_block=256 deconv.roles.spatial.max_rows=1024": "256 everywhere, at most 1,024 rows",
     f"fast{EARLIER} deconv.block=128 deconv.wide_block=128": "blocks of 128 everywhere",
     f"fast{EARLIER} deconv.block=64": "blocks of 64 everywhere",
     f"fast{EARLIER} deconv.block=64 deconv.n_iter=4": "blocks of 64, 4 steps",
@@ -114,6 +123,17 @@ DEPTHWISE: Named = {
     f"fast{windows_in_depthwise(2048, block=1)}": "each channel, 2,048 pixels 3 apart",
     f"fast{windows_in_depthwise(256, block=1)}": "each channel, 256 pixels 3 apart",
     f"fast{windows_in_depthwise(256)}": "whole windows, 256 of them",
+}
+
+WINDOWS: Named = {"fast": "`fast`", f"fast{windows_in_depthwise(256)}": "windows in depthwise layers"}
+
+EXCITES: Named = {
+    "fast": "`fast`: squeeze-excite layers plain",
+    "fast deconv.roles.squeeze_excite.block=64": "whitened",
+    f"fast{windows_in_depthwise(256)}": "windows in depthwise layers, squeeze-excite layers plain",
+    f"fast{windows_in_depthwise(256)} deconv.roles.squeeze_excite.block=64": "windows, whitened",
+    f"fast{windows_in_depthwise(2048, block=1)} deconv.roles.squeeze_excite=null": "2,048 pixels 3 apart, plain",
+    f"fast{windows_in_depthwise(2048, block=1)} deconv.roles.squeeze_excite.block=64": "2,048 pixels 3 apart, whitened",
 }
 
 BLOCK_ENDS: Named = {
@@ -207,6 +227,8 @@ TABLES: dict[str, Maker] = {
     "tried: padding": variants_of("vgg11_cifar", PADDING, epochs="1", width="0.5", amp="", device="cpu"),
     "tried: cheaper": variants_of("resnet18_cifar", CHEAPER, epochs="1", **FULL),
     "tried: depthwise": variants_of("mobilenetv2_cifar", DEPTHWISE, epochs="1", **FULL),
+    "tried: windows": networks_by_form(["efficientnet_b0_cifar", "pnasnet_a_cifar"], WINDOWS, epochs="1", **FULL),
+    "tried: squeeze-excite": variants_of("efficientnet_b0_cifar", EXCITES, epochs="1", **FULL),
     "tried: block ends": networks_by_form(
         TEN_THOUSAND[:-2], BLOCK_ENDS, suffix=" train_images=10000", epochs="1", **HALF
     ),
