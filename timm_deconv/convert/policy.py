@@ -33,9 +33,9 @@ class DeconvPolicy:
     """Whitening options of every layer of a network.
 
     From the weakest to the strongest: the preset; what it, or under 'paper' what is published of the family, says of
-    roles; then `options`, `roles` and `patterns`. The later wins, and what is written here is never overruled by what is
-    not. Linear layers have no layout and no sampling, so that
-    `options` change neither in those that a network holds as convolutions; roles and patterns do.
+    roles; then `options`, `roles` and `patterns`. The later wins, and what is not written here never overrules what is.
+    Linear layers have no layout and no sampling: `options` change neither in those that a network holds as
+    convolutions, roles and patterns do.
 
     Attributes:
         preset: name of the configuration to start from.
@@ -121,7 +121,7 @@ class DeconvPolicy:
         return any(options is not None for options in particular)
 
     def over(self, family: "DeconvPolicy") -> "DeconvPolicy":
-        """Merge both into one table; this policy's options, roles and patterns win over the family's where both speak."""
+        """Merge both into one table, in which this policy's options, roles and patterns win over the family's."""
         return replace(
             self,
             options={**family.options, **self.options},
@@ -162,7 +162,7 @@ class DeconvPolicy:
                 raise unknown_name("layer that matches", pattern, names)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form that `resolve_policy` takes, options beside `preset`, without what is empty or default."""
+        """Return the JSON form that `resolve_policy` takes, options beside `preset`, without what is default."""
         rest = {name: _thawed(getattr(self, name)) for name in ("roles", "patterns") if getattr(self, name)}
         classifier = {} if self.classifier == "linear" else {"classifier": self.classifier}
         beneath = {} if self.beneath is None else {"beneath": self.beneath.to_dict()}
