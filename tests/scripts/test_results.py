@@ -31,7 +31,7 @@ def test_a_stale_page_fails_the_check_until_it_is_written(
 ) -> None:
     page = tmp_path / "docs" / "page.md"
     monkeypatch.setattr(sys, "argv", ["results.py", "--check"])
-    with pytest.raises(SystemExit, match=r"docs/page\.md: tables are not those of the rows; run python scripts/results"):
+    with pytest.raises(SystemExit, match=r"docs/page\.md: tables are not those of the rows; run "):
         script.main()
     assert "old" in page.read_text(), "a check writes nothing"
     monkeypatch.setattr(sys, "argv", ["results.py"])
