@@ -21,6 +21,7 @@ from .accuracy_tables import (
     conversions,
     five_epochs,
     going_on,
+    in_half_the_steps,
     levers,
     networks_by_form,
     one_epoch_on_a_core,
@@ -123,6 +124,22 @@ DEPTHWISE: Named = {
     f"fast{windows_in_depthwise(2048, block=1)}": "each channel, 2,048 pixels 3 apart",
     f"fast{windows_in_depthwise(256, block=1)}": "each channel, 256 pixels 3 apart",
     f"fast{windows_in_depthwise(256)}": "whole windows, 256 of them",
+    f"fast{windows_in_depthwise(256)} deconv.roles.pointwise.n_iter=2": "whole windows, 2 steps in pointwise layers",
+}
+
+GROUPED: Named = {
+    "fast": "`fast`: whole windows, 1,024 of them",
+    "fast deconv.roles.grouped.block=1": "each channel, 1,024 pixels",
+    "fast deconv.roles.grouped.block=1 deconv.roles.grouped.max_rows=4096": "each channel, 4,096 pixels",
+}
+
+STEPS: Named = {
+    "fast": "`fast`: each channel in depthwise layers",
+    f"fast{windows_in_depthwise(256)}": "windows in depthwise layers",
+    f"fast{windows_in_depthwise(256)} deconv.roles.block_end.n_iter=3": "and three steps at block ends",
+    f"fast{windows_in_depthwise(256)} deconv.roles.block_end.n_iter=3 deconv.roles.depthwise.n_iter=3": (
+        "and in depthwise layers"
+    ),
 }
 
 WINDOWS: Named = {"fast": "`fast`", f"fast{windows_in_depthwise(256)}": "windows in depthwise layers"}
@@ -205,6 +222,7 @@ TABLES: dict[str, Maker] = {
     "fine-tuning, CamVid": by_rate("mobilenetv2_100", "camvid"),
     "fine-tuning, Lite0, CIFAR-10": by_rate("tf_efficientnet_lite0", "jpeg75"),
     "fine-tuning, Lite0, Fashion-MNIST": by_rate("tf_efficientnet_lite0", "fashion_mnist"),
+    "fine-tuning in half the steps": in_half_the_steps,
     "calibrated or not": calibrated_or_not,
     "going on": going_on,
     "photographs": photographs,
@@ -228,6 +246,8 @@ TABLES: dict[str, Maker] = {
     "tried: cheaper": variants_of("resnet18_cifar", CHEAPER, epochs="1", **FULL),
     "tried: depthwise": variants_of("mobilenetv2_cifar", DEPTHWISE, epochs="1", **FULL),
     "tried: windows": networks_by_form(["efficientnet_b0_cifar", "pnasnet_a_cifar"], WINDOWS, epochs="1", **FULL),
+    "tried: grouped": variants_of("resnext29_32x4d_cifar", GROUPED, epochs="1", **FULL),
+    "tried: steps": variants_of("mobilenetv2_cifar", STEPS, epochs="1", **HALF),
     "tried: squeeze-excite": variants_of("efficientnet_b0_cifar", EXCITES, epochs="1", **FULL),
     "tried: block ends": networks_by_form(
         TEN_THOUSAND[:-2], BLOCK_ENDS, suffix=" train_images=10000", epochs="1", **HALF
