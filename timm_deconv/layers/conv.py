@@ -113,13 +113,12 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
             output = convolve(x, *self._frozen_fold(), geometry)
         else:
             name = f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
-            check_rows(geometry.most_rows(x.shape), f"{type(self).__name__} {self.label}", x)
+            check_rows(geometry.most_rows(x.shape), name, x)
             with torch.no_grad():
-                mean, cov = moments(x, geometry.sampling.ints, self.blocks.ints)
-                live = estimate(Moments(mean, cov, geometry.rows(x.shape), geometry.padding), self.cfg)
-                live = zero_constant(live, x, self.cfg)
+                found = self._moments(x, geometry)
+                live = zero_constant(estimate(found, self.cfg), x, self.cfg)
             if self.cfg.gain_corrected:
-                live = live._replace(deviations=sample_deviations(x, geometry.seen, self.blocks, mean))
+                live = live._replace(deviations=sample_deviations(x, geometry.seen, self.blocks, found.mean))
             statistics = self._average_in(live, step)
             output = whitened_conv(x, self.weight, self.bias, statistics, Setting(geometry, self.cfg, name))
         self._end_step(step)
@@ -129,7 +128,10 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     def moments(self, input: Tensor) -> Moments:
         """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (N, Cin, H, W)."""
         x = self._padded_batch(input)
-        geometry = self._geometry(x)
+        return self._moments(x, self._geometry(x))
+
+    @torch.jit.unused
+    def _moments(self, x: Tensor, geometry: ConvGeometry) -> Moments:
         mean, cov = moments(x, geometry.sampling.ints, self.blocks.ints)
         return Moments(mean, cov, geometry.rows(x.shape), geometry.padding)
 

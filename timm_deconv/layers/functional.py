@@ -137,7 +137,7 @@ def check_rows(rows: int, name: str, input: Tensor) -> None:
     """Raise InputError for one row of an input (N, ...): it is its own mean, and only the bias would learn."""
     if rows == 1:
         raise InputError(
-            f"{name.strip()} has one row to whiten in training, from an input of {tuple(input.shape)}: nothing would be"
+            f"{name} has one row to whiten in training, from an input of {tuple(input.shape)}: nothing would be"
             " learnt; give larger batches or images, or freeze the statistics (timm_deconv.freeze)"
         )
 
