@@ -145,7 +145,8 @@ class ChannelDeconv(nn.Module):
 
     @torch.jit.unused
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        split, name = x.shape[1] // self.cfg.block * self.cfg.block, f"{type(self).__name__} {self.label or self.num_features}"
+        split = x.shape[1] // self.cfg.block * self.cfg.block
+        name = f"{type(self).__name__} {self.label or x.shape[1]}"
         mean1, matrix, mean2, var = self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
         if split:
             samples = self._sample(x, x[:, :split].transpose(0, 1).reshape(self.cfg.block, -1))

@@ -82,7 +82,8 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
             output = F.linear(vectors, *self._frozen_fold())
         else:
             found = self.moments(vectors)
-            check_rows(found.rows, f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}", vectors)
+            name = f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
+            check_rows(found.rows, name, vectors)
             live = zero_constant(estimate(found, self.cfg), vectors, self.cfg)
             if self.cfg.gain_corrected:
                 deviations = sample_deviations(_as_images(vectors), PIXEL, self.blocks, found.mean.detach())
