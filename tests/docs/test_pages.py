@@ -23,7 +23,7 @@ from tests.hub_server import hub
 from timm_deconv import __main__ as runner
 from timm_deconv.training import load_recipe
 
-README = ROOT / "README.md"
+README, RESULTS = ROOT / "README.md", ROOT / "hub_configs" / "results"
 COMMANDS = [(page, block) for page in PAGES for block in blocks(page, "sh")]
 
 
@@ -91,7 +91,7 @@ def test_links_lead_to_files_and_headings_that_there_are(page: Path) -> None:
 
 
 def test_the_tables_are_those_of_the_rows() -> None:
-    stale = [page.name for page in stale_pages(PAGES, ROOT / "hub_configs" / "results")]
+    stale = [page.name for page in stale_pages(PAGES, RESULTS)]
     assert not stale, "run python scripts/results.py"
 
 
@@ -115,3 +115,17 @@ def test_the_readme_is_short_and_counts_right() -> None:
 def test_the_reference_has_every_public_name() -> None:
     documented = re.findall(r"^::: timm_deconv\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert sorted(documented) == sorted(timm_deconv.__all__)
+
+
+def test_figures_in_sentences_are_those_of_the_rows() -> None:
+    readme, converting = README.read_text(), (ROOT / "docs" / "convert.md").read_text()
+    steps = {line[0]: float(line[-1]) for line in TABLES["GPU steps"](RESULTS).body}
+    eager = [ratio for name, ratio in steps.items() if "compiled" not in name]
+    assert f"takes {min(eager):.0f} to {max(eager):.0f} times batch norm's in eager mode" in readme
+    network = "`resnet18_cifar`, 128 images"
+    graphs = steps[f"{network}, compiled, CUDA graphs"]
+    assert f"brings `resnet18_cifar` from {steps[network]:.0f} to {graphs:.1f} times" in readme
+    launches = [int(line[1]) for line in TABLES["kernels"](RESULTS).body]
+    assert f"a layer launches {min(launches)} kernels or more" in readme
+    networks, *passed = map(int, TABLES["conversions"](RESULTS).body[0][1:4])
+    assert f"{sum(passed)} of {networks} convert" in converting
