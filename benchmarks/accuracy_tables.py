@@ -3,6 +3,7 @@
 A variant is what `study.py` calls one: a preset or peer and its settings, in any order.
 """
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ __all__ = [
     "final_rows",
     "five_epochs",
     "going_on",
+    "in_half_the_steps",
     "levers",
     "networks_by_form",
     "one_epoch_on_a_core",
@@ -232,6 +234,25 @@ def by_rate(network: str, data: str, variants: Named = FINETUNED) -> Maker:
         return Table(head, body, rows, "finetune.csv", STUDY.format(recipe="finetune"))
 
     return make
+
+
+def in_half_the_steps(results: Path) -> Table:
+    """Make the table of the recipe's one epoch beside two of batch norm and of the recipe, at the best rate of each."""
+    forms = ((RECIPE, "1", "recipe, 1 epoch"), ("twin", "2", "batch norm, 2 epochs"), (RECIPE, "2", "recipe, 2 epochs"))
+    rows = [row for row in final_rows(results / "finetune.csv") if row["date"] > "2026-11-26"]
+    rows = select(rows, network="mobilenetv2_100")
+    body, used = [], []
+    for data, name in (("jpeg75", "CIFAR-10"), ("fashion_mnist", "Fashion-MNIST"), ("camvid", "CamVid")):
+        line = [name]
+        for variant, epochs, _ in forms:
+            own = select(rows, data=data, variant=settings(variant), epochs=epochs)
+            by_rates = [[row for row in own if _rate(row) == rate] for rate in RATES]
+            best = max((cell for cell in by_rates if cell), key=lambda cell: statistics.mean(map(_figure, cell)))
+            line.append(f"{_accuracy(best)} at {_rate(best[0])}")
+            used += best
+        body.append(line)
+    head = ["accuracy, of CamVid mean IoU, in %", *(title for *_, title in forms)]
+    return Table(head, body, used, "finetune.csv", STUDY.format(recipe="finetune"))
 
 
 def _rate(row: Row) -> str:

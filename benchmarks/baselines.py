@@ -11,10 +11,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_deconv.layers.partition import largest_divisor
-from timm_deconv.linalg import covariance, isqrt_newton_schulz_uncoupled
+from timm_deconv.layers.geometry import largest_divisor
+from timm_deconv.linalg import (
+    Norm,
+    check_n_iter,
+    check_square,
+    covariance,
+    eye_like,
+    full_precision,
+    matrix_norm,
+    promote,
+)
 
-__all__ = ["IterativeNorm2d", "PublishedChannel", "PublishedConv2d", "PublishedLinear", "published_isqrt"]
+__all__ = [
+    "IterativeNorm2d",
+    "PublishedChannel",
+    "PublishedConv2d",
+    "PublishedLinear",
+    "isqrt_newton_schulz_uncoupled",
+    "published_isqrt",
+]
+
+
+def isqrt_newton_schulz_uncoupled(cov: Tensor, n_iter: int = 5, norm: Norm = "frobenius") -> Tensor:
+    """Iterate Z <- (3 Z - Z^3 A) / 2 with A = cov / ||cov||, the vanilla form, which paper figure 7 compares.
+
+    Unstable: rounding errors grow from about 10 steps in float32 and 15 in float64. Arguments, result and errors as in
+    `timm_deconv.linalg.isqrt_newton_schulz`; 3 products a step, none in the first.
+    """
+    check_square(cov)
+    check_n_iter(n_iter)
+    with full_precision(cov):
+        cov = promote(cov)
+        scale = matrix_norm(cov, norm)
+        a = cov / scale
+        z = 1.5 * eye_like(a) - 0.5 * a
+        for _ in range(n_iter - 1):
+            z = 1.5 * z - 0.5 * (z @ z @ z @ a)
+        return z / scale.sqrt()
 
 
 def published_isqrt(cov: Tensor, n_iter: int) -> Tensor:

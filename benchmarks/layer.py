@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_deconv.errors import InputError
-from timm_deconv.layers import Deconv2d, DeconvCfg, preset
-from timm_deconv.layers.conv_map import ConvMap
+from timm_deconv.layers import Deconv2d, DeconvCfg, operation, preset
 
 from .baselines import PublishedConv2d
 from .networks import published_conv
@@ -212,10 +211,15 @@ def whitening(layer: Deconv2d, x: Tensor) -> Folded:
     Returns:
         Input (N, C, H, W), weight (Cout, C, k, k) and bias (Cout) that the convolution would have been given.
     """
-    left_out = _LeftOut(*layer.conv_map)
-    with mock.patch.object(Deconv2d, "conv_map", left_out):
+    given: list[Folded] = []
+
+    def leave_out(x: Tensor, weight: Tensor, bias: Tensor, _geometry: object) -> Tensor:
+        given.append((x, weight, bias))
+        return bias
+
+    with mock.patch.object(operation, "convolve", leave_out):
         layer(x)
-    return left_out.given
+    return given[0]
 
 
 def published_whitening(layer: PublishedConv2d, x: Tensor) -> Folded:
@@ -223,16 +227,6 @@ def published_whitening(layer: PublishedConv2d, x: Tensor) -> Folded:
     mean, whitener = layer._statistics(x)
     weight, shift = layer._fold_blocks(mean, whitener)
     return x, weight, layer.bias - shift
-
-
-class _LeftOut(ConvMap):
-    """A layer's convolution that is not computed: what it would have been given is kept."""
-
-    given: Folded
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        self.given = (x, weight, bias)
-        return bias
 
 
 def _layer(geometry: Geometry, cfg: DeconvCfg, x: Tensor) -> Deconv2d:

@@ -21,6 +21,7 @@ from .accuracy_tables import (
     conversions,
     five_epochs,
     going_on,
+    in_half_the_steps,
     levers,
     networks_by_form,
     one_epoch_on_a_core,
@@ -52,9 +53,18 @@ TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DO
 EARLIER = " deconv.quartic=false deconv.roles.stem.n_iter=15"
 """What `fast` was before its stem took three steps and its steps became one polynomial."""
 
+UP_TO_256 = "".join(
+    f" deconv.patterns.stages?{layers}*.{field}=256" for layers in ("1", "2?1") for field in ("block", "wide_block")
+)
+"""Blocks of 256 in those layers of `vgg11_cifar` that have at most 256 channels and more than 64."""
+
 EARLIER_BLOCKS: Named = {
+    f"fast{EARLIER} deconv.block=64{UP_TO_256}": "blocks of 256 in layers of up to 256 channels, else 64",
+    f"fast{EARLIER} deconv.block=64 deconv.max_rows=2048{UP_TO_256}": "the same, at most 2,048 rows",
+    f"fast{EARLIER} deconv.block=64 deconv.max_rows=1024{UP_TO_256}": "the same, at most 1,024 rows",
+    f"fast{EARLIER} deconv.block=64 deconv.n_iter=2{UP_TO_256}": "the same, 2 steps",
     f"fast{EARLIER} deconv.wide_block=256": "blocks of 256 everywhere",
-    f"fast{EARLIER} deconv.wide_block=256 deconv.roles.spatial.max_rows=1024": "the same, at most 1,024 rows",
+    f"fast{EARLIER} deconv.wide_block=256 deconv.roles.spatial.max_rows=1024": "256 everywhere, at most 1,024 rows",
     f"fast{EARLIER} deconv.block=128 deconv.wide_block=128": "blocks of 128 everywhere",
     f"fast{EARLIER} deconv.block=64": "blocks of 64 everywhere",
     f"fast{EARLIER} deconv.block=64 deconv.n_iter=4": "blocks of 64, 4 steps",
@@ -114,6 +124,33 @@ DEPTHWISE: Named = {
     f"fast{windows_in_depthwise(2048, block=1)}": "each channel, 2,048 pixels 3 apart",
     f"fast{windows_in_depthwise(256, block=1)}": "each channel, 256 pixels 3 apart",
     f"fast{windows_in_depthwise(256)}": "whole windows, 256 of them",
+    f"fast{windows_in_depthwise(256)} deconv.roles.pointwise.n_iter=2": "whole windows, 2 steps in pointwise layers",
+}
+
+GROUPED: Named = {
+    "fast": "`fast`: whole windows, 1,024 of them",
+    "fast deconv.roles.grouped.block=1": "each channel, 1,024 pixels",
+    "fast deconv.roles.grouped.block=1 deconv.roles.grouped.max_rows=4096": "each channel, 4,096 pixels",
+}
+
+STEPS: Named = {
+    "fast": "`fast`: each channel in depthwise layers",
+    f"fast{windows_in_depthwise(256)}": "windows in depthwise layers",
+    f"fast{windows_in_depthwise(256)} deconv.roles.block_end.n_iter=3": "and three steps at block ends",
+    f"fast{windows_in_depthwise(256)} deconv.roles.block_end.n_iter=3 deconv.roles.depthwise.n_iter=3": (
+        "and in depthwise layers"
+    ),
+}
+
+WINDOWS: Named = {"fast": "`fast`", f"fast{windows_in_depthwise(256)}": "windows in depthwise layers"}
+
+EXCITES: Named = {
+    "fast": "`fast`: squeeze-excite layers plain",
+    "fast deconv.roles.squeeze_excite.block=64": "whitened",
+    f"fast{windows_in_depthwise(256)}": "windows in depthwise layers, squeeze-excite layers plain",
+    f"fast{windows_in_depthwise(256)} deconv.roles.squeeze_excite.block=64": "windows, whitened",
+    f"fast{windows_in_depthwise(2048, block=1)} deconv.roles.squeeze_excite=null": "2,048 pixels 3 apart, plain",
+    f"fast{windows_in_depthwise(2048, block=1)} deconv.roles.squeeze_excite.block=64": "2,048 pixels 3 apart, whitened",
 }
 
 BLOCK_ENDS: Named = {
@@ -185,6 +222,7 @@ TABLES: dict[str, Maker] = {
     "fine-tuning, CamVid": by_rate("mobilenetv2_100", "camvid"),
     "fine-tuning, Lite0, CIFAR-10": by_rate("tf_efficientnet_lite0", "jpeg75"),
     "fine-tuning, Lite0, Fashion-MNIST": by_rate("tf_efficientnet_lite0", "fashion_mnist"),
+    "fine-tuning in half the steps": in_half_the_steps,
     "calibrated or not": calibrated_or_not,
     "going on": going_on,
     "photographs": photographs,
@@ -207,6 +245,10 @@ TABLES: dict[str, Maker] = {
     "tried: padding": variants_of("vgg11_cifar", PADDING, epochs="1", width="0.5", amp="", device="cpu"),
     "tried: cheaper": variants_of("resnet18_cifar", CHEAPER, epochs="1", **FULL),
     "tried: depthwise": variants_of("mobilenetv2_cifar", DEPTHWISE, epochs="1", **FULL),
+    "tried: windows": networks_by_form(["efficientnet_b0_cifar", "pnasnet_a_cifar"], WINDOWS, epochs="1", **FULL),
+    "tried: grouped": variants_of("resnext29_32x4d_cifar", GROUPED, epochs="1", **FULL),
+    "tried: steps": variants_of("mobilenetv2_cifar", STEPS, epochs="1", **HALF),
+    "tried: squeeze-excite": variants_of("efficientnet_b0_cifar", EXCITES, epochs="1", **FULL),
     "tried: block ends": networks_by_form(
         TEN_THOUSAND[:-2], BLOCK_ENDS, suffix=" train_images=10000", epochs="1", **HALF
     ),

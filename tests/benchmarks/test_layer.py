@@ -32,8 +32,8 @@ def test_the_tables_groups_are_numbers_of_blocks() -> None:
     assert blocks[:13] == [3, 64, 64, 64, 64, 1, 1, 1, 1, 2, 4, 8, 16]
     assert all(block == row.in_channels for block, row in zip(blocks[13:], TABLE_3[13:], strict=True))
     for row, block in zip(TABLE_3, blocks, strict=True):
-        partition = Deconv2d(row.in_channels, 1, row.kernel_size, cfg=row.cfg).partition
-        assert (partition.blocks, partition.features) == (row.blocks, block * row.kernel_size**2)
+        blocks = Deconv2d(row.in_channels, 1, row.kernel_size, cfg=row.cfg).blocks
+        assert (blocks.number, blocks.features) == (row.blocks, block * row.kernel_size**2)
 
 
 @pytest.mark.parametrize(

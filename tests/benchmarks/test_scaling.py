@@ -107,7 +107,7 @@ def test_along_the_block_the_network_stays_and_the_exponent_is_that_of_the_block
     assert [row["exponent"] for row in rows] == pytest.approx([2.0] * 3)
     assert scaling_summary(rows) == "the whitening share goes with the block to the power of 2"
     model = settings.all_settings()[1].build("deconv")
-    assert {layer.partition.features for layer in model.layer1.modules() if isinstance(layer, Deconv2d)} == {4}
+    assert {layer.blocks.features for layer in model.layer1.modules() if isinstance(layer, Deconv2d)} == {4}
 
 
 def test_what_makes_no_sense_is_refused() -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
+from tests.layers.sampled import sampled_rows
 from timm_deconv import Deconv2d, DeconvCfg, DeconvLinear, calibrate, convert_deconv_model, fuse, transfer
 from timm_deconv.data import Digits
 from timm_deconv.data.calibration import calibration_loader
@@ -96,7 +97,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
 POLICIES = [
     None,
     {"preset": "paper", "min_rows": 0.0, "roles": {"stem": {"n_iter": 15, "freeze": True}}},
-    {"preset": "paper", "layout": "window", "block": 16, "per_block": True, "grid": True},
+    {"preset": "paper", "layout": "window", "block": 16},
 ]
 
 
@@ -128,7 +129,7 @@ def test_calibration_is_exact_in_float64_and_again_when_repeated(trained: nn.Mod
 LAYERS = {
     "interleaved": (lambda cfg: Deconv2d(8, 6, 3, padding=1, cfg=cfg), DeconvCfg(block=4)),
     "flat": (lambda cfg: Deconv2d(8, 6, 3, stride=2, cfg=cfg), DeconvCfg(block=12, layout="flat", sampling_stride=2)),
-    "window": (lambda cfg: Deconv2d(8, 6, 3, cfg=cfg), DeconvCfg(block=4, layout="window", per_block=True)),
+    "window": (lambda cfg: Deconv2d(8, 6, 3, cfg=cfg), DeconvCfg(block=4, layout="window")),
     "grouped": (lambda cfg: Deconv2d(8, 4, 3, groups=2, cfg=cfg), DeconvCfg(n_iter=3)),
     "depthwise": (lambda cfg: Deconv2d(8, 16, 3, groups=8, cfg=cfg), DeconvCfg(n_iter=1)),
     "pointwise": (lambda cfg: Deconv2d(8, 6, 1, cfg=cfg), DeconvCfg(n_iter=15)),
@@ -146,7 +147,7 @@ def test_whitener_is_the_inverse_root_of_the_average_covariance_of_all_rows(kind
     images = [torch.einsum("ij,njhw->nihw", mixing, x) for x in images]
     expected = outputs(net.eval(), images[0])
     counts = calibrate(net, images)
-    rows = torch.cat([layer.rows(x.flatten(1) if kind == "linear" else x) for x in images], 1)
+    rows = torch.cat([sampled_rows(layer, x.flatten(1) if kind == "linear" else x) for x in images], 1)
     assert list(counts.values()) == [rows.shape[1]]
     cov = torch.stack([torch.cov(r.T, correction=0) for r in rows])
     root = isqrt_newton_schulz(cov + cfg.eps * torch.eye(cov.shape[-1]).double(), cfg.n_iter)

@@ -104,7 +104,7 @@ def test_what_the_user_asks_for_wins_over_the_preset() -> None:
     assert type(model.layer1[0].conv1) is nn.Conv2d
     assert model.layer1[0].conv2.cfg == FAST.override({"block": 16, "n_iter": 1})
     assert model.layer2[0].conv1.cfg == FAST.override({"block": 16})
-    assert {layer.partition.features for layer in whitened(model.layer2).values()} == {16}
+    assert {layer.blocks.features for layer in whitened(model.layer2).values()} == {16}
     assert model.get_classifier().cfg == FAST.override({"block": 16, "wide_block": 0, "min_rows": 0.0})
     assert model.requested_policy.to_dict() == {"version": PRESET_VERSION, **deconv}
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from timm_deconv.kernels.onednn import FEW_PRODUCTS
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvCfg, DeconvLinear
-from timm_deconv.products import FEW_PRODUCTS
 
 
 class Net(nn.Module):
@@ -20,7 +20,7 @@ class Net(nn.Module):
         self.grouped = Deconv2d(8, 8, 3, padding=1, groups=2, cfg=DeconvCfg(start_corrected=True))
         self.depthwise = Deconv2d(8, 8, 3, padding=1, groups=8, bias=False)
         self.spatial = Deconv2d(8, 8, 3, padding=1, cfg=DeconvCfg(layout="channels", n_iter=3, quartic=True))
-        self.pointwise = Deconv2d(8, 8, 1, cfg=DeconvCfg(block=4, layout="window", per_block=True, min_rows=2.0))
+        self.pointwise = Deconv2d(8, 8, 1, cfg=DeconvCfg(block=4, layout="window", min_rows=2.0))
         self.channel = ChannelDeconv(8, cfg=DeconvCfg(block=3))
         self.head = DeconvLinear(8, 5, cfg=DeconvCfg(block=4))
 
@@ -56,7 +56,7 @@ def train_steps(net: nn.Module, module: nn.Module, steps: int) -> list[Tensor]:
 def test_compiled_training_is_eager_training_in_one_graph(
     backend: str, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("timm_deconv.products.FEW_PRODUCTS", few)
+    monkeypatch.setattr("timm_deconv.kernels.onednn.FEW_PRODUCTS", few)
     torch._dynamo.reset()
     eager = Net()
     compiled = copy.deepcopy(eager)

@@ -82,19 +82,6 @@ def test_each_group_is_whitened_by_itself() -> None:
     torch.testing.assert_close(layer(x), torch.cat(halves, 1))
 
 
-def test_contiguous_blocks_are_sets_of_whole_channels() -> None:
-    cfg = DeconvCfg(block=2, layout="window", per_block=True)
-    layer = Deconv2d(4, 3, 3, padding=1, bias=False, dtype=torch.float64, cfg=cfg)
-    x = correlated(4, 4, 8, 8)
-    parts = []
-    for block in range(2):
-        part = Deconv2d(2, 3, 3, padding=1, bias=False, dtype=torch.float64)
-        part.weight = nn.Parameter(layer.weight[:, 2 * block : 2 * block + 2].detach())
-        parts.append(part(x[:, 2 * block : 2 * block + 2]))
-    torch.testing.assert_close(layer(x), sum(parts))
-    assert layer.running_deconv.shape == (2, 18, 18)
-
-
 def test_shared_statistics_pool_the_rows_of_all_blocks() -> None:
     cfg = DeconvCfg(block=2, layout="window", momentum=1.0)
     layer = Deconv2d(4, 3, 3, padding=1, dtype=torch.float64, cfg=cfg)
@@ -117,10 +104,10 @@ def test_flat_blocks_are_the_published_linear_layer_on_flattened_windows() -> No
     torch.testing.assert_close(conv.running_deconv, linear.running_deconv)
 
 
-def test_a_grid_samples_1x1_layers_at_the_same_places_in_every_image() -> None:
+def test_1x1_layers_sample_a_list_of_pixels_or_in_channels_the_same_places_of_every_image() -> None:
     x = torch.zeros(2, 1, 5, 5, dtype=torch.float64)
     x[:, :, ::3, ::3] = 1.0
-    grid = Deconv2d(1, 1, 1, dtype=torch.float64, cfg=DeconvCfg(grid=True, momentum=1.0))
+    grid = Deconv2d(1, 1, 1, dtype=torch.float64, cfg=DeconvCfg(layout="channels", momentum=1.0))
     flat = Deconv2d(1, 1, 1, dtype=torch.float64, cfg=DeconvCfg(momentum=1.0))
     grid(x), flat(x)
     assert grid.running_mean == 1.0

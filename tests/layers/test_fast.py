@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.convert.policy import SMALL_BATCH_DEFAULTS, Role
-from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, conv_map, operation
-from timm_deconv.products import FEW_PRODUCTS
+from timm_deconv.kernels.onednn import FEW_PRODUCTS
+from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, geometry, operation
 
 Layer = Deconv2d | DeconvLinear
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -52,7 +52,7 @@ def test_whitening_the_input_is_whitening_the_weight(
     layer = build()
     x = correlated(4, 8, 9, 10).contiguous(memory_format=memory_format)
     layer.to(memory_format=memory_format)
-    assert layer.partition.of_channels and layer.partition.groups == layer.partition.sets == 1
+    assert layer.blocks.pixels and layer.blocks.groups == layer.blocks.sets == 1
     results, sides = [], []
     whiten = operation.apply_whitener
     for of_input in (False, True):
@@ -61,12 +61,14 @@ def test_whitening_the_input_is_whitening_the_weight(
         monkeypatch.setattr(operation, "whitens_input", lambda *_, of_input=of_input: of_input)
         whitened: list[bool] = []
         with monkeypatch.context() as counted:
-            counted.setattr(operation, "apply_whitener", lambda *a, w=whitened: (w.append(True), whiten(*a))[1])
+            counted.setattr(
+                operation, "apply_whitener", lambda *a, w=whitened: (w.append(len(a[0]) == len(x)), whiten(*a))[1]
+            )
             output = this(image)
             grads = torch.autograd.grad(output, [image, *this.parameters()], torch.randn(output.shape, dtype=x.dtype))
-        sides.append(len(whitened))
+        sides.append(whitened)
         results.append([output.detach(), *grads, this.running_mean, this.running_deconv])
-    assert sides == [0, 2]  # forward, and again in the backward pass
+    assert sides == [[False, False], [True, True]]  # forward, and again in the backward pass
     for by_weight, by_input in zip(*results, strict=True):
         assert (by_input - by_weight).norm() <= 1e-9 * by_weight.norm()
 
@@ -83,40 +85,34 @@ def test_channels_are_whitened_together_up_to_the_block_and_wider_layers_in_smal
     block: int, wide_block: int, features: dict[int, int]
 ) -> None:
     cfg = DeconvCfg(layout="channels", block=block, wide_block=wide_block)
-    found = {channels: Deconv2d(channels, 4, 3, cfg=cfg).partition.features for channels in features}
+    found = {channels: Deconv2d(channels, 4, 3, cfg=cfg).blocks.features for channels in features}
     assert found == features
-    assert DeconvLinear(24, 2, cfg=cfg).partition.features == features[24]
-    assert Deconv2d(2, 4, (1, 2), cfg=cfg).partition.features == 4  # a window of that many
+    assert DeconvLinear(24, 2, cfg=cfg).blocks.features == features[24]
+    assert Deconv2d(2, 4, (1, 2), cfg=cfg).blocks.features == 4  # a window of that many
 
 
 def test_the_side_with_fewer_products_is_whitened() -> None:
     layer = Deconv2d(64, 128, 3, padding=1, cfg=fast("spatial"))
     for size, of_input in ((4, True), (32, False)):
-        assert operation.whitens_input(torch.empty(16, 64, size, size), layer.weight, layer.partition) is of_input
-    for apart in (SMALL.override({"per_block": True}), SMALL):
-        layer = Deconv2d(8, 8, 3, groups=1 if apart.per_block else 2, cfg=apart)
-        assert not operation.whitens_input(torch.empty(1, 8, 3, 3), layer.weight, layer.partition)
+        x = torch.empty(16, 64, size, size)
+        assert operation.whitens_input(x, layer.weight, layer._geometry(x)) is of_input
+    layer, x = Deconv2d(8, 8, 3, groups=2, cfg=SMALL), torch.empty(1, 8, 3, 3)
+    assert not operation.whitens_input(x, layer.weight, layer._geometry(x))
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("per_block", [False, True])
 @pytest.mark.parametrize("block", [4, 8])
-def test_every_block_of_channels_leaves_with_unit_covariance(
-    block: int, per_block: bool, memory_format: torch.memory_format
-) -> None:
-    cfg = DeconvCfg(layout="channels", block=block, per_block=per_block, n_iter=20, sampling_stride=1, eps=1e-9)
+def test_blocks_of_channels_leave_with_unit_covariance(block: int, memory_format: torch.memory_format) -> None:
+    cfg = DeconvCfg(layout="channels", block=block, n_iter=20, sampling_stride=1, eps=1e-9)
     layer = Deconv2d(8, 8, 1, dtype=torch.float64, cfg=cfg)
     nn.init.dirac_(layer.weight)  # the output is the whitened input
     nn.init.zeros_(layer.bias)
     mixing = torch.eye(8, dtype=torch.float64) + 0.3 * torch.randn(8, 8, dtype=torch.float64)
     x = torch.einsum("ij,njhw->nihw", mixing, torch.randn(8, 8, 12, 12, dtype=torch.float64)) + 2
-    blocks = layer(x.contiguous(memory_format=memory_format)).permute(0, 2, 3, 1).reshape(-1, 8 // block, block)
+    rows = layer(x.contiguous(memory_format=memory_format)).permute(0, 2, 3, 1).reshape(-1, block)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(block, dtype=torch.float64), rtol=0, atol=1e-8)
     eye = torch.eye(block, dtype=torch.float64)
-    if not per_block:
-        blocks = blocks.reshape(-1, 1, block)
-    for rows in blocks.unbind(1):
-        torch.testing.assert_close(rows.mean(0), torch.zeros(block, dtype=torch.float64), rtol=0, atol=1e-8)
-        torch.testing.assert_close(rows.T @ rows / len(rows), eye, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rows.T @ rows / len(rows), eye, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -144,7 +140,7 @@ def test_depthwise_layers_standardise_every_channel(memory_format: torch.memory_
 def test_activations_keep_the_memory_format_that_a_plain_convolution_gives_them(
     few: int, kernel: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("timm_deconv.products.FEW_PRODUCTS", few)
+    monkeypatch.setattr("timm_deconv.kernels.onednn.FEW_PRODUCTS", few)
     layer = Deconv2d(16, 8, kernel, cfg=SMALL).to(memory_format=memory_format)
     x = torch.randn(4, 16, 9, 10).contiguous(memory_format=memory_format).requires_grad_()
     output = layer(x)
@@ -209,7 +205,7 @@ def check_ordinary(layer: Layer, x: Tensor, dtype: torch.dtype = torch.float32) 
     fresh = copy.deepcopy(layer)
     fresh.reset_running_stats()
     fresh(x)
-    size = x.shape[1] // fresh.partition.features if fresh.partition.of_channels else 1
+    size = x.shape[1] // fresh.blocks.features if fresh.blocks.pixels else 1
     amplification = float(torch.linalg.eigvalsh(fresh.running_deconv).max())
     rounding = torch.finfo(dtype).eps * amplification * float(x.abs().max()) * size**0.5
     output, grads, cotangent = forward_backward(layer, x, dtype)
@@ -236,7 +232,7 @@ def check_ordinary(layer: Layer, x: Tensor, dtype: torch.dtype = torch.float32) 
 def test_bad_inputs_give_outputs_and_gradients_of_ordinary_size(
     build: Callable[[], Layer], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    padded = any(getattr(build(), "padding", ())) and build().partition.of_channels  # see the next test
+    padded = any(getattr(build(), "padding", ())) and build().blocks.pixels  # see the next test
     for kind in ("ordinary", "dead", "constant", "zero"):
         for batch in (1, 2, 8):
             alone = batch == 1 and (shape[1:] in ((), (1, 1)) or (padded and kind == "constant"))  # see other tests
@@ -261,26 +257,24 @@ GEOMETRIES = [
 
 
 @pytest.mark.parametrize("block", [4, 8])
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("shape", GEOMETRIES, ids=str)
 def test_padding_counts_as_often_as_the_convolution_sees_it_but_for_a_cap(
-    geometry: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
+    shape: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = DeconvCfg(
-        layout="channels", block=block, per_block=True, n_iter=20, sampling_stride=1, eps=1e-9, momentum=1.0
-    )
-    layer = Deconv2d(8, 6, **geometry, dtype=torch.float64, cfg=cfg)
+    cfg = DeconvCfg(layout="channels", block=block, n_iter=20, sampling_stride=1, eps=1e-9, momentum=1.0)
+    layer = Deconv2d(8, 6, **shape, dtype=torch.float64, cfg=cfg)
     x = correlated(20, 8, 1, 1).add(1).expand(-1, -1, 7, 9)  # so that it does not matter which pixels are seen
     padding = [layer.padding[1]] * 2 + [layer.padding[0]] * 2
-    assert layer.padding_share(x) == (conv_map.MOST_PADDING if any(padding) else 0)
-    monkeypatch.setattr(conv_map, "MOST_PADDING", 1.0)
+    assert layer.moments(x).padding == (geometry.MOST_PADDING if any(padding) else 0)
+    monkeypatch.setattr(geometry, "MOST_PADDING", 1.0)
     windows = F.unfold(F.pad(x, padding), layer.kernel_size, layer.dilation, 0, layer.stride)
-    seen = windows.unflatten(1, [8, -1]).transpose(0, 1).flatten(1)
+    pixels = windows.unflatten(1, [8, -1]).permute(0, 2, 3, 1).reshape(-1, 8)
+    seen = pixels.reshape(-1, block).T  # all blocks share one mean and covariance
     layer(x)
     torch.testing.assert_close(layer.running_mean, seen.mean(1))
-    for start, root in zip(range(0, 8, block), layer.running_deconv.reshape(-1, block, block), strict=True):
-        whitened = root @ (seen - seen.mean(1, keepdim=True))[start : start + block]
-        eye = torch.eye(block, dtype=torch.float64)
-        torch.testing.assert_close(whitened @ whitened.T / seen.shape[1], eye, rtol=0, atol=1e-5)
+    whitened = layer.running_deconv @ (seen - seen.mean(1, keepdim=True))
+    eye = torch.eye(block, dtype=torch.float64)
+    torch.testing.assert_close(whitened @ whitened.T / seen.shape[1], eye, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -5,23 +5,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.layers.sampled import sampled_rows
+from timm_deconv.kernels.onednn import FEW_PRODUCTS
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear
+from timm_deconv.layers.functional import Moments, estimate, fold
 from timm_deconv.layers.notices import share_notices
-from timm_deconv.layers.partition import split_rows
-from timm_deconv.layers.whitening import count_padding, fold, whitener
 from timm_deconv.linalg import covariance
-from timm_deconv.products import FEW_PRODUCTS
 
 CASES = {
     "interleaved": (dict(kernel_size=3, padding=1), DeconvCfg(block=4)),
     "window": (dict(kernel_size=3, padding=1), DeconvCfg(block=4, layout="window")),
-    "per block": (dict(kernel_size=3, padding=1), DeconvCfg(block=4, layout="window", per_block=True)),
-    "interleaved per block": (dict(kernel_size=3), DeconvCfg(block=4, per_block=True)),
     "flat": (dict(kernel_size=4, stride=2), DeconvCfg(block=16, layout="flat", sampling_stride=1)),
     "overlapping": (dict(kernel_size=5, padding=2), DeconvCfg(block=2, sampling_stride=2)),
     "pointwise": (dict(kernel_size=1), DeconvCfg(block=4)),
     "pointwise strided": (dict(kernel_size=1, stride=2), DeconvCfg(sampling_stride=2)),
-    "grid": (dict(kernel_size=1, stride=(1, 2)), DeconvCfg(block=4, grid=True)),
+    "grid": (dict(kernel_size=1, stride=(1, 2)), DeconvCfg(block=4, layout="channels")),
     "grouped": (dict(kernel_size=3, padding=1, groups=2), DeconvCfg()),
     "depthwise": (dict(kernel_size=(3, 1), groups=8), DeconvCfg(n_iter=1)),
     "shrunk": (dict(kernel_size=3), DeconvCfg(min_rows=40.0)),
@@ -35,12 +33,12 @@ CASES = {
         dict(kernel_size=5, stride=2, padding=2),
         DeconvCfg(layout="channels", block=4, sampling_stride=1, max_rows=90),
     ),
-    "channels per block": (dict(kernel_size=3), DeconvCfg(layout="channels", block=4, per_block=True)),
+    "channels, no padding": (dict(kernel_size=3), DeconvCfg(layout="channels", block=4)),
     "channels of groups": (dict(kernel_size=3, groups=2), DeconvCfg(layout="channels", block=16)),
     "channels alone": (dict(kernel_size=3, padding=1, groups=8), DeconvCfg(layout="channels", block=1, n_iter=1)),
     "channels alone, of one map": (
         dict(kernel_size=3, padding=1),
-        DeconvCfg(layout="channels", block=1, per_block=True, n_iter=1),
+        DeconvCfg(layout="channels", block=1, n_iter=1),
     ),
     "channels, few pixels": (dict(kernel_size=9, padding=3), DeconvCfg(layout="channels", block=8)),
     "pointwise channels": (dict(kernel_size=1, stride=2), DeconvCfg(layout="channels", block=2)),
@@ -51,10 +49,10 @@ CASES = {
 
 
 def by_chain_rule(layer: Deconv2d, x: Tensor) -> Tensor:
-    rows = split_rows(layer.conv_map.columns(layer._padded_batch(x)), layer.partition)
-    mean, cov = covariance(rows)
-    mean, cov = count_padding(mean, cov, layer.padding_share(x))
-    folded = fold(layer.weight, layer.bias, mean, whitener(cov, rows.shape[-2], layer.cfg), layer.partition)
+    rows = sampled_rows(layer, x)
+    moments = Moments(*covariance(rows), rows.shape[1], layer.moments(x.detach()).padding)
+    statistics = estimate(moments, layer.cfg)
+    folded = fold(layer.weight, layer.bias, statistics.mean, statistics.whitener, layer.blocks)
     return layer._conv_forward(x, *folded)
 
 
@@ -65,7 +63,7 @@ def by_chain_rule(layer: Deconv2d, x: Tensor) -> Tensor:
 def test_gradients_of_a_convolution_are_those_of_the_chain_rule(
     options: dict, cfg: DeconvCfg, few: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("timm_deconv.products.FEW_PRODUCTS", few)
+    monkeypatch.setattr("timm_deconv.kernels.onednn.FEW_PRODUCTS", few)
     layer = Deconv2d(8, 6 if options.get("groups", 1) < 8 else 8, **options, dtype=torch.float64, cfg=cfg)
     x = F.avg_pool2d(torch.randn(4, 8, 11, 12, dtype=torch.float64), 3, 1, 1) + 0.2
     x = x.contiguous(memory_format=memory_format).requires_grad_()
@@ -77,7 +75,9 @@ def test_gradients_of_a_convolution_are_those_of_the_chain_rule(
     torch.testing.assert_close(ours, torch.autograd.grad(expected, parameters, cotangent), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("cfg", [DeconvCfg(block=6), DeconvCfg(block=3), DeconvCfg(block=3, per_block=True)], ids=str)
+@pytest.mark.parametrize(
+    "cfg", [DeconvCfg(block=6), DeconvCfg(block=3), DeconvCfg(block=3, n_iter=3, quartic=True)], ids=str
+)
 def test_gradients_of_a_linear_layer_are_right(cfg: DeconvCfg) -> None:
     layer = DeconvLinear(6, 4, dtype=torch.float64, cfg=cfg)
     x = torch.randn(5, 4, 6, dtype=torch.float64, requires_grad=True)

@@ -35,10 +35,9 @@ def live_forwards(layer: nn.Module, forwards: int) -> list[bool]:
     return moved
 
 
-def test_frozen_layers_thaw_in_cycles_as_published_or_never() -> None:
+def test_frozen_layers_thaw_in_cycles_as_published() -> None:
     cycle = [True] * 3 + [False] * 17
     assert live_forwards(conv(freeze=True, freeze_iter=2), 45) == (cycle * 3)[:45]
-    assert live_forwards(conv(freeze=True, freeze_iter=2, thaw=False), 45) == [True] * 3 + [False] * 42
 
 
 def test_the_freeze_counter_is_saved() -> None:
@@ -62,7 +61,7 @@ def test_frozen_layers_compute_no_statistics_and_pass_no_gradient_through_them()
     layer = conv(freeze=True, freeze_iter=1)
     live_forwards(layer, 2)
     x = images().requires_grad_()
-    with mock.patch.object(layers_conv, "batch_statistics", side_effect=AssertionError):
+    with mock.patch.object(layers_conv, "moments", side_effect=AssertionError):
         output = layer(x)
     cotangent = torch.randn_like(output)
     (grad,) = torch.autograd.grad(output, x, cotangent)
@@ -89,7 +88,9 @@ def test_start_corrected_running_values_are_weighted_means_of_all_batches() -> N
 def test_start_correction_counts_live_forwards_only() -> None:
     layer = conv(start_corrected=True, freeze=True, freeze_iter=1)
     live_forwards(layer, 13)
-    assert layer._updates(layer._forwards()) == layer._updates(layer.num_batches_tracked) == 4
+    assert layer._live_forwards(recomputing=False) == 4
+    with mock.patch("torch.compiler.is_compiling", return_value=True):  # then it is decided on the device
+        assert torch.equal(layer._live_forwards(recomputing=False), torch.tensor(4))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -293,9 +294,6 @@ def test_a_state_dict_without_a_counter_is_one_of_many_batches() -> None:
     loaded.load_state_dict(state)
     loaded(torch.zeros(4, 3, 8, 8))
     torch.testing.assert_close(loaded.running_mean, 0.9 * layer.running_mean)
-    frozen = conv(freeze=True, freeze_iter=2, thaw=False)
-    frozen.load_state_dict(state)
-    assert live_forwards(frozen, 2) == [False, False]
     published = conv(freeze=True, freeze_iter=2)
     published.load_state_dict(state)
     assert live_forwards(published, 5) == [True, True, True, False, False]
@@ -350,7 +348,7 @@ def test_averaged_models_take_our_buffers() -> None:
 
 
 def test_a_counter_written_by_others_is_read_again_after_train() -> None:
-    layer = conv(freeze=True, freeze_iter=2, thaw=False)
+    layer = conv(freeze=True, freeze_iter=2)
     layer(images())
     layer.num_batches_tracked.data.fill_(50)  # as a broadcast does, which leaves no trace in the version
     assert live_forwards(layer.train(), 2) == [False, False]

@@ -114,7 +114,7 @@ def test_unfused_networks_go_through_the_older_onnx_exporter(preset: str) -> Non
 @pytest.mark.parametrize("few", [2**23, 0], ids=["matrix products", "convolutions"])
 @pytest.mark.parametrize("preset", ["fast", "paper"])
 def test_selective_checkpointing_gives_the_gradients_of_none(preset: str, few: int, kept, monkeypatch) -> None:
-    monkeypatch.setattr("timm_deconv.products.FEW_PRODUCTS", few)
+    monkeypatch.setattr("timm_deconv.kernels.onednn.FEW_PRODUCTS", few)
 
     def policy(_ctx, op, *_args, **_kwargs) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

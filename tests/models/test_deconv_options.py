@@ -66,7 +66,7 @@ def test_a_new_classifier_is_whitened_like_the_old_one(name: str, kwargs: dict[s
     new = model.get_classifier()
     assert isinstance(new, Deconv2d if name.startswith(("dpn", "fcn")) else DeconvLinear)
     assert new is not old
-    assert (new.cfg, new.partition) == (old.cfg, old.partition)
+    assert (new.cfg, new.blocks) == (old.cfg, old.blocks)
     assert model(torch.randn(2, 3, size, size)).shape[:2] == (2, 3)
 
 
@@ -77,7 +77,7 @@ def test_a_new_auxiliary_classifier_is_whitened_too() -> None:
     model.reset_classifier(3)
     assert isinstance(model.aux_classifier, Deconv2d)
     assert model.aux_classifier.out_channels == 3
-    assert (model.aux_classifier.cfg, model.aux_classifier.partition) == (old.cfg, old.partition)
+    assert (model.aux_classifier.cfg, model.aux_classifier.blocks) == (old.cfg, old.blocks)
 
 
 @pytest.mark.parametrize(("name", "kwargs", "size"), **BY_NAME)
@@ -130,7 +130,7 @@ def test_projections_take_one_step_in_blocks_as_wide_as_their_block_s_input(name
     assert len(projections) >= 17
     for first, projection in projections:
         assert projection.cfg.n_iter == 1
-        assert projection.partition.features == first.in_channels
+        assert projection.blocks.features == first.in_channels
 
 
 def photographs(batch: int, size: int) -> Tensor:

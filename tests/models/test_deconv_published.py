@@ -54,7 +54,7 @@ def on_meta(name: str) -> nn.Module:
 
 def settings(layer: Deconv2d | DeconvLinear) -> dict[str, Any]:
     """A layer in the words of the golden file: a convolution that whitens flat runs of features is linear there."""
-    cfg, features = layer.cfg, layer.partition.features
+    cfg, features = layer.cfg, layer.blocks.features
     common = {"n_iter": cfg.n_iter, "eps": cfg.eps, "block": features}
     if isinstance(layer, DeconvLinear):
         return {"kind": "linear", "in_features": layer.in_features, "out_features": layer.out_features, **common}
@@ -62,7 +62,7 @@ def settings(layer: Deconv2d | DeconvLinear) -> dict[str, Any]:
     if cfg.layout == "flat":
         assert (cfg.sampling_stride, stride, groups, cfg.freeze) == (1, 1, 1, False)
         return {"kind": "linear", "in_features": chs_in * kernel**2, "out_features": chs_out, **common}
-    assert layer.partition.interleaved == (groups == 1 and layer.partition.blocks > 1)
+    assert layer.blocks.interleaved == (groups == 1 and layer.blocks.number > 1)
     shape = {"in_channels": chs_in, "out_channels": chs_out, "kernel": kernel, "stride": stride, "groups": groups}
     return {
         "kind": "conv",
@@ -108,7 +108,7 @@ def test_the_32x32_efficientnet_takes_mobilenets_settings_in_its_blocks() -> Non
     blocks = layers(on_meta(name), InvertedResidual)
     assert [block.project.conv.cfg.n_iter for block in blocks] == [1] * 16
     for block in blocks:
-        assert block.project.conv.partition.features == block.expand.conv.in_channels
+        assert block.project.conv.blocks.features == block.expand.conv.in_channels
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -51,7 +51,7 @@ def test_the_example_is_two_networks_that_timm_can_use() -> None:
     assert sum(type(module).__name__ == "BatchNorm2d" for module in twin.modules()) == 7
     assert not [module for module in model.modules() if type(module).__name__ == "BatchNorm2d"]
     assert model.stem.conv.cfg.freeze
-    assert model.head.fc.partition.features == 128
+    assert model.head.fc.blocks.features == 128
     x = torch.randn(4, 3, 32, 32)
     model(x).mean().backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]

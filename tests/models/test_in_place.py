@@ -11,7 +11,7 @@ import timm_deconv  # noqa: F401 (registers the networks)
 from timm_deconv.convert.module_replace import write_out_of_place, writes_in_place
 
 NETWORKS = {
-    "vgg11_deconv": {},
+    "vgg11_deconv": {"mlp_ratio": 1 / 64},
     "resnet18_deconv": {},
     "resnet50_deconv": {"layers": [1, 2, 1, 1]},
     "resnext50_32x4d_deconv": {"layers": [1, 1, 1, 1]},

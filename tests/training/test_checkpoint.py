@@ -40,9 +40,9 @@ def test_the_weights_say_that_they_are_torchs(run, tmp_path):
     assert load_network(str(tmp_path / "again")).num_classes == 10
 
 
-def test_a_run_that_ended_before_its_first_epoch_may_be_begun_with_other_settings(recipe, tmp_path):
-    RunFolder(tmp_path, recipe.merged({"lr": 0.5})).open()
-    assert train(recipe, tmp_path, cpu=True)["lr"] == recipe.lr
+def test_a_run_that_ended_before_its_first_epoch_may_be_begun_with_other_settings(short_recipe, tmp_path):
+    RunFolder(tmp_path, short_recipe.merged({"lr": 0.5})).open()
+    assert train(short_recipe, tmp_path, cpu=True)["lr"] == short_recipe.lr
 
 
 def test_the_recipe_beside_the_weights_is_the_one_that_ran(run):
@@ -74,8 +74,8 @@ def test_a_finished_run_resumed_trains_no_further_and_has_one_row(run):
     assert len((folder / "results.csv").read_text().splitlines()) == 2
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(recipe, tmp_path, monkeypatch):
-    recipe = recipe.merged({"epochs": 2, "train_images": 256, "val_images": 64})
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(short_recipe, tmp_path, monkeypatch):
+    recipe = short_recipe.merged({"epochs": 2})
     save, (soft, hard) = RunFolder.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_on_a_full_disk(self, accelerator, model, ema, progress):

@@ -45,8 +45,8 @@ def test_a_small_network_reads_nine_digits_of_ten_after_two_epochs(recipe, tmp_p
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(recipe, tmp_path, workers):
-    recipe = recipe.merged({"workers": workers})
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(short_recipe, tmp_path, workers):
+    recipe = short_recipe.merged({"workers": workers})
     first, second = train(recipe, tmp_path / "a"), train(recipe, tmp_path / "b")
     assert first["train_loss"] == second["train_loss"]
     assert _same(_weights(tmp_path / "a"), _weights(tmp_path / "b"))
@@ -54,8 +54,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(recipe, tmp_p
         assert train(recipe.merged({"seed": 1}), tmp_path / "c")["train_loss"] != first["train_loss"]
 
 
-def test_a_run_cut_off_and_resumed_ends_bit_for_bit_where_it_would_have(recipe, tmp_path, monkeypatch):
-    recipe = recipe.merged({"epochs": 3, "model_ema": True, "model_ema_decay": 0.9})
+def test_a_run_cut_off_and_resumed_ends_bit_for_bit_where_it_would_have(short_recipe, tmp_path, monkeypatch):
+    recipe = short_recipe.merged({"epochs": 3, "model_ema": True, "model_ema_decay": 0.9})
     whole = train(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", _cut_off_at_the_second_call())
@@ -68,9 +68,9 @@ def test_a_run_cut_off_and_resumed_ends_bit_for_bit_where_it_would_have(recipe, 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, raised while it compiles
-def test_a_compiled_run_is_saved_and_resumed_as_what_it_compiles(recipe, tmp_path, monkeypatch):
+def test_a_compiled_run_is_saved_and_resumed_as_what_it_compiles(short_recipe, tmp_path, monkeypatch):
     torch._dynamo.reset()
-    recipe = recipe.merged({"epochs": 2})
+    recipe = short_recipe.merged({"epochs": 2})
     eager = train(recipe, tmp_path / "eager")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
     with monkeypatch.context() as patch:
@@ -96,8 +96,8 @@ def _cut_off_at_the_second_call():
     return evaluate
 
 
-def test_two_half_batches_accumulated_are_one_batch(recipe, tmp_path):
-    plain = recipe.merged({"model": "test_convnext", "augmentation": "none"})  # no statistics of a batch in it
+def test_two_half_batches_accumulated_are_one_batch(short_recipe, tmp_path):
+    plain = short_recipe.merged({"model": "test_convnext", "augmentation": "none"})  # no statistics of a batch in it
     train(plain, tmp_path / "one")
     train(plain.merged({"batch_size": 64, "grad_accum_steps": 2}), tmp_path / "two")
     start = create_model(plain).state_dict()
@@ -153,9 +153,9 @@ def test_float16_on_a_processor_is_refused_before_anything_is_written(recipe, tm
     assert not (tmp_path / "half").exists()
 
 
-def test_bfloat16_learns_nearly_what_float32_learns(recipe, tmp_path):
-    full = train(recipe, tmp_path / "full")
-    half = train(recipe.merged({"amp": True}), tmp_path / "half")
+def test_bfloat16_learns_nearly_what_float32_learns(short_recipe, tmp_path):
+    full = train(short_recipe, tmp_path / "full")
+    half = train(short_recipe.merged({"amp": True}), tmp_path / "half")
     assert half["train_loss"] != full["train_loss"]
     assert half["train_loss"] == pytest.approx(full["train_loss"], rel=0.05)
     assert all(value.dtype != torch.bfloat16 for value in _weights(tmp_path / "half").values())

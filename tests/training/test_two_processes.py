@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,20 +25,26 @@ def report(tmp_path_factory):
     plain = normed.merged({"model": "test_convnext", "augmentation": "none"})
     (folder / "normed.yaml").write_text(normed.yaml())
     (folder / "plain.yaml").write_text(plain.yaml())
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(SCRIPT),
-        str(folder),
+    command = [sys.executable, str(SCRIPT), str(folder), str(folder / "normed.yaml"), str(folder / "plain.yaml")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # what torchrun tells its processes
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
     ]
-    command += [str(folder / "normed.yaml"), str(folder / "plain.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {"folder": folder, "plain": plain, "stderr": done.stderr, **json.loads(done.stdout.splitlines()[-1])}
+    (said, errors), (_, errors_of_second) = (process.communicate(timeout=300) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], (errors + errors_of_second)[-3000:]
+    return {"folder": folder, "plain": plain, "stderr": errors + errors_of_second, **json.loads(said.splitlines()[-1])}
 
 
 def test_two_processes_learn_what_one_learns(report, tmp_path):

@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes: trains, and reports as JSON what the test asks about."""
+"""Run on two processes: trains, and reports as JSON what the test asks about."""
 
 import json
 import sys

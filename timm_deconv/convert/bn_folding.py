@@ -154,7 +154,7 @@ class _Values:
         return set().union(*(self._ends(call) for call in self.run.calls.get(name, ())))
 
     def _parts(self, index: int) -> tuple[Parts, int] | None:
-        """The parts of a value, and the dimension that they stand along."""
+        """Return the parts of a value, and the dimension that they stand along."""
         step = self.run.steps[index]
         if step.kind == "layer" and step.dim is not None and _is_producer(self.modules[step.name]):
             return [(step.name, step.shape[step.dim])], step.dim
@@ -175,7 +175,7 @@ class _Values:
         return (together, dim) if complete else None
 
     def _keeps_rows(self, index: int) -> bool:
-        """Whether a step is a reshape that leaves the rows of a linear layer its rows."""
+        """Return whether a step is a reshape that leaves the rows of a linear layer its rows."""
         step = self.run.steps[index]
         if step.kind != "op" or step.name not in ("view", "unsafe_view"):
             return False

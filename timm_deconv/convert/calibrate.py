@@ -1,4 +1,4 @@
-"""calibrate: whiten the layers of a trained network without changing what it computes.
+"""calibrate: the whitening of a trained network's layers without a change of what it computes.
 
 After `transfer` every whitener is the identity, and the first training step would put a whitened input under weights
 that were learned on a plain one. Here the whitener becomes D, the inverse root of the average covariance over many
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
+from timm_deconv.layers.functional import Moments, estimate, fold
 from timm_deconv.layers.notices import share_notices
-from timm_deconv.layers.whitening import count_padding, fold, whitener
-from timm_deconv.linalg import covariance, full_precision, to_double
+from timm_deconv.linalg import to_double
 
 from .statistics import images_of
 
@@ -33,8 +33,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
     The layers' samples of their inputs are gathered in evaluation mode and count alike. The whitener is the layer's own
     inverse root of their covariance. In evaluation the network is the same function as before, to rounding.
 
-    What the counter of a calibrated layer says: that it has seen the batches of the pass; or, with `cfg.freeze`, that
-    its live forwards are behind it, so that it starts frozen at the calibrated values. Layers that the evaluating
+    A calibrated layer counts the batches of the pass as seen; with `cfg.freeze` it counts its live forwards as done, so
+    that it starts frozen at the calibrated values. Layers that the evaluating
     network does not use (an auxiliary head) stay as they are, and so does `ChannelDeconv`: it has no weight that could
     absorb anything, and in training it whitens what it let pass before.
 
@@ -54,7 +54,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, WhiteningMixin)}
     _check_layers(model, layers)
-    moments = {name: _Moments() for name in layers}
+    moments: dict[str, Moments] = {}
     seen = 0
     with _evaluating(model, layers, moments):
         for images in images_of(loader, batches, next(iter(layers.values())).weight):
@@ -62,12 +62,11 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
             seen += 1
     if not seen:
         raise InputError("no batches to calibrate on: the loader is empty, or its iterator was used up before")
-    reached = {name: moments[name] for name in layers if moments[name].rows}
-    values = {name: _values(name, layers[name], moments) for name, moments in reached.items()}
+    values = {name: _values(name, layers[name], moments[name]) for name in layers if name in moments}
     for name, new in values.items():
         _write(layers[name], new, seen)
     share_notices(model).uncalibrated = False
-    return {name: moments.rows for name, moments in reached.items()}
+    return {name: moments[name].rows for name in values}
 
 
 def _write(layer: WhiteningMixin, values: Values, batches: int) -> None:
@@ -78,35 +77,23 @@ def _write(layer: WhiteningMixin, values: Values, batches: int) -> None:
 
 
 def _targets(layer: WhiteningMixin) -> tuple[Tensor, ...]:
-    """Weight, bias, running mean and whitener of a layer that has them all."""
+    """Return weight, bias, running mean and whitener of a layer that has them all."""
     assert layer.bias is not None
     return layer.weight, layer.bias, layer.running_mean, layer.running_deconv
 
 
-class _Moments:
-    """Mean and covariance of all rows so far, combined in float64 (Chan, Golub and LeVeque, 1979), and the weight of
-    padding, which is not among them."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.padding = 0.0
-        self.mean = self.cov = torch.zeros((), dtype=torch.float64)
-
-    def add(self, rows: Tensor, padding: float) -> None:
-        """Take in rows (S, R, F) and the weight of padding in their batch."""
-        count = rows.shape[-2]
-        if not count:
-            return
-        mean, cov = (to_double(moment) for moment in covariance(rows))
-        if not self.rows:
-            self.mean, self.cov, self.padding = mean, cov, padding
-        else:
-            share = count / (self.rows + count)
-            self.padding += share * (padding - self.padding)
-            step = mean - self.mean
-            self.mean = self.mean + share * step
-            self.cov = torch.lerp(self.cov, cov, share) + share * (1 - share) * step.unsqueeze(-1) * step.unsqueeze(-2)
-        self.rows += count
+def _combined(before: Moments | None, latest: Moments) -> Moments:
+    """Combine the moments of all batches so far with those of one more, in float64 (Chan, Golub and LeVeque, 1979)."""
+    latest = latest._replace(mean=to_double(latest.mean), cov=to_double(latest.cov))
+    if before is None:
+        return latest
+    rows = before.rows + latest.rows
+    share = latest.rows / rows
+    step = latest.mean - before.mean
+    cov = torch.lerp(before.cov, latest.cov, share)
+    cov += share * (1 - share) * step.unsqueeze(-1) * step.unsqueeze(-2)
+    padding = before.padding + share * (latest.padding - before.padding)
+    return Moments(before.mean + share * step, cov, rows, padding)
 
 
 def _check_layers(model: nn.Module, layers: dict[str, WhiteningMixin]) -> None:
@@ -141,11 +128,11 @@ def _check_parameters(name: str, layer: WhiteningMixin) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, layers: dict[str, WhiteningMixin], moments: dict[str, _Moments]) -> Iterator[None]:
-    """The network in evaluation mode, its layers' inputs being watched; afterwards all is as before."""
+def _evaluating(model: nn.Module, layers: dict[str, WhiteningMixin], moments: dict[str, Moments]) -> Iterator[None]:
+    """Evaluate the network and watch its layers' inputs; afterwards all is as before."""
     modes = [(module, module.training) for module in model.modules()]
     watches = [
-        layer.register_forward_pre_hook(_watch(name, layer, moments[name]), with_kwargs=True)
+        layer.register_forward_pre_hook(_watch(name, layer, moments), with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:
@@ -158,20 +145,21 @@ def _evaluating(model: nn.Module, layers: dict[str, WhiteningMixin], moments: di
             module.training = mode
 
 
-def _watch(name: str, layer: WhiteningMixin, moments: _Moments) -> Any:
+def _watch(name: str, layer: WhiteningMixin, moments: dict[str, Moments]) -> Any:
     def watch(_layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         input = args[0] if args else kwargs["input"]
         if isinstance(layer, nn.Conv2d) and input.ndim != 4:
             raise InputError(f"{name} was given one image, {tuple(input.shape)}: calibrate takes batches of images")
-        with full_precision(input):
-            moments.add(layer.rows(input), layer.padding_share(input))
+        latest = layer.moments(input) if input.numel() else None
+        if latest is not None and latest.rows:
+            moments[name] = _combined(moments.get(name), latest)
 
     return watch
 
 
-def _values(name: str, layer: WhiteningMixin, moments: _Moments) -> Values:
-    """What leaves a layer's function as it is and whitens its input, computed in float64."""
-    features = layer.partition.features
+def _values(name: str, layer: WhiteningMixin, moments: Moments) -> Values:
+    """Compute, in float64, what leaves a layer's function as it is and whitens its input."""
+    features = layer.blocks.features
     if moments.rows < features:
         raise InputError(
             f"too few samples to calibrate {name}: it saw {moments.rows} rows and needs at least {features}, one a"
@@ -180,12 +168,12 @@ def _values(name: str, layer: WhiteningMixin, moments: _Moments) -> Values:
     if not (moments.mean.isfinite().all() and moments.cov.isfinite().all()):
         raise InputError(f"the input of {name} is not finite: look for NaN or infinity in the images and the weights")
     weight, bias = (to_double(value) for value in layer.folded())
-    mean, cov = count_padding(moments.mean, moments.cov, moments.padding)
-    matrix = whitener(cov, moments.rows, layer.cfg)
+    statistics = estimate(moments, layer.cfg)
+    mean, matrix = statistics.mean, statistics.whitener
     # Folding with D^-1 and -D mu undoes folding with D and mu.
     shift = -(matrix @ mean.unsqueeze(-1)).squeeze(-1)
     inverse, singular = torch.linalg.inv_ex(matrix)
-    absorbed = fold(weight, bias, shift, inverse, layer.partition)
+    absorbed = fold(weight, bias, shift, inverse, layer.blocks)
     pairs = zip((*absorbed, mean, matrix), _targets(layer), strict=True)
     new = [value.reshape(like.shape).to(like.dtype) for value, like in pairs]
     if singular.any() or not all(value.isfinite().all() for value in new):

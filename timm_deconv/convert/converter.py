@@ -101,8 +101,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, in_place: bool = False) -> "Conv
     for name, (role, cfg) in plan.whitened.items():
         layer = model.get_submodule(name)
         new[layer] = whitened_form(layer, cfg)
-        kind, part = type(new[layer]).__name__, new[layer].partition
-        report.converted.append(ConvertedLayer(name, role, kind, part.blocks, part.features, str(cfg)))
+        kind, part = type(new[layer]).__name__, new[layer].blocks
+        report.converted.append(ConvertedLayer(name, role, kind, part.number, part.features, str(cfg)))
     replace_modules(model, new)
     remove_norms(model, plan.removed)
     others = ((name, m) for name, m in model.named_modules() if is_any_norm(m) and name not in plan.staying)

@@ -146,11 +146,11 @@ class Flow:
                 yield branch
 
     def _reads_whole(self, fork: int, branch: set[int]) -> bool:
-        """Whether a branch reads a value as a whole, not other channels than are added to it."""
+        """Return whether a branch reads a value as a whole, not other channels than are added to it."""
         return any(self.steps[i].name not in ("part", "slice") for i in self.run.readers[fork] if i in branch)
 
     def _operands(self, index: int) -> list[int]:
-        """What a sum adds up, through sums that nothing else reads."""
+        """Return what a sum adds up, through sums that nothing else reads."""
         found = []
         for source in self.steps[index].inputs:
             step = self.steps[source]
@@ -159,7 +159,7 @@ class Flow:
         return list(dict.fromkeys(found))
 
     def _fork(self, operands: list[int]) -> int | None:
-        """The latest step that all operands come from."""
+        """Find the latest step that all operands come from."""
         marks = {operand: 1 << i for i, operand in enumerate(operands)}
         heap = [-operand for operand in operands]
         heapq.heapify(heap)
@@ -188,7 +188,7 @@ class Flow:
         yield from regions
 
     def _between(self, starts: list[int], end: int) -> set[int]:
-        """The steps on the ways from `starts`, without these, to `end`, with it."""
+        """Return the steps on the ways from `starts`, without these, to `end`, with it."""
         back, todo = set(), [end]
         while todo:
             index = todo.pop()
@@ -202,7 +202,7 @@ class Flow:
         return reached - set(starts)
 
     def _depth(self, region: set[int]) -> int:
-        """The most layers in a row."""
+        """Return the most layers in a row."""
         depths: dict[int, int] = {}
         for index in sorted(region):
             before = max((depths.get(source, 0) for source in self.sources(index)), default=0)
@@ -210,7 +210,7 @@ class Flow:
         return max(depths.values(), default=0)
 
     def _last_layers(self, region: set[int]) -> set[str]:
-        """Names of the layers that no other layer follows."""
+        """Return the names of the layers that no other layer follows."""
         followed: set[int] = set()
         for index in sorted(region, reverse=True):
             if index in followed or self.steps[index].kind == "layer":
@@ -223,12 +223,12 @@ class Flow:
         return any(s.kind == "op" and "upsample" in s.name for s in steps) or any(transposed)
 
     def _is_projection(self, region: set[int]) -> bool:
-        """Whether a value is passed on, scaled or projected at most; an activation may stand before the projection."""
+        """Return whether a value is scaled or projected at most; an activation may stand before the projection."""
         projection = max((index for index in region if self.steps[index].kind == "layer"), default=-1)
         return all(self._is_linear(i) or (i < projection and self._is_activation(i)) for i in region)
 
     def _is_activation(self, index: int) -> bool:
-        """Whether a step is an activation, as far as its name and shape say."""
+        """Return whether a step is an activation, as far as its name and shape say."""
         step = self.steps[index]
         same = all(self.steps[source].shape == step.shape for source in step.inputs)
         return step.kind in ("norm", "op") and same and "pool" not in step.name

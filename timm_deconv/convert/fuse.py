@@ -153,7 +153,7 @@ def _folds_norms(method: Any, owner: type, norms: set[str]) -> bool:
 
 
 def _names(function: Any, owner: type, depth: int = DEPTH) -> Iterator[str]:
-    """The names in a function's code and in that of what it calls."""
+    """Yield the names in a function's code and in that of what it calls."""
     for name in _names_in(function.__code__):
         yield name
         called = inspect.unwrap(function.__globals__.get(name, getattr(owner, name, None)))

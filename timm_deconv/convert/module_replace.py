@@ -91,7 +91,7 @@ def remove_norms(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:
-    """What a norm does beside normalising: timm's drop layer and activation."""
+    """Return what a norm does beside normalising, timm's drop layer and activation, with its hooks."""
     parts = [getattr(norm, name, None) for name in ("drop", "act")] if type(norm) in NORM_ACT_TYPES else []
     kept = [part for part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]
     left = kept[0] if len(kept) == 1 else nn.Sequential(*kept) if kept else nn.Identity()

@@ -226,14 +226,14 @@ class _FlowJudge:
                 self.leaves[index] |= self.leaves[reader]
 
     def _passes_on(self, index: int) -> bool:
-        """Whether a step neither whitens nor normalises; a frozen norm does not."""
+        """Return whether a value passes through a step: an operator or a frozen norm, which does not normalise."""
         step = self.flow.steps[index]
         if step.kind == "norm":
             return type(self.flow.modules[step.name]) in FROZEN_TYPES
         return step.kind == "op" and not step.name.startswith("native_")
 
     def _maker(self, index: int) -> str | None:
-        """A plain layer that a value comes out of, with none between."""
+        """Return a plain layer that a value comes out of, with no whitened layer between."""
         step = self.flow.steps[index]
         if step.kind == "layer":
             return None if step.name in self.whitened else step.name

@@ -1,4 +1,4 @@
-"""DeconvPolicy: which layer of a network is whitened how, by role and by name."""
+"""DeconvPolicy: the table of which layer of a network is whitened how, by role and by name."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,11 +30,12 @@ DEFAULT_PRESET = "fast"
 
 @dataclass(frozen=True, kw_only=True)
 class DeconvPolicy:
-    """Whitening options of every layer. From the weakest to the strongest: the preset, what it (or, under 'paper', what
-    is published of the family) says of roles, then `options`, `roles` and `patterns`, where what comes later wins.
+    """Whitening options of every layer of a network.
 
-    What is written here is never overruled by what is not. Linear layers have no layout and no sampling, so that
-    `options` change neither in those that a network holds as convolutions; roles and patterns do.
+    From the weakest to the strongest: the preset; what it, or under 'paper' what is published of the family, says of
+    roles; then `options`, `roles` and `patterns`. The later wins, and what is not written here never overrules what is.
+    Linear layers have no layout and no sampling: `options` change neither in those that a network holds as
+    convolutions, roles and patterns do.
 
     Attributes:
         preset: name of the configuration to start from.
@@ -95,9 +96,10 @@ class DeconvPolicy:
         return _rebuilt, ({f.name: _thawed(getattr(self, f.name)) for f in fields(self)},)
 
     def cfg(self, name: str, role: Role, *, linear_as_conv: bool = False) -> DeconvCfg | None:
-        """The configuration of the layer called `name`; None if it stays plain.
+        """Return the configuration of a layer; None if it stays plain.
 
         Args:
+            name, role: the layer's.
             linear_as_conv: the layer is a linear layer that the network holds as a convolution: it is whitened as a
                 linear layer is, in runs of features and from every sample, unless its role or a pattern says otherwise.
         """
@@ -114,12 +116,12 @@ class DeconvPolicy:
         return None if chosen is None else layered(*chosen)
 
     def names(self, name: str, role: Role) -> bool:
-        """Whether there are fields for a layer's role, or for a pattern that it matches."""
+        """Tell whether there are fields for a layer's role, or for a pattern that it matches."""
         particular = (options for level in self._levels() for options in level._particular(name, role))
         return any(options is not None for options in particular)
 
     def over(self, family: "DeconvPolicy") -> "DeconvPolicy":
-        """Both in one table: this policy's options, roles and patterns win over the family's where both speak."""
+        """Merge both into one table, in which this policy's options, roles and patterns win over the family's."""
         return replace(
             self,
             options={**family.options, **self.options},
@@ -128,17 +130,19 @@ class DeconvPolicy:
         )
 
     def over_published(self, family: "DeconvPolicy") -> "DeconvPolicy":
-        """This policy with what lies beneath it: what is published of a family or, under another preset than 'paper',
-        what the preset says of roles. One that lies over something already stays as it is."""
+        """Return this policy with what lies beneath it, unless something does already.
+
+        That is what is published of a family or, under another preset than 'paper', what the preset says of roles.
+        """
         if self.beneath is not None:
             return self
         return replace(self.updated(family), beneath=self._published(family))
 
     def updated(self, family: "DeconvPolicy") -> "DeconvPolicy":
-        """The same layers' configurations as those of the version that this was saved by, in today's order and presets.
+        """Return a policy that says in today's order and presets what this one said in the version that saved it.
 
-        What the preset or the family says of roles and patterns, which won over `options` in version 1, is written out
-        among this policy's own where they meet.
+        In version 1 what the preset or the family says of roles and patterns won over `options`; where they meet, it is
+        written out among this policy's own.
         """
         if self.version is None or self.version == PRESET_VERSION or self.beneath is not None:
             return self
@@ -158,7 +162,7 @@ class DeconvPolicy:
                 raise unknown_name("layer that matches", pattern, names)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, which `resolve_policy` takes: options stand beside `preset`; what is empty or default is not."""
+        """Return the JSON form that `resolve_policy` takes, options beside `preset`, without what is default."""
         rest = {name: _thawed(getattr(self, name)) for name in ("roles", "patterns") if getattr(self, name)}
         classifier = {} if self.classifier == "linear" else {"classifier": self.classifier}
         beneath = {} if self.beneath is None else {"beneath": self.beneath.to_dict()}
@@ -166,11 +170,11 @@ class DeconvPolicy:
         return {"version": version, "preset": self.preset, **self.options, **rest, **classifier, **beneath}
 
     def _levels(self) -> "list[DeconvPolicy]":
-        """Itself and what lies beneath it, the weakest first."""
+        """Return the policy and what lies beneath it, the weakest first."""
         return [*(self.beneath._levels() if self.beneath else []), self]
 
     def _particular(self, name: str, role: Role) -> Iterator[Options | None]:
-        """What is said of a layer by its role and its name, the weakest first."""
+        """Yield what is said of a layer by its role and its name, the weakest first."""
         if role in self.roles:
             yield self.roles[role]
         yield from (options for pattern, options in self.patterns.items() if fnmatchcase(name, pattern))
@@ -189,10 +193,13 @@ SMALL_BATCH_DEFAULTS = DeconvPolicy(preset="paper", options=PRESETS["paper"].gua
 
 
 def resolve_policy(deconv: "str | Options | DeconvPolicy | None" = None) -> DeconvPolicy:
-    """What `deconv=` means: a preset's name, a dictionary over a preset, or a policy; None is the default preset.
+    """Resolve `deconv=`: a preset's name, a dictionary over a preset, or a policy; None is the default preset.
 
     A dictionary holds fields of `DeconvCfg` beside those of `DeconvPolicy`, as in
     `{'preset': 'paper', 'block': 16, 'roles': {'stem': {'n_iter': 15}}}`.
+
+    Raises:
+        InputError: an unknown name, with the nearest known ones, or a value that makes no sense.
     """
     if deconv is None:
         return DeconvPolicy()
@@ -212,7 +219,7 @@ def resolve_policy(deconv: "str | Options | DeconvPolicy | None" = None) -> Deco
 
 
 def as_saved(deconv: Any, saved: Mapping[str, Any] | None) -> Any:
-    """`deconv` as an entry point gets it, with the version of the configuration file that it comes from.
+    """Return `deconv` as an entry point gets it, with the version of the configuration file that it comes from.
 
     Args:
         deconv: what the network is to be made by.
@@ -234,7 +241,7 @@ def _merge(family: Mapping[str, Options | None], own: Mapping[str, Options | Non
 
 
 def _thawed(value: Any) -> Any:
-    """A plain copy of a frozen dictionary, and of those in it; other values as they are."""
+    """Return a plain copy of a frozen dictionary, and of those in it; other values as they are."""
     return {key: _thawed(part) for key, part in value.items()} if isinstance(value, Mapping) else value
 
 

@@ -105,7 +105,7 @@ def _stem_names(model: nn.Module, flows: Sequence[Flow]) -> tuple[str, ...]:
 
 
 def _excites_without_norm(flows: Sequence[Flow]) -> set[str]:
-    """Names of the layers of squeeze-excites that hold no batch norm."""
+    """Return the names of the layers of squeeze-excites that hold no batch norm."""
     found: set[str] = set()
     for flow in flows:
         for excite in flow.excites:

@@ -145,7 +145,7 @@ class _Way(NamedTuple):
 
 
 def _without_data(size: tuple[int, ...], like: Tensor) -> _Way:
-    """On the meta device: the quickest."""
+    """Run on the meta device, which is the quickest."""
 
     def stand_in(tensor: Tensor) -> Tensor:
         empty = torch.empty_like(tensor, device="meta")
@@ -159,7 +159,7 @@ def _without_data(size: tuple[int, ...], like: Tensor) -> _Way:
 
 
 def _on_fake_tensors(size: tuple[int, ...], like: Tensor) -> _Way:
-    """With tensors that know their device: for networks that make tensors on a device of their own."""
+    """Run on tensors that know their device, for networks that make tensors on a device of their own."""
     return _without_data(size, like)._replace(
         stand_in=lambda tensor: tensor,
         inputs=lambda: (torch.zeros(2, *size, device=like.device, dtype=like.dtype),),
@@ -168,7 +168,7 @@ def _on_fake_tensors(size: tuple[int, ...], like: Tensor) -> _Way:
 
 
 def _in_earnest(inputs: Inputs, like: Tensor) -> _Way:
-    """On inputs that the user gave, with the network's parameters and copies of its buffers."""
+    """Run on inputs that the user gave, with the network's parameters and copies of its buffers."""
     moved: Inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs) if like.is_meta else inputs
     return _Way(
         stand_in=lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone(),
@@ -222,7 +222,7 @@ def _run(network: nn.Module, kinds: Mapping[str, Literal["layer", "norm"]], way:
 
 
 def _noted_modules(model: nn.Module) -> dict[str, Literal["layer", "norm"]]:
-    """The modules whose calls are one step each; a layer that holds others is not."""
+    """Return the modules whose calls are one step each; a layer that holds others is not."""
     layers = {layer for _, layer in weighted_layers(model)}
     kinds: dict[str, Literal["layer", "norm"]] = {}
     for name, module in model.named_modules():
@@ -234,14 +234,14 @@ def _noted_modules(model: nn.Module) -> dict[str, Literal["layer", "norm"]]:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """All tensors that the modules hold, those too that are no parameters or buffers."""
+    """Yield all tensors that the modules hold, those too that are no parameters or buffers."""
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             yield from (value for value in held.values() if isinstance(value, Tensor))
 
 
 def _hooks(model: nn.Module) -> dict[int, Any]:
-    """In place of the hooks those that compute weights: others are the user's, who would see the tensors of the run."""
+    """Return what a copy has in place of hooks: those that compute weights, as the user's would see the run's tensors."""
     kept: dict[int, Any] = {}
     for module in model.modules():
         own = module._forward_pre_hooks.items()
@@ -253,7 +253,7 @@ def _hooks(model: nn.Module) -> dict[int, Any]:
 
 
 def _input_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Sizes of an input that a network may take, likely ones first."""
+    """Yield sizes of an input that a network may take, likely ones first."""
     cfg = getattr(model, "pretrained_cfg", None)
     said = cfg.get("input_size") if isinstance(cfg, dict) else None
     if said:
@@ -356,7 +356,7 @@ class _Recorder(TorchDispatchMode):
         return leave
 
     def _indices(self, values: Any) -> tuple[int, ...]:
-        """The steps that made the tensors among the values, each once."""
+        """Return the steps that made the tensors among the values, each once."""
         known = (self._known.get(id(leaf)) for leaf in _tensors_in(values))
         return tuple(dict.fromkeys(entry[1] for entry in known if entry))
 

@@ -1,10 +1,10 @@
 """The whitening layers."""
 
-from .base import WhiteningMixin
 from .channel import ChannelDeconv
 from .config import DeconvCfg
 from .conv import Deconv2d
 from .linear import DeconvLinear
+from .module import WhiteningMixin
 from .presets import PRESETS, preset, resolve_cfg
 from .same import Conv2dSame, Deconv2dSame
 

@@ -1,5 +1,5 @@
-"""ChannelDeconv: whitens activations themselves (published beside the deconvolution layers, for use in front of the
-global pooling)."""
+"""ChannelDeconv: a layer that whitens activations themselves (published beside the deconvolution layers, for use in
+front of the global pooling)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.linalg import covariance, full_precision, widest
+from timm_deconv.kernels import PIXEL, Blocks, Sampling, moments
+from timm_deconv.linalg import full_precision, promote, widest
 
-from .base import MANY_BATCHES, be_leaf, in_recomputation
 from .config import DeconvCfg
+from .functional import Moments, check_rows, estimate
+from .module import MANY_BATCHES, be_leaf, in_recomputation
 from .notices import Notices
 from .presets import resolve_cfg
-from .statistics import check_rows
-from .whitening import whitener
 
 __all__ = ["ChannelDeconv"]
 
@@ -31,8 +31,8 @@ class ChannelDeconv(nn.Module):
     Args:
         num_features: C; None takes it from each input, as the published layer does, but such a layer cannot be fused.
         cfg: how to whiten: a preset's name, a dictionary of options over a preset, or a `DeconvCfg`; `block` is B.
-            Default: the published block 64, eps 1e-2. The second moment is centred only with `cfg.centred`. Layout,
-            freezing after some batches, grid, min_rows and the correction of the gain do not apply.
+            Default: the published block 64, eps 1e-2. The second moment is not centred, as published. Layout, freezing
+            after some batches and the correction of the gain do not apply.
 
     Shape:
         (N, C) or (N, C, H, W) -> the same. Images are sampled at every sampling_stride^2-th position if they are at
@@ -107,7 +107,7 @@ class ChannelDeconv(nn.Module):
 
     @torch.jit.unused
     def fuse(self, spatial: bool = True) -> nn.Module:
-        """The fixed 1x1 convolution, or linear layer if not `spatial`, that does in evaluation what this layer does.
+        """Return the fixed 1x1 convolution, or linear layer if not `spatial`, that evaluates as this layer does.
 
         Raises:
             ValueError: the number of channels is not known.
@@ -138,20 +138,24 @@ class ChannelDeconv(nn.Module):
     @torch.jit.unused
     def _normalise_live(self, input: Tensor) -> Tensor:
         with full_precision(input):
-            x = input.to(torch.promote_types(input.dtype, torch.float32))
+            x = promote(input)
             live = self._statistics(x)
             self._track(*(value.detach() for value in live))
             return normalise(x, *live, self.eps).to(input.dtype)
 
     @torch.jit.unused
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        split, name = x.shape[1] // self.cfg.block * self.cfg.block, f"{type(self).__name__} {self.label}"
+        split = x.shape[1] // self.cfg.block * self.cfg.block
+        name = f"{type(self).__name__} {self.label or x.shape[1]}"
         mean1, matrix, mean2, var = self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
         if split:
             samples = self._sample(x, x[:, :split].transpose(0, 1).reshape(self.cfg.block, -1))
             check_rows(x.numel() // x.shape[1] * (split // self.cfg.block), name, x)
-            mean, cov = covariance(samples.mT, centred=self.cfg.centred)
-            mean1, matrix = mean.unsqueeze(1), whitener(cov, samples.shape[1], self.cfg)
+            vectors = samples.mT[:, :, None, None]
+            mean, cov = moments(vectors, Sampling(PIXEL).ints, Blocks(1, self.cfg.block).ints)
+            uncentred = cov + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+            matrix = estimate(Moments(mean, uncentred, len(vectors)), self.cfg).whitener.squeeze(0)
+            mean1 = mean.mT
         if split < x.shape[1]:
             samples = self._sample(x, x[:, split:].flatten(1)).reshape(1, -1)
             check_rows(samples.shape[1], name, x)
@@ -184,7 +188,7 @@ class ChannelDeconv(nn.Module):
 
     @torch.jit.unused
     def _is_trainable(self, input: Tensor) -> bool:
-        """Whether there is anything to whiten; InputError for what the layer cannot take."""
+        """Tell whether there is anything to whiten; InputError for what the layer cannot take."""
         wanted = self.num_features or (input.shape[1] if input.ndim > 1 else 0)
         if input.ndim not in (2, 4) or input.shape[1] != wanted:
             channels = self.num_features or "C"
@@ -195,9 +199,10 @@ class ChannelDeconv(nn.Module):
 
 
 def normalise(x: Tensor, mean1: Tensor, whitener: Tensor, mean2: Tensor, var: Tensor, eps: float) -> Tensor:
-    """Whiten the first channels of (N, C) or (N, C, H, W) and divide the remaining ones by one deviation.
+    """Whiten the first channels and divide the remaining ones by one deviation.
 
     Args:
+        x: (N, C) or (N, C, H, W).
         mean1: (B, 1). whitener: (B, B). mean2, var: one number each.
 
     Returns:

@@ -16,12 +16,9 @@ Kind = Literal["spatial", "pointwise", "depthwise", "grouped", "linear", "channe
 
 QUARTIC_STEPS = (2, 3)
 LINEAR = "linear layers whiten runs of features, from every sample"
-NOT_IN_CHANNELS = "layout wide_block per_block start_corrected max_rows grid freeze freeze_iter thaw".split()
+NOT_IN_CHANNELS = "layout wide_block start_corrected max_rows freeze freeze_iter".split()
 IDLE: Mapping[Kind, Mapping[str, str]] = {
-    "spatial": {"grid": "it is of 1x1 convolutions"},
-    "depthwise": {"per_block": "each group has its own statistics"},
-    "grouped": {"per_block": "each group has its own statistics"},
-    "linear": dict.fromkeys(("layout", "sampling_stride", "max_rows", "grid"), LINEAR),
+    "linear": dict.fromkeys(("layout", "sampling_stride", "max_rows"), LINEAR),
     "channel": dict.fromkeys(NOT_IN_CHANNELS, "ChannelDeconv has no such thing"),
 }
 """Fields that do nothing in layers of a kind, whatever the others are."""
@@ -45,7 +42,6 @@ class DeconvCfg:
             depthwise layers standardise every channel.
         wide_block: of 'channels', 'flat' and linear layers: the block of those with more channels (features) than
             `block`, if it is smaller; 0 for `block`.
-        per_block: one mean and covariance for each block instead of one shared by all blocks of the layer.
         eps: added to the diagonal of the covariance.
         n_iter: coupled Newton-Schulz steps; fewer whiten less (see `timm_deconv.linalg`).
         quartic: the nearest polynomial of fourth degree in place of 2 or 3 steps, in a convolution's training step 5
@@ -58,16 +54,12 @@ class DeconvCfg:
         max_rows: most rows that a covariance is estimated from: sampled windows (or pixels), times the blocks that
             share it. With more, the spacing grows, down to 4 x 4 an image, then images are passed over. Of blocks
             of more channels than `wide_block` in proportion fewer rows, but `min_rows`. 0 is no limit.
-        grid: sample 1x1 convolutions on a two-dimensional grid as larger kernels are, instead of every n-th pixel of
-            the batch.
         min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more
             densely, and what is still missing is made up for by shrinking the covariance towards its mean variance.
             0 switches it off.
-        freeze: use the running values, detached, after freeze_iter + 1 training forwards.
+        freeze: use the running values, detached, after freeze_iter + 1 training forwards; the layer is live again for
+            as many out of every 10 * freeze_iter (published).
         freeze_iter: see `freeze`.
-        thaw: a frozen layer is live again for freeze_iter + 1 forwards out of every 10 * freeze_iter (published);
-            False freezes it for good.
-        centred: `ChannelDeconv` only: centre the second moment (published: not centred).
         gain_corrected: scale the whitener of evaluation so that it passes on as much power as the live ones do,
             measured on each batch before it is averaged in; running averages of inverse roots alone amplify too much
             where rows are few or weights move fast.
@@ -79,7 +71,6 @@ class DeconvCfg:
     block: int = 64
     layout: Layout = "interleaved"
     wide_block: int = 0
-    per_block: bool = False
     eps: float = 1e-5
     n_iter: int = 5
     quartic: bool = False
@@ -87,12 +78,9 @@ class DeconvCfg:
     start_corrected: bool = False
     sampling_stride: int = 3
     max_rows: int = 0
-    grid: bool = False
     min_rows: float = 0.0
     freeze: bool = False
     freeze_iter: int = 100
-    thaw: bool = True
-    centred: bool = False
     gain_corrected: bool = False
 
     def __post_init__(self) -> None:
@@ -100,7 +88,7 @@ class DeconvCfg:
             _check(name, getattr(self, name), _is_positive_int, "a positive whole number")
         for name in ("wide_block", "max_rows"):
             _check(name, getattr(self, name), lambda value: value == 0 or _is_positive_int(value), "a whole number")
-        for name in ("quartic", "per_block", "start_corrected", "grid", "freeze", "thaw", "centred", "gain_corrected"):
+        for name in ("quartic", "start_corrected", "freeze", "gain_corrected"):
             _check(name, getattr(self, name), lambda value: isinstance(value, bool), "True or False")
         _check("layout", self.layout, get_args(Layout).__contains__, f"one of {', '.join(get_args(Layout))}")
         _check("eps", self.eps, lambda value: _is_real(value) and 0 < value < float("inf"), "a positive number")
@@ -110,7 +98,7 @@ class DeconvCfg:
             raise InputError(f"quartic=True: does nothing with n_iter={self.n_iter}; it is for 2 or 3 steps")
 
     def override(self, changes: Mapping[str, Any]) -> "DeconvCfg":
-        """A copy with some fields changed; an unknown field is an error that names the nearest ones.
+        """Return a copy with some fields changed; an unknown field is an error that names the nearest ones.
 
         `quartic` is off in the copy where its `n_iter` has none, unless the changes ask for it themselves.
         """
@@ -118,20 +106,16 @@ class DeconvCfg:
         return DeconvCfg(**merged) if changes.get("quartic") is True else layered(merged)
 
     def idle(self, kind: Kind) -> dict[str, str]:
-        """Names of the fields that do nothing in a layer of a kind, whatever its size -> why."""
+        """Return the names of the fields that do nothing in a layer of a kind, whatever its size, and why."""
         found = dict(IDLE.get(kind, {}))
-        if kind != "channel":
-            found["centred"] = "it is of ChannelDeconv alone"
         if kind not in ("linear", "channel") and self.layout in ("interleaved", "window"):
             found["wide_block"] = f"layout is {self.layout!r}; it is of 'channels' and 'flat'"
         if self.wide_block >= self.block:
             found["wide_block"] = f"it is not smaller than block={self.block}"
         if kind in ("depthwise", "grouped") and self.layout != "channels":
             found["block"] = "grouped convolutions whiten each group as one block; layout 'channels' has smaller ones"
-        if kind == "pointwise" and self.layout == "channels":
-            found["grid"] = "layout 'channels' is sampled on a grid anyway"
         if not self.freeze:
-            found |= dict.fromkeys(("freeze_iter", "thaw"), "freeze is False")
+            found["freeze_iter"] = "freeze is False"
         return found
 
     @property
@@ -140,18 +124,18 @@ class DeconvCfg:
         return min(self.block, self.wide_block or self.block)
 
     def block_of(self, features: int) -> int:
-        """`block`, or the least where there are more features."""
+        """Return `block`, or the least one where there are more features."""
         return self.block if features <= self.block else self.least_block
 
     def most_rows(self, features: int) -> int:
-        """`max_rows` of a block of so many features."""
+        """Return `max_rows` of a block of so many features."""
         if self.layout != "channels" or not 0 < self.wide_block < features:
             return self.max_rows
         fewer = self.max_rows * self.wide_block // features
         return max(fewer, min(self.max_rows, math.ceil(self.min_rows * features)))
 
     def changes(self) -> dict[str, Any]:
-        """The fields that differ from the defaults, JSON-serialisable."""
+        """Return the fields that differ from the defaults, JSON-serialisable."""
         default = asdict(DeconvCfg())
         return {name: value for name, value in asdict(self).items() if value != default[name]}
 
@@ -160,7 +144,7 @@ class DeconvCfg:
 
 
 def layered(*levels: Mapping[str, Any]) -> DeconvCfg:
-    """The configuration of fields from several places, the later the stronger.
+    """Return the configuration of fields from several places, the later the stronger.
 
     `quartic` from one place is off where another asks for a number of steps that has none.
     """
@@ -173,7 +157,7 @@ def layered(*levels: Mapping[str, Any]) -> DeconvCfg:
 
 
 def conv_kind(in_channels: int, kernel_size: tuple[int, int], groups: int) -> Kind:
-    """The kind of a convolution."""
+    """Return the kind of a convolution."""
     if groups > 1:
         return "depthwise" if groups == in_channels else "grouped"
     return "pointwise" if tuple(kernel_size) == (1, 1) else "spatial"

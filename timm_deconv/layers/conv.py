@@ -8,16 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
+from timm_deconv.kernels import Window, moments
+from timm_deconv.kernels.windows import as_pair
 
-from .base import WhiteningMixin, check_dtype
 from .config import DeconvCfg, conv_kind
-from .conv_map import ConvMap
-from .operation import whitened_conv
-from .partition import partition_conv, split_rows
+from .functional import Moments, check_rows, estimate, fold, sample_deviations, zero_constant
+from .geometry import ConvGeometry, conv_blocks, conv_geometry
+from .module import WhiteningMixin, check_dtype
+from .operation import Setting, convolve, whitened_conv
 from .presets import resolve_cfg
-from .sampling import Window, as_pair
-from .statistics import Statistics, batch_statistics, check_rows
-from .whitening import fold
 
 __all__ = ["Deconv2d"]
 
@@ -44,7 +43,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     """
 
     plain = nn.Conv2d
-    __jit_unused_properties__ = ("conv_map",)
+    __jit_unused_properties__ = ("window",)
 
     def __init__(
         self,
@@ -70,11 +69,11 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         )
         cfg = resolve_cfg(cfg, conv_kind(in_channels, self.kernel_size, groups))  # type: ignore[arg-type]
         positions = self.kernel_size[0] * self.kernel_size[1]
-        self._init_statistics(cfg, partition_conv(in_channels, positions, groups, cfg), device)
+        self._init_statistics(cfg, conv_blocks(in_channels, positions, groups, cfg), device)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, cfg: DeconvCfg) -> "Deconv2d":
-        """The whitening layer with a convolution's own parameters, whitener at the identity."""
+        """Return the whitening layer with a convolution's own parameters, whitener at the identity."""
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -97,7 +96,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         if torch.jit.is_scripting():
             if self.training:
                 raise RuntimeError("a scripted whitening layer only evaluates: call eval() before torch.jit.script")
-            weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
+            weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.blocks)
             return self._conv_forward(input, weight, bias)
         else:
             if self.training and self._is_trainable(input):
@@ -106,19 +105,55 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
             weight, bias = self.folded()
             return self._conv_forward(input, weight, bias)
 
+    @torch.jit.unused
+    def _train_forward(self, x: Tensor) -> Tensor:
+        """Convolve x (N, C, H, W), padded, whitened by its own statistics unless they are frozen."""
+        step, geometry = self._begin_step(), self._geometry(x)
+        if step.frozen is True:
+            output = convolve(x, *self._frozen_fold(), geometry)
+        else:
+            name = f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
+            check_rows(geometry.most_rows(x.shape), name, x)
+            with torch.no_grad():
+                found = self._moments(x, geometry)
+                live = zero_constant(estimate(found, self.cfg), x, self.cfg)
+            if self.cfg.gain_corrected:
+                live = live._replace(deviations=sample_deviations(x, geometry.seen, self.blocks, found.mean))
+            statistics = self._average_in(live, step)
+            output = whitened_conv(x, self.weight, self.bias, statistics, Setting(geometry, self.cfg, name))
+        self._end_step(step)
+        return output
+
+    @torch.jit.unused
+    def moments(self, input: Tensor) -> Moments:
+        """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (N, Cin, H, W)."""
+        x = self._padded_batch(input)
+        return self._moments(x, self._geometry(x))
+
+    @torch.jit.unused
+    def _moments(self, x: Tensor, geometry: ConvGeometry) -> Moments:
+        mean, cov = moments(x, geometry.sampling.ints, self.blocks.ints)
+        return Moments(mean, cov, geometry.rows(x.shape), geometry.padding)
+
+    @torch.jit.unused
+    def _geometry(self, x: Tensor) -> ConvGeometry:
+        return conv_geometry(x.shape, self.window, self.groups, self.blocks, self.cfg)
+
     @property
-    def conv_map(self) -> ConvMap:
-        """The convolution as its attributes are now: encoders are dilated by setting stride, dilation and padding."""
+    def window(self) -> Window:
+        """The convolution's windows as its attributes are now; encoders are dilated by setting these.
+
+        With `_pads` the input is padded before, and the windows have no padding of their own.
+        """
         padding = (0, 0) if self._pads() or isinstance(self.padding, str) else as_pair(self.padding)
         if self.padding == "same" and not self._pads():
             rows, cols = self._extents()
             padding = (rows // 2, cols // 2)
-        window = Window(as_pair(self.kernel_size), as_pair(self.stride), as_pair(self.dilation), padding)
-        return ConvMap(window, self.groups, self.partition, self.cfg)
+        return Window(as_pair(self.kernel_size), as_pair(self.stride), as_pair(self.dilation), padding)
 
     @torch.jit.unused
     def _pads(self) -> list[int]:
-        """Left, right, top and bottom of what is padded apart: unequally, or not with zeros; empty where nothing is."""
+        """Return left, right, top and bottom of what is padded apart, unequally or not with zeros; [] for nothing."""
         if self.padding_mode != "zeros":
             return list(self._reversed_padding_repeated_twice)
         extents = self._extents()
@@ -128,36 +163,13 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _extents(self) -> tuple[int, int]:
-        """Rows and columns of a window beside its first."""
+        """Return rows and columns of a window beside its first."""
         (rows, cols), (row_step, col_step) = as_pair(self.kernel_size), as_pair(self.dilation)
         return row_step * (rows - 1), col_step * (cols - 1)
 
     @torch.jit.unused
-    def rows(self, input: Tensor) -> Tensor:
-        return split_rows(self.conv_map.columns(self._padded_batch(input)), self.partition)
-
-    @torch.jit.unused
-    def padding_share(self, input: Tensor) -> float:
-        return self.conv_map.padding_share(self._padded_batch(input))
-
-    @torch.jit.unused
-    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self.conv_map(input, weight, bias)
-
-    @torch.jit.unused
-    def _statistics(self, input: Tensor) -> Statistics:
-        conv_map = self.conv_map
-        check_rows(conv_map.most_rows(input), f"{type(self).__name__} {self.label}", input)
-        return batch_statistics(input, conv_map)
-
-    @torch.jit.unused
-    def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
-        name = f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
-        return whitened_conv(input, self.weight, self.bias, self.conv_map, statistics, frozen, name)
-
-    @torch.jit.unused
     def _padded_batch(self, input: Tensor) -> Tensor:
-        """(N, C, H, W), padded where the convolution itself cannot: unequally, or not with zeros."""
+        """Return (N, C, H, W), padded where the convolution itself cannot: unequally, or not with zeros."""
         batch = input if input.ndim == 4 else input.unsqueeze(0)
         pads = self._pads()
         if not pads:
@@ -166,7 +178,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def fuse(self) -> nn.Conv2d:
-        """The plain convolution that does in evaluation what this layer does; the layer itself is left as it is."""
+        """Return the plain convolution that does in evaluation what this layer does; the layer is left as it is."""
         weight, bias = self.folded()
         plain = nn.utils.skip_init(
             self.plain,
@@ -186,13 +198,13 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _is_trainable(self, input: Tensor) -> bool:
-        """Whether there is anything to whiten; InputError for what the layer cannot take."""
+        """Tell whether there is anything to whiten; InputError for what the layer cannot take."""
         _check_positive(stride=self.stride, dilation=self.dilation)
         _check_padding(self.padding)
         if self.padding == "same" and as_pair(self.stride) != (1, 1):
             raise InputError(f"padding='same' with stride={self.stride!r}: a strided convolution is padded by numbers")
-        positions, partition = self.kernel_size[0] * self.kernel_size[1], self.partition
-        if partition.blocks * partition.features not in (self.in_channels, self.in_channels * positions):
+        positions = self.kernel_size[0] * self.kernel_size[1]
+        if self.blocks.number * self.blocks.features not in (self.in_channels, self.in_channels * positions):
             raise InputError(
                 f"in_channels={self.in_channels} was set after construction, and the statistics are of another number:"
                 " make the layer, or the network by in_chans=, with it"
@@ -206,7 +218,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         size = (input.shape[-2], input.shape[-1])
         left, right, top, bottom = self._pads() or (0, 0, 0, 0)
         padded = (size[0] + top + bottom, size[1] + left + right)
-        if input.numel() and not self.conv_map.window.windows(padded, (1, 1)):
+        if input.numel() and not self.window.positions(padded):
             raise InputError(
                 f"input of {size[0]}x{size[1]} pixels: smaller than the kernel {self.kernel_size} with dilation"
                 f" {self.dilation} and padding {self.padding!r}; use larger images or more padding"

@@ -1,4 +1,4 @@
-"""How much power the running whitener passes on, compared with the live ones: what evaluation is scaled by.
+"""The gain of the running whitener: how much power it passes on, compared with the live ones.
 
 An average of inverse roots is dominated by the largest of them, and a batch whitens the directions that it has seen
 itself better than those of the next. A few per cent too much in a layer are a factor of hundreds behind fifty. So each
@@ -10,7 +10,7 @@ whitener, and it tracks weights that move, too.
 import torch
 from torch import Tensor
 
-from timm_deconv.products import rows_times
+from timm_deconv.kernels.onednn import rows_times
 
 __all__ = ["LARGEST", "PROBED_ROWS", "first_power", "gain", "passed_power", "probe"]
 
@@ -18,25 +18,25 @@ PROBED_ROWS = 128
 """Rows of a batch that the power is measured on, at most."""
 
 EARLY = 16
-"""Batches after which it counts twice, and before half of which three times, that the average has fallen behind."""
+"""From so many batches on it counts twice that the average has fallen behind, before half of them three times."""
 
 TINY = 1e-12
 LARGEST = 1e30
-"""Power, at most: weights can grow a million times within the first steps, each layer's into the next one's power."""
+"""Most power that is measured: weights can grow a million times within the first steps, each layer's into the next."""
 
 
 def probe(deviations: Tensor) -> Tensor:
-    """Some of the rows (S, R, F), evenly spaced: (S, at most PROBED_ROWS, F), a view."""
+    """Return some of the rows (S, R, F), evenly spaced: (S, at most PROBED_ROWS, F), a view."""
     return deviations[:, :: -(-deviations.shape[1] // PROBED_ROWS)]
 
 
 def passed_power(deviations: Tensor, whitener: Tensor) -> Tensor:
-    """Mean square (S,) of the features of deviations (S, R, F) times a whitener (S, F, F)."""
+    """Compute the mean square (S,) of the features of deviations (S, R, F) times a whitener (S, F, F)."""
     return rows_times(deviations, whitener).square().mean((1, 2))
 
 
 def first_power(deviations: Tensor, whitener: Tensor, samples: int) -> Tensor:
-    """What a first batch's whitener would pass on if the next batch varied alike in all directions: (S,).
+    """Compute what a first batch's whitener would pass on if the next batch varied alike in all directions: (S,).
 
     Nothing is known of the next batch yet. A set of less variance than the layer's mean is taken to get that much.
 
@@ -51,11 +51,11 @@ def first_power(deviations: Tensor, whitener: Tensor, samples: int) -> Tensor:
 
 
 def gain(power: Tensor, latest: Tensor, updates: Tensor | int) -> Tensor:
-    """Factor (S,) of the running whitener under which it passes on what the live ones do.
+    """Compute the factor (S,) of the running whitener under which it passes on what the live ones do.
 
-    When the latest batch shows that the average has fallen behind, that counts, among the first batches the more, as
-    weights move fastest then: of each set alone it would be noise, so of all sets together. And as long as there are
-    few batches, less is passed on than they say.
+    When the latest batch shows that the average has fallen behind, the factor falls too; the more so among the first
+    batches, when weights move fastest. All sets are judged together, as a single one would be noise. As long as there
+    are few batches, less is passed on than they say.
 
     Args:
         power: (2, S), float32 or better, averages of what the running and the live whiteners passed on.

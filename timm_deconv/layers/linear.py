@@ -8,25 +8,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
+from timm_deconv.kernels import PIXEL, Sampling, apply_whitener, moments
+from timm_deconv.kernels.blocks import spread_over_window
 from timm_deconv.linalg import full_precision
 
-from .base import WhiteningMixin, check_dtype
 from .config import DeconvCfg
-from .partition import partition_linear, split_rows
+from .functional import Moments, Statistics, check_rows, estimate, fold, sample_deviations, zero_constant
+from .geometry import linear_blocks
+from .module import WhiteningMixin, check_dtype
 from .presets import resolve_cfg
-from .statistics import Statistics, check_rows, vector_statistics
-from .whitening import fold, whiten_vectors
 
 __all__ = ["DeconvLinear"]
 
+EVERY_VECTOR = Sampling(PIXEL)
+
 
 class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch declares that there always is a bias
-    """`nn.Linear` of whitened input features, in runs of `cfg.block` contiguous ones that share one mean and
-    covariance.
+    """`nn.Linear` of whitened input features, in runs of `cfg.block` that share one mean and covariance.
 
     Every feature vector of the batch is a sample. Freezing, running averages, regularisation and `wide_block` as in
-    `Deconv2d`; the layout and sampling options do not apply. For the backward pass whitener
-    and root are kept, and three times the input if it is whitened.
+    `Deconv2d`; the layout and sampling options do not apply.
 
     Args:
         cfg: how to whiten: a preset's name, a dictionary of options over a preset, or a `DeconvCfg`; by default the
@@ -51,11 +52,11 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
                 raise InputError(f"{name}={value!r}: must be a positive whole number")
         super().__init__(in_features, out_features, bias, device, dtype)
         cfg = resolve_cfg(cfg, "linear")
-        self._init_statistics(cfg, partition_linear(in_features, cfg), device)
+        self._init_statistics(cfg, linear_blocks(in_features, cfg), device)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, cfg: DeconvCfg) -> "DeconvLinear":
-        """The whitening layer with a linear layer's own parameters, whitener at the identity."""
+        """Return the whitening layer with a linear layer's own parameters, whitener at the identity."""
         layer = cls(linear.in_features, linear.out_features, device="meta", cfg=cfg)
         layer._adopt(linear)
         return layer
@@ -64,7 +65,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         if torch.jit.is_scripting():
             if self.training:
                 raise RuntimeError("a scripted whitening layer only evaluates: call eval() before torch.jit.script")
-            weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
+            weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.blocks)
             return F.linear(input, weight, bias)
         else:
             if self.training and self._is_trainable(input):
@@ -74,38 +75,49 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
             return F.linear(input, weight, bias)
 
     @torch.jit.unused
-    def rows(self, input: Tensor) -> Tensor:
-        return split_rows(input, self.partition)
+    def _train_forward(self, vectors: Tensor) -> Tensor:
+        """Multiply vectors (R, in_features), whitened by their own statistics unless these are frozen."""
+        step = self._begin_step()
+        if step.frozen is True:
+            output = F.linear(vectors, *self._frozen_fold())
+        else:
+            found = self.moments(vectors)
+            name = f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
+            check_rows(found.rows, name, vectors)
+            live = zero_constant(estimate(found, self.cfg), vectors, self.cfg)
+            if self.cfg.gain_corrected:
+                deviations = sample_deviations(_as_images(vectors), PIXEL, self.blocks, found.mean.detach())
+                live = live._replace(deviations=deviations)
+            output = self._whitened(vectors, self._average_in(live, step))
+        self._end_step(step)
+        return output
 
     @torch.jit.unused
-    def padding_share(self, input: Tensor) -> float:
-        return 0.0
+    def moments(self, input: Tensor) -> Moments:
+        """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (..., in_features)."""
+        vectors = input.reshape(-1, self.in_features)
+        mean, cov = moments(_as_images(vectors), EVERY_VECTOR.ints, self.blocks.ints)
+        return Moments(mean, cov, len(vectors) * self.blocks.number)
 
     @torch.jit.unused
-    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(input, weight, bias)
-
-    @torch.jit.unused
-    def _statistics(self, input: Tensor) -> Statistics:
-        rows = self.rows(input)
-        check_rows(rows.shape[-2], f"{type(self).__name__} {self.label}", input)
-        return vector_statistics(rows, self.cfg)
-
-    @torch.jit.unused
-    def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
-        """By whitening the vectors or, if they are not fewer than the outputs, the weight: the same function."""
+    def _whitened(self, vectors: Tensor, statistics: Statistics) -> Tensor:
+        """Whiten the vectors or, if they are not fewer than the outputs, the weight: the same function."""
         mean, whitener = statistics.mean, statistics.whitener
-        with full_precision(input):
-            if input.shape[0] < self.out_features:
-                input = whiten_vectors(input, mean, whitener, self.partition).to(input.dtype)
-                weight, bias = self.weight, self.bias
-            else:
-                weight, bias = fold(self.weight, self.bias, mean, whitener, self.partition)
-        return F.linear(input, weight, bias)
+        if len(vectors) < self.out_features:
+            return F.linear(self._whiten(vectors, mean, whitener), self.weight, self.bias)
+        with full_precision(vectors):
+            weight, bias = fold(self.weight, self.bias, mean, whitener, self.blocks)
+        return F.linear(vectors, weight, bias)
+
+    @torch.jit.unused
+    def _whiten(self, vectors: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
+        """Compute D (x - mu) of vectors (R, in_features)."""
+        centred = vectors.to(whitener.dtype) - spread_over_window(mean, list(self.weight.shape), self.blocks)
+        return apply_whitener(_as_images(centred), whitener, self.blocks.ints).flatten(1).to(vectors.dtype)
 
     @torch.jit.unused
     def fuse(self) -> nn.Linear:
-        """The plain linear layer that does in evaluation what this layer does; the layer itself is left as it is."""
+        """Return the plain linear layer that does in evaluation what this layer does; the layer is left as it is."""
         weight, bias = self.folded()
         plain = nn.utils.skip_init(
             nn.Linear, self.in_features, self.out_features, device=weight.device, dtype=weight.dtype
@@ -115,8 +127,13 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
 
     @torch.jit.unused
     def _is_trainable(self, input: Tensor) -> bool:
-        """Whether there is anything to whiten; InputError for what the layer cannot take."""
+        """Tell whether there is anything to whiten; InputError for what the layer cannot take."""
         if input.shape[-1:] != (self.in_features,):
             raise InputError(f"input of shape {tuple(input.shape)}: expected (..., {self.in_features})")
         check_dtype(input, self.weight)
         return input.numel() > 0
+
+
+def _as_images(vectors: Tensor) -> Tensor:
+    """View vectors (R, C) as images of one pixel, (R, C, 1, 1)."""
+    return vectors[:, :, None, None]

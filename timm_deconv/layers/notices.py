@@ -1,4 +1,4 @@
-"""What the layers of a network have to tell the user: each thing once a network, in one line."""
+"""Warnings of a network's layers to its user: each of them once a network, in one line."""
 
 import warnings
 
@@ -18,7 +18,7 @@ LIVE_STATISTICS = (
 
 
 class Notices:
-    """What has been said of a network, shared by its whitening layers; copies and pickles with them.
+    """Memory of what has been said of a network, shared by its whitening layers; copied and pickled with them.
 
     Attributes:
         uncalibrated: the weights were carried over from batch norm, and no images were seen since.

@@ -1,8 +1,7 @@
 """A whitened convolution as one differentiable operation.
 
-rows of x -> moments -> inverse root -> fold -> convolution, and the way back by hand. Written as separate operations,
-autograd would keep the unfolded input alive until the backward pass, and make a dense, mostly zero gradient of the
-whole input for the few sampled windows.
+Written as separate operations, autograd would keep the unfolded input alive until the backward pass, and make a dense,
+mostly zero gradient of the whole input for the few sampled windows.
 """
 
 from typing import Any, NamedTuple
@@ -10,59 +9,80 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from timm_deconv.kernels import add_moments_gradient_, apply_whitener, apply_whitener_backward
 from timm_deconv.linalg import full_precision
 
-from .conv_map import ConvMap, Gradients
-from .partition import Partition, spread_shift
-from .statistics import Statistics, add_statistics_gradient_
-from .whitening import (
-    apply_whitener,
-    apply_whitener_backward,
-    fold_bias,
-    fold_weight,
-    fold_weight_backward,
-    subtract_shift_gradient_,
-    sum_weight,
-)
+from .config import DeconvCfg
+from .functional import Statistics, estimate_backward, fold_bias, fold_bias_backward_
+from .geometry import ConvGeometry
 
-__all__ = ["whitened_conv"]
+__all__ = ["convolve", "whitened_conv", "whitens_input"]
 
 
-def whitened_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_map: ConvMap,
-    statistics: Statistics,
-    frozen: Tensor | None = None,
-    name: str = "a whitened convolution",
-) -> Tensor:
-    """The convolution of whitened windows of x.
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Convolve x with another weight and bias in a layer's geometry.
 
     Args:
         x: (N, C, H, W).
-        weight, bias: of the convolution; no bias counts as zeros.
-        conv_map: its geometry, and how its input is sampled and divided into blocks.
-        statistics: what to whiten with: those of x, by `batch_statistics`.
-        frozen: a boolean scalar; where it is true, the statistics are not those of x.
-        name: of the layer, for errors.
+        weight: (O, C / groups, h, w). bias: (O,); all of one dtype.
+        geometry: the layer's.
+    """
+    window = geometry.window
+    return torch.conv2d(x, weight, bias, window.stride, window.padding, window.dilation, geometry.groups)
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, with_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Compute the gradients of x (None unless `with_x`), weight and bias from that of `convolve`.
+
+    That of the bias is summed apart: a processor was seen to take 5 ms for it in the convolution's own backward pass,
+    and 0.8 ms for the sum.
+
+    Args:
+        grad: the shape of the output.
+        x, weight, geometry: those of the forward pass.
+        with_x: whether the gradient of x is asked for.
+    """
+    window, needed = geometry.window, [with_x, True, False]
+    arguments = (window.stride, window.padding, window.dilation, False, [0, 0], geometry.groups)
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, [0], *arguments, needed)
+    return grad_x, grad_weight, grad.sum((0, 2, 3))
+
+
+class Setting(NamedTuple):
+    """What a whitened convolution is given beside tensors; `name` is the layer's, for errors."""
+
+    geometry: ConvGeometry
+    cfg: DeconvCfg
+    name: str
+
+
+def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: Statistics, setting: Setting) -> Tensor:
+    """Convolve whitened windows of x; gradients flow to x (through its statistics too), weight and bias.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (O, C / groups, h, w). bias: (O,); None counts as zeros.
+        statistics: what to whiten with, estimated from x.
+        setting: the layer's geometry for x, configuration and name.
 
     Returns:
-        the output. Gradients flow to x (through its statistics too, unless frozen), weight and bias.
+        (N, O, H', W'), in the autocast dtype if there is one.
 
     Raises:
         RuntimeError: in a backward pass through these gradients, which are written by hand.
     """
-    mean, whitener = statistics.mean, statistics.whitener
-    output: Tensor = _WhitenedConv.apply(x, weight, bias, conv_map, frozen, name, mean, whitener, *statistics.iterates)
+    live = statistics
+    tensors = (live.mean, live.whitener, live.varies, live.frozen, *live.kept)
+    output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, live.rows, *tensors)
     return output
 
 
 class _WhitenedConv(torch.autograd.Function):
-    """Whitening is applied to the weight, w D and b - w D mu, or, the same function, to the input, (x D) w.
+    """Whitening is applied to the weight or, the same function, to the input; the bias takes D mu in either way.
 
-    `met` is the weight that meets the input, `shift` what it multiplies in the bias: mu or D mu. For the backward pass
-    D is applied again: of the input no copy is kept, of the folded weight its sum over the kernel.
+    For the backward pass D is applied again: neither a copy of the input nor the folded weight is kept.
     """
 
     @staticmethod
@@ -71,50 +91,36 @@ class _WhitenedConv(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        conv_map: ConvMap,
-        frozen: Tensor | None,
-        name: str,
+        setting: Setting,
+        rows: int,
         mean: Tensor,
         whitener: Tensor,
-        *iterates: Tensor,
+        varies: Tensor,
+        frozen: Tensor | None,
+        *kept: Tensor,
     ) -> Tensor:
-        partition, dtype = conv_map.partition, _conv_dtype(x)
-        input, met, shift = x.to(dtype), weight.to(whitener.dtype), mean.unsqueeze(-2)
+        geometry, dtype = setting.geometry, _conv_dtype(x)
+        blocks, wide = geometry.blocks, weight.to(whitener.dtype)
         with full_precision(x):
-            if whitens_input(x, weight, partition):
-                input, shift = apply_whitener(input, whitener), torch.bmm(shift, whitener.mT)
+            shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
+            folded_bias = fold_bias(bias, wide, shift, blocks)
+            if whitens_input(x, weight, geometry):
+                input, kernel = apply_whitener(x.to(dtype), whitener, blocks.ints), wide
             else:
-                met = fold_weight(met, whitener, partition)
-            sums = sum_weight(met, partition)
-            output = conv_map(input, met.to(dtype), fold_bias(bias, sums, shift, partition).to(dtype))
-        ctx.save_for_backward(x, weight, mean, shift, whitener, sums, frozen, *iterates)
-        ctx.conv_map, ctx.has_bias, ctx.dtype, ctx.name = conv_map, bias is not None, dtype, name
+                input, kernel = x.to(dtype), apply_whitener(wide, whitener, blocks.ints)
+            output = convolve(input, kernel.to(dtype), folded_bias.to(dtype), geometry)
+        ctx.save_for_backward(x, weight, shift, mean, whitener, varies, frozen, *kept)
+        ctx.setting, ctx.rows, ctx.has_bias, ctx.dtype = setting, rows, bias is not None, dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keeps_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad():
-            grads = _WhitenedConv._gradients(ctx, grad)
+            grads = _gradients(ctx, grad)
         if keeps_graph:  # by create_graph=True, whether the incoming gradient requires one or not
-            grads = _OnlyOnce.apply(ctx.name, *(g if g is None else g.requires_grad_() for g in grads))
+            grads = _OnlyOnce.apply(ctx.setting.name, *(g if g is None else g.requires_grad_() for g in grads))
         return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
-
-    @staticmethod
-    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight and bias, each None where it is not asked for."""
-        saved = ctx.saved_tensors
-        fixed, iterates = _Saved(*saved[: len(_Saved._fields)]), saved[len(_Saved._fields) :]
-        with full_precision(fixed.x):
-            grads = _convolution_gradients(ctx.conv_map, fixed, grad.to(ctx.dtype), ctx.needs_input_grad[0])
-            grad_x, grad_weight, grad_bias, grad_mean, grad_whitener = grads
-            if grad_x is not None:
-                if fixed.frozen is not None:
-                    grad_mean, grad_whitener = (g.masked_fill(fixed.frozen, 0) for g in (grad_mean, grad_whitener))
-                add_statistics_gradient_(
-                    grad_x, fixed.x, ctx.conv_map, fixed.mean, fixed.whitener, iterates, grad_mean, grad_whitener
-                )
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -133,63 +139,63 @@ class _OnlyOnce(torch.autograd.Function):
         )
 
 
-class _Saved(NamedTuple):
-    """What the forward pass keeps, before the iterates of the root."""
-
-    x: Tensor
-    weight: Tensor
-    mean: Tensor
-    shift: Tensor
-    whitener: Tensor
-    sums: Tensor
-    frozen: Tensor | None
-
-
-def _convolution_gradients(
-    conv_map: ConvMap, saved: _Saved, grad: Tensor, with_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x as if its statistics were constants (None unless `with_x`), weight, bias, mean and whitener."""
-    x, weight, mean, shift, whitener, sums, _ = saved
-    partition = conv_map.partition
-    input, wide = x.to(grad.dtype), weight.to(whitener.dtype)
-    grad_x, grad_met, grad_bias = _plain_gradients(conv_map, grad, input, wide, whitener, with_x)
-    grad_met = grad_met.to(whitener.dtype)
-    grad_outputs = spread_shift(grad_bias.to(whitener.dtype), partition)
-    grad_mean = torch.bmm(grad_outputs.unsqueeze(-2), sums).neg()
-    if not whitens_input(x, weight, partition):
-        grad_weight, grad_whitener = fold_weight_backward(grad_met, grad_outputs, shift, wide, whitener, partition)
-    else:
-        grad_weight = subtract_shift_gradient_(grad_met, grad_outputs, shift, partition)
-        grad_whitener = torch.bmm(grad_mean.mT, mean.unsqueeze(-2))
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of x, weight and bias, each None where it is not asked for."""
+    x, weight, shift, mean, whitener, varies, frozen, *kept = ctx.saved_tensors
+    geometry, cfg, _ = ctx.setting
+    blocks, wide = geometry.blocks, weight.to(whitener.dtype)
+    with full_precision(x):
+        input, grad = x.to(ctx.dtype), grad.to(ctx.dtype)
+        grads = _plain_gradients(grad, input, wide, whitener, geometry, ctx.needs_input_grad[0])
+        grad_x, grad_weight, grad_bias, grad_whitener = grads
+        grad_shift = fold_bias_backward_(grad_weight, grad_bias.to(whitener.dtype), wide, shift, blocks)
         if grad_x is not None:
-            grad_x, of_products = apply_whitener_backward(grad_x, input, whitener)
-            grad_whitener += of_products
-        grad_mean = torch.bmm(grad_mean, whitener)
-    grad_x = None if grad_x is None else grad_x.to(x.dtype)
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_mean, grad_whitener
+            grad_x = grad_x.to(x.dtype)
+            grad_whitener = torch.baddbmm(grad_whitener, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
+            grad_mean = torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1)
+            if frozen is not None:
+                grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
+            statistics = Statistics(mean, whitener, varies, ctx.rows, kept)
+            own_mean, *of_moments = estimate_backward(grad_mean, grad_whitener, statistics, geometry.padding, cfg)
+            add_moments_gradient_(grad_x, x, own_mean, *of_moments, geometry.sampling.ints, blocks.ints)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype) if ctx.has_bias else None
 
 
 def _plain_gradients(
-    conv_map: ConvMap, grad: Tensor, input: Tensor, weight: Tensor, whitener: Tensor, with_x: bool
-) -> Gradients:
-    """Of what is convolved in the end, x or x D, and w D or w; neither product outlives the call."""
-    if whitens_input(input, weight, conv_map.partition):
-        input = apply_whitener(input, whitener)
-    elif with_x:
-        weight = fold_weight(weight, whitener, conv_map.partition)
-    return conv_map.backward(grad, input, weight.to(grad.dtype), with_x)
+    grad: Tensor, x: Tensor, weight: Tensor, whitener: Tensor, geometry: ConvGeometry, with_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Compute the gradients of x (None unless `with_x`), weight, bias and D, as if statistics and bias were constants.
+
+    Args:
+        grad: (N, O, H', W'), of the output. x: (N, C, H, W); both in the dtype of the convolution.
+        weight: (O, C / groups, h, w). whitener: (S, F, F); both in the dtype of the statistics.
+        geometry: the layer's.
+        with_x: whether the gradient of x, and with it that of D, is asked for.
+    """
+    ints, dtype = geometry.blocks.ints, weight.dtype
+    if whitens_input(x, weight, geometry):
+        whitened = apply_whitener(x, whitener, ints)
+        grad_x, grad_weight, grad_bias = convolve_backward(grad, whitened, weight.to(x.dtype), geometry, with_x)
+        grad_whitener = torch.zeros_like(whitener)
+        if grad_x is not None:
+            grad_x, grad_whitener = apply_whitener_backward(grad_x, x, whitener, ints)
+        return grad_x, grad_weight.to(dtype), grad_bias, grad_whitener
+    kernel = apply_whitener(weight, whitener, ints) if with_x else weight
+    grad_x, grad_kernel, grad_bias = convolve_backward(grad, x, kernel.to(x.dtype), geometry, with_x)
+    grad_weight, grad_whitener = apply_whitener_backward(grad_kernel.to(dtype), weight, whitener, ints)
+    return grad_x, grad_weight, grad_bias, grad_whitener
 
 
-def whitens_input(x: Tensor, weight: Tensor, partition: Partition) -> bool:
-    """Whether D is applied to x and not to the weight, the same function: where that is fewer products.
+def whitens_input(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Tell whether D is applied to x (N, C, H, W) and not to the weight (O, C, h, w): where that is fewer products.
 
     F products an element either way, 4 times: in the forward and the backward pass, and for the gradients of both.
     """
-    return partition.one_whitener and x.numel() < weight.numel()
+    return geometry.blocks.pixels and geometry.groups == 1 and x.numel() < weight.numel()
 
 
 def _conv_dtype(x: Tensor) -> torch.dtype:
-    """What the convolution itself computes in."""
+    """Return what the convolution itself computes in."""
     device = x.device.type
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype

@@ -27,11 +27,11 @@ __all__ = [
 Options = Mapping[str, Any]
 
 PRESET_VERSION = 2
-"""Of what is saved with a network: goes up when a preset, or the order in which options win, changes."""
+"""Saved with a network; goes up when a preset, or the order in which options win, changes."""
 
 LINEAR_AS_CONV: Options = MappingProxyType({"layout": "flat", "sampling_stride": 1})
-"""What a linear layer is that a network holds as a convolution: whitened in runs of features, from every sample. These
-options do nothing in linear layers, so that what is written of all layers leaves them alone here too."""
+"""Fields of a linear layer that a network holds as a convolution: whitened in runs of features, from every sample.
+They do nothing in linear layers, so options for all layers leave them alone here too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Preset:
 
 
 def frozen(options: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """A copy of a dictionary, and of those in it, that cannot be changed."""
+    """Return a copy of a dictionary, and of those in it, that cannot be changed."""
     return MappingProxyType({k: frozen(v) if isinstance(v, Mapping) else v for k, v in options.items()})
 
 
@@ -103,25 +103,25 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def find_preset(name: Any) -> Preset:
-    """The preset called `name`; an unknown name is an error that lists the known ones."""
+    """Return the preset called `name`; InputError lists the known ones for an unknown name."""
     if not isinstance(name, str) or name not in PRESETS:
         raise unknown_name("preset", str(name), PRESETS)
     return PRESETS[name]
 
 
 def preset(name: str) -> DeconvCfg:
-    """The configuration of a preset's layers in general; an unknown name is an error that lists the known ones."""
+    """Return the configuration of a preset's layers in general; InputError for an unknown name."""
     return find_preset(name).cfg
 
 
 def preset_cfg(name: str, kind: Kind) -> DeconvCfg:
-    """What a preset gives a layer of a kind that stands alone."""
+    """Return what a preset gives a layer of a kind that stands alone."""
     chosen = find_preset(name)
     return chosen.cfg.override({**(chosen.roles.get(kind) or {}), **chosen.alone.get(kind, {})})
 
 
 def resolve_cfg(cfg: "str | Options | DeconvCfg | None", kind: Kind = "spatial") -> DeconvCfg:
-    """What a layer's `cfg=` means: a preset's name, a dictionary over a preset, or a `DeconvCfg` as it is.
+    """Resolve a layer's `cfg=`: a preset's name, a dictionary over a preset, or a `DeconvCfg` as it is.
 
     None is the preset 'paper', and so is what a dictionary without `preset` stands over.
 

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_deconv.kernels.windows import as_pair
+
 from .conv import Deconv2d
-from .sampling import as_pair
+from .functional import Moments
 
 __all__ = ["Conv2dSame", "Deconv2dSame", "pad_same"]
 
@@ -36,8 +38,9 @@ class Deconv2dSame(Deconv2d):
         return self._whitened_conv(self._padded(input))
 
     @torch.jit.unused
-    def rows(self, input: Tensor) -> Tensor:
-        return super().rows(self._padded(input))
+    def moments(self, input: Tensor) -> Moments:
+        """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (N, Cin, H, W)."""
+        return super().moments(self._padded(input))
 
     def _padded(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -50,7 +53,12 @@ torch.fx.wrap("pad_same")  # for `Conv2dSame`, which is traced as what it does
 
 
 def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    """(..., H, W) with zeros around it, the odd one at the end, so that ceil(H / stride) windows fit; likewise W."""
+    """Pad (..., H, W) with zeros, the odd one at the end, so that ceil(H / stride) windows fit; likewise W.
+
+    Args:
+        x: (..., H, W).
+        kernel_size, stride, dilation: rows and columns.
+    """
     rows = _missing(x.shape[-2], kernel_size[0], stride[0], dilation[0])
     cols = _missing(x.shape[-1], kernel_size[1], stride[1], dilation[1])
     return F.pad(x, [cols // 2, cols - cols // 2, rows // 2, rows - rows // 2])

@@ -202,9 +202,7 @@ def _missing_or_unexpected(state_dict: StateDict, expected: StateDict) -> str:
     return _listed({what: [key for key in keys if not optional.search(key)] for what, keys in named.items()})
 
 
-def _remapped(
-    state_dict: StateDict, model: Any, model_cls: type[nn.Module], arguments: Mapping[str, Any]
-) -> StateDict:
+def _remapped(state_dict: StateDict, model: Any, model_cls: type[nn.Module], arguments: Mapping[str, Any]) -> StateDict:
     """Return the tensors by the names of a network of as many channels and classes as their description says."""
     cfg = model.pretrained_cfg
     described = {"num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]}

@@ -25,7 +25,7 @@ Decoder = Literal["aspp", "fcn"]
 
 
 class ImagePool(nn.Module):
-    """The image's mean through a 1x1 convolution, at every position: (N, in_chs, H, W) -> (N, out_chs, H, W)."""
+    """The image's mean through a 1x1 convolution, at every position."""
 
     def __init__(self, in_chs: int, out_chs: int) -> None:
         super().__init__()
@@ -33,14 +33,19 @@ class ImagePool(nn.Module):
         self.conv = ConvNormAct(in_chs, out_chs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool, convolve, spread; the bilinear enlargement of one position is that position everywhere."""
+        """Pool, convolve, spread: (N, in_chs, H, W) -> (N, out_chs, H, W)."""
+        # As bilinear enlargement of one position would.
         return self.conv(self.pool(x)).expand(-1, -1, x.shape[2], x.shape[3])
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: (N, in_chs, H, W) -> (N, out_chs, H, W).
+    """Atrous spatial pyramid pooling: convolutions of several dilations and an `ImagePool`, concatenated and projected.
 
-    A 1x1 convolution, one 3x3 convolution a dilation in `rates` and an `ImagePool`, concatenated and projected.
+    Args:
+        in_chs: channels of the input.
+        out_chs: channels of each branch and of the output.
+        rates: dilations of 3x3 convolutions, beside one 1x1 convolution.
+        drop_rate: dropout behind the projection.
     """
 
     def __init__(self, in_chs: int, out_chs: int, rates: Sequence[int], drop_rate: float) -> None:
@@ -56,7 +61,7 @@ class ASPP(nn.Module):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the branches, project."""
+        """Run the branches, project: (N, in_chs, H, W) -> (N, out_chs, H, W)."""
         return self.drop(self.project(torch.cat([branch(x) for branch in self.branches], 1)))
 
 
@@ -65,7 +70,7 @@ def _fcn_decoder(in_chs: int, drop_rate: float) -> nn.Module:
 
 
 class SegmentationNet(nn.Module):
-    """Encoder (timm's ResNet), decoder and 1x1 classifier: (N, in_chans, H, W) -> (N, num_classes, H, W) logits.
+    """Encoder (timm's ResNet), decoder and 1x1 classifier.
 
     With `aux_head` and in training mode the output is (logits, auxiliary logits); in every other case one tensor. At
     `num_classes=0` it is the decoder's map, at the encoder's resolution.
@@ -79,6 +84,9 @@ class SegmentationNet(nn.Module):
         drop_rate: dropout behind the ASPP's projection or in front of the FCN's classifier.
         drop_path_rate: as in timm's ResNet.
         num_classes, in_chans: as in timm.
+
+    Raises:
+        InputError: another `output_stride`.
     """
 
     def __init__(
@@ -124,7 +132,7 @@ class SegmentationNet(nn.Module):
         self.aux_classifier = _classifier(aux_chs // 4, num_classes) if aux_head else None
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New last convolutions, the auxiliary one too; 0 classes: none. There is no pooling to choose."""
+        """Make new last convolutions, the auxiliary one too, none for 0 classes; there is no pooling to choose."""
         like = self.backbone.conv1.weight
         self.num_classes = num_classes
         self.classifier = _classifier(self.head_hidden_size, num_classes).to(like)
@@ -133,12 +141,12 @@ class SegmentationNet(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """The last 1x1 convolution, with `aux_head` that of each head; `nn.Identity` at `num_classes=0`."""
+        """Return the last 1x1 convolution, with `aux_head` that of each head; `nn.Identity` at `num_classes=0`."""
         return self.classifier if self.aux_classifier is None else (self.classifier, self.aux_classifier)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter groups from input to output: by stage if `coarse`, else by block."""
+        """Return patterns of parameter groups from input to output: by stage if `coarse`, else by block."""
         blocks = r"^backbone\.layer(\d+)" if coarse else r"^backbone\.layer(\d+)\.(\d+)"
         return {"stem": r"^backbone\.(?:conv1|bn1|maxpool)", "blocks": blocks}
 
@@ -148,13 +156,13 @@ class SegmentationNet(nn.Module):
         self.backbone.set_grad_checkpointing(enable)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The encoder's maps; arguments and result as of timm's `ResNet.forward_intermediates`."""
+        """Return the encoder's maps: (N, in_chans, H, W) -> what timm's `ResNet.forward_intermediates` returns."""
         return self.backbone.forward_intermediates(x, *args, **kwargs)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the encoder's stages behind the highest of the levels `indices`, and the decoder; returns the levels."""
+        """Drop the encoder's stages behind the highest of the levels `indices`, and the decoder; return the levels."""
         take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         self.num_features = self.backbone.num_features
         if prune_head or self.num_features < self.feature_info[-1]["num_chs"]:
@@ -164,11 +172,14 @@ class SegmentationNet(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) -> (N, num_features, H', W'), the encoder's map."""
+        """Encode: (N, in_chans, H, W) -> (N, num_features, H', W'), at 1 / output_stride of the size."""
         return self.backbone.forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(N, num_features, H', W') -> (N, num_classes, H', W'), or (N, head_hidden_size, H', W') if `pre_logits`."""
+        """Decode and classify: (N, num_features, H', W') -> (N, num_classes, H', W').
+
+        With `pre_logits` decode alone, into (N, head_hidden_size, H', W').
+        """
         x = self.decoder(x)
         return x if pre_logits else self.classifier(x)
 
@@ -184,7 +195,7 @@ class SegmentationNet(nn.Module):
         return F.interpolate(logits, size=image.shape[2:], mode="bilinear", align_corners=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) -> (N, num_classes, H, W), bilinearly enlarged; a pair in training with `aux_head`."""
+        """Return logits, bilinearly enlarged: (N, in_chans, H, W) -> (N, num_classes, H, W), or a pair of them."""
         if self.training and self.aux_classifier is not None and not torch.jit.is_scripting():
             return self._forward_with_aux(x)
         return self._enlarge(self.forward_head(self.forward_features(x)), x)

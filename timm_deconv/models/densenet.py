@@ -1,8 +1,8 @@
-"""DenseNet-BC for 32x32 images.
+"""DenseNet: timm's, and one with bottlenecks and compression (BC) for 32x32 images.
 
 Huang et al., Densely Connected Convolutional Networks, CVPR 2017, with the depths and the growth rate of the ImageNet
-network, as in Table 1 of Ye et al., Network Deconvolution, ICLR 2020. Unlike timm's it has no norm behind the stem, and
-the channels that a layer adds stand in front of its input's.
+network, as in Table 1 of Ye et al., Network Deconvolution, ICLR 2020. Unlike timm's, the latter has no norm behind the
+stem, and the channels that a layer adds stand in front of its input's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ __all__ = ["CifarDenseNet", "DenseLayer", "Transition"]
 
 
 class DenseLayer(nn.Module):
-    """1x1 and 3x3 convolution behind norm and ReLU: (N, C, H, W) -> (N, growth + C, H, W).
+    """1x1 and 3x3 convolution, each behind norm and ReLU, which add channels to the input's.
 
     Args:
-        in_chs: C.
-        growth: new channels.
+        in_chs: channels of the input.
+        growth: channels that are added.
         bottleneck: channels between the two convolutions.
         new_in_front: whether the new channels stand before those of the input, as published, or behind them. It decides
             which channels share an interleaved block of a whitening layer, and which weight is a channel's.
@@ -39,13 +39,13 @@ class DenseLayer(nn.Module):
         self.new_in_front = new_in_front
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add `growth` channels to those of the input."""
+        """Add `growth` channels to those of the input: (N, in_chs, H, W) -> (N, growth + in_chs, H, W)."""
         new = self.conv2(self.preact2(self.conv1(self.preact1(x))))
         return torch.cat([new, x] if self.new_in_front else [x, new], 1)
 
 
 class Transition(nn.Module):
-    """Norm, ReLU, 1x1 convolution and 2x2 average: (N, in_chs, H, W) -> (N, out_chs, H // 2, W // 2)."""
+    """Norm, ReLU, 1x1 convolution and 2x2 average pooling."""
 
     def __init__(self, in_chs: int, out_chs: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Transition(nn.Module):
         self.pool = nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fewer channels at half the size."""
+        """Reduce channels, and halve the size: (N, in_chs, H, W) -> (N, out_chs, H // 2, W // 2)."""
         return self.pool(self.conv(self.preact(x)))
 
 
@@ -64,12 +64,10 @@ class CifarDenseNet(StagedNet):
     Args:
         layers: dense layers in each stage.
         growth: channels that a layer adds; the stem has twice as many, the 1x1 convolutions four times as many.
-        stem_stride: of the stem's 3x3 convolution.
         width: multiplies the growth.
         new_in_front: as in `DenseLayer`; None for True, or for what the weights were saved with. False is the order of
             version 0.1.0, whose tensors have the same names and shapes: its folders say it by not speaking of it.
-        in_chans: channels of the image.
-        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+        in_chans, head: as of `StagedNet`.
 
     Attributes:
         own_arguments: what is recorded of the network beside the arguments that it was made with.
@@ -82,27 +80,26 @@ class CifarDenseNet(StagedNet):
         layers: Sequence[int],
         *,
         growth: int = 32,
-        stem_stride: int = 1,
         width: float = 1.0,
         new_in_front: bool | None = None,
         in_chans: int = 3,
         **head: Any,
     ) -> None:
         growth = scaled(growth, width)
-        chs, reduction = 2 * growth, stem_stride
-        levels = [(chs, reduction)]
+        chs = 2 * growth
+        levels = [(chs, 1)]
         stages: list[list[nn.Module]] = []
-        for depth in layers:
+        for i, depth in enumerate(layers):
             blocks: list[nn.Module] = []
-            if stages:
+            if i:
                 blocks.append(Transition(chs, chs // 2))
-                chs, reduction = chs // 2, 2 * reduction
+                chs = chs // 2
             for _ in range(depth):
                 blocks.append(DenseLayer(chs, growth, 4 * growth))
                 chs += growth
             stages.append(blocks)
-            levels.append((chs, reduction))
-        stem = nn.Conv2d(in_chans, 2 * growth, 3, stem_stride, 1, bias=False)
+            levels.append((chs, 2**i))
+        stem = nn.Conv2d(in_chans, 2 * growth, 3, padding=1, bias=False)
         super().__init__(stem, stages, levels, final=NormAct(chs), in_chans=in_chans, **head)
         self._order_is_chosen = new_in_front is not None
         self._set_order(new_in_front is not False)

@@ -1,4 +1,4 @@
-"""Dual Path Network for 32x32 images.
+"""Dual Path Network: timm's, and one for 32x32 images.
 
 Chen et al., Dual Path Networks, NeurIPS 2017, as in Table 1 of Ye et al., Network Deconvolution, ICLR 2020: one tensor
 holds both paths, the residual channels in front, and norm and ReLU follow the convolutions.
@@ -19,8 +19,13 @@ __all__ = ["CifarDPN", "DualPathBlock"]
 class DualPathBlock(nn.Module):
     """Bottleneck whose first `res_chs` output channels are added to the input's, the other `dense_chs` appended.
 
-    (N, in_chs, H, W) -> (N, in_chs + dense_chs, H, W); the first block of a stage (`project`) sends its input through a
-    1x1 convolution to `res_chs + dense_chs` channels and the block's stride before that.
+    Args:
+        in_chs: channels of the input.
+        mid_chs: channels of the 3x3 convolution.
+        res_chs, dense_chs: channels of the two paths that the block computes.
+        groups, stride: of the 3x3 convolution.
+        project: whether a 1x1 convolution of the same stride first takes the input to `res_chs + dense_chs` channels,
+            as in the first block of a stage.
     """
 
     def __init__(
@@ -36,7 +41,11 @@ class DualPathBlock(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the residual path, append the dense path."""
+        """Add the residual path, append the dense path.
+
+        (N, C, H, W) -> (N, chs + dense_chs, ceil(H / stride), ceil(W / stride)), where chs is `in_chs`, or
+        `res_chs + dense_chs` behind a projection.
+        """
         out = self.conv3(self.conv2(self.conv1(x)))
         x = self.shortcut(x)
         residual = x[:, : self.res_chs] + out[:, : self.res_chs]
@@ -44,17 +53,14 @@ class DualPathBlock(nn.Module):
 
 
 class CifarDPN(StagedNet):
-    """Stages of `DualPathBlock`.
+    """Stages of `DualPathBlock` behind a stem of 64 channels; each after the first has stride 2.
 
     Args:
         layers: blocks in each stage.
-        mid_channels, res_channels, dense_channels: of each stage's blocks: bottleneck, residual path, dense path.
-        strides: of each stage.
+        mid_channels, res_channels, dense_channels: of each stage's blocks, as of `DualPathBlock`.
         groups: of the 3x3 convolutions.
-        stem_chs, stem_stride: of the stem's 3x3 convolution.
         width: multiplies every channel count.
-        in_chans: channels of the image.
-        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+        in_chans, head: as of `StagedNet`.
     """
 
     def __init__(
@@ -64,29 +70,25 @@ class CifarDPN(StagedNet):
         res_channels: Sequence[int],
         dense_channels: Sequence[int],
         *,
-        strides: Sequence[int] = (1, 2, 2, 2),
         groups: int = 32,
-        stem_chs: int = 64,
-        stem_stride: int = 1,
         width: float = 1.0,
         in_chans: int = 3,
         **head: Any,
     ) -> None:
-        chs, reduction = scaled(stem_chs, width), stem_stride
-        stem = ConvNormAct(in_chans, chs, stride=stem_stride)
-        levels = [(chs, reduction)]
+        chs = scaled(64, width)
+        stem = ConvNormAct(in_chans, chs)
+        levels = [(chs, 1)]
         stages: list[list[nn.Module]] = []
-        paths = zip(layers, mid_channels, res_channels, dense_channels, strides, strict=True)
-        for depth, mid, res, dense, stage_stride in paths:
+        paths = zip(layers, mid_channels, res_channels, dense_channels, strict=True)
+        for i, (depth, mid, res, dense) in enumerate(paths):
             mid, res, dense = scaled(mid, width, groups), scaled(res, width), scaled(dense, width)
             blocks: list[nn.Module] = []
-            for i in range(depth):
-                stride = 1 if i else stage_stride
-                blocks.append(DualPathBlock(chs, mid, res, dense, groups=groups, stride=stride, project=i == 0))
-                chs = chs + dense if i else res + 2 * dense
+            for first in [True] + [False] * (depth - 1):
+                stride = 2 if first and i else 1
+                blocks.append(DualPathBlock(chs, mid, res, dense, groups=groups, stride=stride, project=first))
+                chs = res + 2 * dense if first else chs + dense
             stages.append(blocks)
-            reduction *= stage_stride
-            levels.append((chs, reduction))
+            levels.append((chs, 2**i))
         super().__init__(stem, stages, levels, in_chans=in_chans, **head)
 
 

@@ -1,4 +1,4 @@
-"""EfficientNet-B0 for 32x32 images: MobileNetV2's blocks with squeeze-excite on their output.
+"""EfficientNet: timm's, and B0 for 32x32 images of MobileNetV2's blocks with squeeze-excite on their output.
 
 Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, ICML 2019, in the 32x32 form of
 Table 1 of Ye et al., Network Deconvolution, ICLR 2020: 3x3 depthwise convolutions only, ReLU, no convolution behind the

@@ -1,4 +1,4 @@
-"""MobileNetV2 for 32x32 images.
+"""MobileNetV2: timm's, and one for 32x32 images.
 
 Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR 2018, as in Table 1 of Ye et al., Network
 Deconvolution, ICLR 2020: stride 1 in the stem and in the second group of blocks, ReLU, an expansion convolution in the
@@ -21,10 +21,13 @@ __all__ = ["INVERTED_FEATURES", "CifarMobileNetV2", "InvertedResidual", "inverte
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise and linear 1x1 projection: (N, in_chs, H, W) -> (N, out_chs, H', W').
+    """1x1 expansion, 3x3 depthwise and linear 1x1 projection; at stride 1 with a shortcut.
 
-    With `se_reduction` a squeeze-excite module of `out_chs // se_reduction` hidden channels scales the projection. At
-    stride 1 a shortcut is added, through a 1x1 convolution and norm where the channels change.
+    Args:
+        in_chs, out_chs: channels; where they differ, the shortcut is a 1x1 convolution and norm.
+        expansion: channels of the depthwise convolution over `in_chs`.
+        stride: of the depthwise convolution.
+        se_reduction: `out_chs` over hidden channels of a squeeze-excite module that scales the projection; None: none.
     """
 
     def __init__(
@@ -42,38 +45,34 @@ class InvertedResidual(nn.Module):
         self.se = SEModule(out_chs, rd_channels=hidden) if hidden else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Branch, plus shortcut at stride 1."""
+        """Add branch and shortcut: (N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
         out = self.se(self.project(self.depthwise(self.expand(x))))
         return out + self.shortcut(x) if self.residual else out
 
 
 class CifarMobileNetV2(StagedNet):
-    """Inverted residuals; a stage is what lies between two halvings of the map.
+    """Inverted residuals behind a stem of 32 channels; a stage is what lies between two halvings of the map.
 
     Args:
         groups: (expansion, channels, blocks, stride of the first) of each group of equal blocks.
-        stem_chs, stem_stride: of the stem's 3x3 convolution.
         head_chs: channels of the 1x1 convolution behind the last block; None: no such convolution.
-        se_reduction: channels of a block over hidden channels of its squeeze-excite module; None: no such modules.
+        se_reduction: as of `InvertedResidual`.
         width: multiplies every channel count.
-        in_chans: channels of the image.
-        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+        in_chans, head: as of `StagedNet`.
     """
 
     def __init__(
         self,
         groups: Sequence[tuple[int, int, int, int]],
         *,
-        stem_chs: int = 32,
-        stem_stride: int = 1,
         head_chs: int | None = 1280,
         se_reduction: int | None = None,
         width: float = 1.0,
         in_chans: int = 3,
         **head: Any,
     ) -> None:
-        chs, reduction = scaled(stem_chs, width), stem_stride
-        stem = ConvNormAct(in_chans, chs, stride=stem_stride)
+        chs, reduction = scaled(32, width), 1
+        stem = ConvNormAct(in_chans, chs)
         levels = [(chs, reduction)]
         stages: list[list[nn.Module]] = []
         for expansion, group_chs, depth, group_stride in groups:

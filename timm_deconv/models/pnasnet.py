@@ -1,4 +1,4 @@
-"""PNASNet for 32x32 images, in its small form A.
+"""PNASNet: timm's, and one for 32x32 images in its small form A.
 
 Liu et al., Progressive Neural Architecture Search, ECCV 2018, as in Table 1 of Ye et al., Network Deconvolution, ICLR
 2020: every cell adds a 7x7 depthwise convolution and a 3x3 max pool.
@@ -15,9 +15,9 @@ __all__ = ["CellA", "CifarPNASNet"]
 
 
 class CellA(nn.Module):
-    """ReLU of a 7x7 depthwise convolution plus a 3x3 max pool: (N, in_chs, H, W) -> (N, out_chs, H', W').
+    """ReLU of a 7x7 depthwise convolution plus a 3x3 max pool, which a 1x1 convolution follows at stride 2.
 
-    At stride 2 a 1x1 convolution follows the pooling. `out_chs` is a multiple of `in_chs`, and equals it at stride 1.
+    `out_chs` is a multiple of `in_chs`, and equals it at stride 1.
     """
 
     def __init__(self, in_chs: int, out_chs: int, *, stride: int = 1) -> None:
@@ -28,7 +28,7 @@ class CellA(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add both branches, activate."""
+        """Add both branches, activate: (N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
         return self.act(self.separable(x) + self.project(self.pool(x)))
 
 
@@ -36,32 +36,21 @@ class CifarPNASNet(StagedNet):
     """Three stages of `cells` cells; a cell of stride 2 that doubles the channels precedes the second and the third.
 
     Args:
-        cells: a stage, without the one of stride 2.
+        cells: how many a stage has, without the one of stride 2.
         planes: channels of the stem and the first stage.
-        stem_stride: of the stem's 3x3 convolution.
         width: multiplies every channel count.
-        in_chans: channels of the image.
-        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+        in_chans, head: as of `StagedNet`.
     """
 
-    def __init__(
-        self,
-        *,
-        cells: int = 6,
-        planes: int = 44,
-        stem_stride: int = 1,
-        width: float = 1.0,
-        in_chans: int = 3,
-        **head: Any,
-    ) -> None:
+    def __init__(self, cells: int, planes: int, *, width: float = 1.0, in_chans: int = 3, **head: Any) -> None:
         chs = scaled(planes, width)
         stages: list[list[nn.Module]] = []
         for stage in range(3):
             out_chs = chs * 2**stage
             down: list[nn.Module] = [CellA(out_chs // 2, out_chs, stride=2)] if stage else []
             stages.append(down + [CellA(out_chs, out_chs) for _ in range(cells)])
-        levels = [(chs, stem_stride), *((chs * 2**stage, stem_stride * 2**stage) for stage in range(3))]
-        super().__init__(ConvNormAct(in_chans, chs, stride=stem_stride), stages, levels, in_chans=in_chans, **head)
+        levels = [(chs, 1), *((chs * 2**stage, 2**stage) for stage in range(3))]
+        super().__init__(ConvNormAct(in_chans, chs), stages, levels, in_chans=in_chans, **head)
 
 
 register_family(

@@ -1,4 +1,4 @@
-"""Pre-activation ResNet for 32x32 images.
+"""Pre-activation ResNet: timm's, and one for 32x32 images.
 
 He et al., Identity Mappings in Deep Residual Networks, ECCV 2016, as in Table 1 of Ye et al., Network Deconvolution,
 ICLR 2020: the shortcut of a block that changes the shape starts behind the first activation, and the network ends
@@ -18,9 +18,12 @@ __all__ = ["CifarPreActResNet", "PreActBlock"]
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each behind norm and ReLU, and a shortcut: (N, in_chs, H, W) -> (N, out_chs, H', W').
+    """Two 3x3 convolutions, each behind norm and ReLU, and a shortcut.
 
-    With `se_reduction` the branch ends in a squeeze-excite module of `out_chs // se_reduction` hidden channels.
+    Args:
+        in_chs, out_chs: channels.
+        stride: of the first convolution, and of the shortcut.
+        se_reduction: channels over hidden channels of a squeeze-excite module that ends the branch; None: no module.
     """
 
     def __init__(self, in_chs: int, out_chs: int, *, stride: int = 1, se_reduction: int | None = None) -> None:
@@ -35,25 +38,22 @@ class PreActBlock(nn.Module):
         self.se = SEModule(out_chs, rd_channels=hidden) if hidden else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Branch plus shortcut."""
+        """Add branch and shortcut: (N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
         active = self.preact1(x)
         shortcut = x if self.shortcut is None else self.shortcut(active)
         return self.se(self.conv2(self.preact2(self.conv1(active)))) + shortcut
 
 
 class CifarPreActResNet(StagedNet):
-    """Stages of `PreActBlock`.
+    """Stages of `PreActBlock`; each after the first has stride 2.
 
     Args:
         layers: blocks in each stage.
-        channels: of each stage; the stem has those of the first.
-        strides: of each stage.
-        stem_stride: of the stem's 3x3 convolution.
+        channels: output channels of each stage; the stem has those of the first.
         norm_stem: whether norm and ReLU follow the stem's convolution.
-        se_reduction: channels of a block over hidden channels of its squeeze-excite module; None: no such modules.
+        se_reduction: as of `PreActBlock`.
         width: multiplies every channel count.
-        in_chans: channels of the image.
-        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+        in_chans, head: as of `StagedNet`.
     """
 
     def __init__(
@@ -61,24 +61,22 @@ class CifarPreActResNet(StagedNet):
         layers: Sequence[int],
         *,
         channels: Sequence[int] = (64, 128, 256, 512),
-        strides: Sequence[int] = (1, 2, 2, 2),
-        stem_stride: int = 1,
         norm_stem: bool = False,
         se_reduction: int | None = None,
         width: float = 1.0,
         in_chans: int = 3,
         **head: Any,
     ) -> None:
-        prev, reduction = scaled(channels[0], width), stem_stride
-        conv = nn.Conv2d(in_chans, prev, 3, stem_stride, 1, bias=False)
-        stem = ConvNormAct(in_chans, prev, stride=stem_stride) if norm_stem else conv
-        levels = [(prev, reduction)]
+        prev = scaled(channels[0], width)
+        conv = nn.Conv2d(in_chans, prev, 3, padding=1, bias=False)
+        stem = ConvNormAct(in_chans, prev) if norm_stem else conv
+        levels = [(prev, 1)]
         stages: list[list[nn.Module]] = []
-        for depth, stage_chs, stride in zip(layers, channels, strides, strict=True):
-            chs, reduction = scaled(stage_chs, width), reduction * stride
-            first = PreActBlock(prev, chs, stride=stride, se_reduction=se_reduction)
+        for i, (depth, stage_chs) in enumerate(zip(layers, channels, strict=True)):
+            chs = scaled(stage_chs, width)
+            first = PreActBlock(prev, chs, stride=2 if i else 1, se_reduction=se_reduction)
             stages.append([first, *(PreActBlock(chs, chs, se_reduction=se_reduction) for _ in range(depth - 1))])
-            levels.append((chs, reduction))
+            levels.append((chs, 2**i))
             prev = chs
         super().__init__(stem, stages, levels, in_chans=in_chans, **head)
 
@@ -92,7 +90,4 @@ register_family(
     in_place=True,
 )
 
-# timm's pre-activation ResNet.
-register_deconv(
-    __name__, ("resnetv2_50",), frozen_stem(IMAGENET_POLICY, 10), feature_cfg={"flatten_sequential": True}
-)
+register_deconv(__name__, ("resnetv2_50",), frozen_stem(IMAGENET_POLICY, 10), feature_cfg={"flatten_sequential": True})

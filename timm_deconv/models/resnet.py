@@ -1,4 +1,4 @@
-"""ResNet for 32x32 images: timm's own ResNet behind a 3x3 stem without max pooling.
+"""ResNet: timm's networks, and for 32x32 images timm's class behind a 3x3 stem without max pooling.
 
 He et al., Deep Residual Learning for Image Recognition, CVPR 2016, with the widths of the ImageNet networks, as in
 Table 1 of Ye et al., Network Deconvolution, ICLR 2020.
@@ -24,8 +24,8 @@ class CifarResNet(ResNet):
         layers: blocks in each of the four stages.
         channels: base channels of each stage; the stem has those of the first.
         width: multiplies every channel count, e.g. 0.25 for stages of 16, 32, 64 and 128.
-        stem_stride: of the stem's convolution.
-        output_stride: at most this reduction (default 8 times the stem's stride); later strides become dilations.
+        in_chans: channels of the image.
+        output_stride: at most this reduction; later strides become dilations.
         kwargs: as for timm's `ResNet`: `num_classes`, `global_pool`, `drop_rate`, `drop_path_rate` and others.
     """
 
@@ -37,12 +37,11 @@ class CifarResNet(ResNet):
         channels: Sequence[int] = (64, 128, 256, 512),
         width: float = 1.0,
         in_chans: int = 3,
-        stem_stride: int = 1,
-        output_stride: int | None = None,
+        output_stride: int = 8,
         **kwargs: Any,
     ) -> None:
         planes = tuple(scaled(c, width) for c in channels)
-        # timm's ResNet takes the stem's width only with a deep stem, replaced below; its count of strides starts at 4.
+        # timm takes the stem's width only with a deep stem, which is replaced below, and counts reductions from 4.
         super().__init__(
             block,
             tuple(layers),
@@ -50,13 +49,13 @@ class CifarResNet(ResNet):
             channels=planes,
             stem_type="deep",
             stem_width=planes[0] // 2,
-            output_stride=32 if output_stride is None else output_stride * 4 // stem_stride,
+            output_stride=4 * output_stride,
             **{"num_classes": 10, **kwargs},
         )
-        self.conv1 = nn.Conv2d(in_chans, planes[0], 3, stem_stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_chans, planes[0], 3, padding=1, bias=False)
         self.maxpool = nn.Identity()
-        for level, info in enumerate(self.feature_info):
-            info["reduction"] = stem_stride * info["reduction"] // 4 if level else stem_stride
+        for info in self.feature_info:
+            info["reduction"] = max(1, info["reduction"] // 4)
 
     def init_weights(self, zero_init_last: bool = False) -> None:
         """Keep PyTorch's default initialisation: the published 32x32 networks use it."""

@@ -22,13 +22,11 @@ class CifarResNeXt(StagedNet):
 
     Args:
         layers: blocks in each stage.
-        channels: base channels of each stage, a quarter of its output's.
+        channels: base channels of each stage, a quarter of its output's; the stem has those of the first.
         cardinality: groups of the 3x3 convolutions.
-        base_width: channels a group in a stage of 64 base channels.
-        stem_chs, stem_kernel, stem_stride: of the stem's convolution.
+        base_width: channels of a group in a stage of 64 base channels.
         width: multiplies every channel count.
-        in_chans: channels of the image.
-        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+        in_chans, head: as of `StagedNet`.
     """
 
     def __init__(
@@ -38,21 +36,17 @@ class CifarResNeXt(StagedNet):
         channels: Sequence[int] = (64, 128, 256),
         cardinality: int = 32,
         base_width: int = 4,
-        stem_chs: int = 64,
-        stem_kernel: int = 1,
-        stem_stride: int = 1,
         width: float = 1.0,
         in_chans: int = 3,
         **head: Any,
     ) -> None:
         planes = tuple(scaled(c, width, 64 // base_width) for c in channels)
-        chs = scaled(stem_chs, width)
+        chs = scaled(channels[0], width)
         stages, infos = make_blocks(
             (Bottleneck,) * len(planes), planes, tuple(layers), chs, cardinality=cardinality, base_width=base_width
         )
-        # timm counts reductions from its ImageNet stem's 4.
-        levels = [(chs, stem_stride), *((i["num_chs"], i["reduction"] * stem_stride // 4) for i in infos)]
-        stem = ConvNormAct(in_chans, chs, stem_kernel, stride=stem_stride)
+        levels = [(chs, 1), *((i["num_chs"], i["reduction"] // 4) for i in infos)]  # timm counts from its stem's 4
+        stem = ConvNormAct(in_chans, chs, 1)
         super().__init__(stem, [stage for _, stage in stages], levels, in_chans=in_chans, **head)
 
 

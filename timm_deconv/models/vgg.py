@@ -1,4 +1,4 @@
-"""VGG with batch norm for 32x32 images: five stages of 3x3 convolutions, one linear layer.
+"""VGG with batch norm for 32x32 images: five stages of 3x3 convolutions and one linear layer.
 
 Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, ICLR 2015, without the
 hidden linear layers, as in Table 1 of Ye et al., Network Deconvolution, ICLR 2020. The convolutions have biases.
@@ -25,8 +25,7 @@ class CifarVGG(StagedNet):
         depths: convolutions in each stage.
         channels: output channels of each stage.
         width: multiplies every channel count.
-        in_chans: channels of the image.
-        head: `num_classes`, `global_pool`, `drop_rate` as in timm.
+        in_chans, head: as of `StagedNet`.
     """
 
     def __init__(

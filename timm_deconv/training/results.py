@@ -7,13 +7,13 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
+import timm_deconv
 from timm_deconv.convert import resolve_policy
 from timm_deconv.errors import InputError
 from timm_deconv.models import list_models
@@ -75,7 +75,7 @@ def describe_machine(device: torch.device) -> dict[str, object]:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "timm_deconv": _own_version(),
+        "timm_deconv": timm_deconv.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -111,13 +111,13 @@ def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, 
 def _write(file: io.FileIO, path: Path, text: bytes) -> None:
     """Add all of the text at the end, or nothing."""
     size = file.seek(0, os.SEEK_END)
+    written = 0
     try:
         written = file.write(text)
-    except OSError:
-        file.truncate(size)
-        raise
+    finally:
+        if written != len(text):
+            file.truncate(size)
     if written != len(text):
-        file.truncate(size)
         raise OSError(f"the results did not fit into {path}; make room and run it again, a training with --resume")
 
 
@@ -147,10 +147,3 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _own_version() -> str:
-    try:
-        return version("timm_deconv")
-    except PackageNotFoundError:
-        return "source"

@@ -96,7 +96,7 @@ def test_frozen_and_unused_layers_keep_their_statistics() -> None:
 
 
 def test_layers_that_freeze_go_on_where_they_were() -> None:
-    layer = Deconv2d(3, 8, 3, cfg={"freeze": True, "freeze_iter": 5, "thaw": False})
+    layer = Deconv2d(3, 8, 3, cfg={"freeze": True, "freeze_iter": 5})
     for _ in range(8):
         layer(batches()[0])
     before = layer.running_mean.clone()

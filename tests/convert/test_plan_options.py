@@ -35,10 +35,7 @@ def on_meta(name: str, deconv: Any, **kwargs: Any) -> nn.Module:
             {"preset": "paper", "roles": {"spatial": {"wide_block": 8}}},
             "wide_block=8: does nothing in any layer of the role 'spatial': layout is 'interleaved'",
         ),
-        ({"centred": True}, "centred=True: does nothing in any layer: it is of ChannelDeconv alone"),
         ({"freeze_iter": 50}, "freeze_iter=50: does nothing in any layer: freeze is False"),
-        ({"thaw": False}, "thaw=False: does nothing in any layer: freeze is False"),
-        ({"grid": True}, "grid=True: does nothing in any layer: it is of 1x1 convolutions"),
         ({"patterns": {"fc": {"layout": "window"}}}, "layout='window': does nothing in any layer that matches 'fc'"),
         ({"roles": {"classifier": {"max_rows": 9}}}, "max_rows=9: does nothing in any layer of the role 'classifier'"),
     ],
@@ -65,8 +62,7 @@ def test_an_option_without_effect_is_refused_and_nothing_has_changed(deconv: Any
         {"preset": "paper", "wide_block": 64},
         {"preset": "paper", "layout": "flat", "wide_block": 8},
         {"freeze_iter": 50, "roles": {"stem": {"freeze": True}}},
-        {"preset": "paper", "grid": True},
-        {"layout": "window", "wide_block": 0, "grid": False, "centred": False},
+        {"layout": "window", "wide_block": 0, "quartic": False},
     ],
 )
 def test_an_option_that_does_something_in_some_layer_is_taken(deconv: Any) -> None:

@@ -1,25 +1,22 @@
-"""What whitening layers with a weight have in common: statistics of the batch, their running averages, freezing."""
+"""What whitening layers with a weight have in common: running averages of their statistics, modes, freezing."""
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
+from timm_deconv.kernels import Blocks
 from timm_deconv.linalg import full_precision, promote
 
 from .config import DeconvCfg
+from .functional import Moments, Statistics, fold
 from .gain import LARGEST, first_power, gain, passed_power
 from .notices import LIVE_STATISTICS, UNCALIBRATED, Notices
-from .partition import Partition
-from .statistics import Statistics
-from .whitening import fold
 
-__all__ = ["MANY_BATCHES", "WhiteningMixin", "be_leaf", "check_dtype", "in_recomputation"]
-
-Folded = tuple[Tensor, Tensor]
+__all__ = ["MANY_BATCHES", "Step", "WhiteningMixin", "be_leaf", "check_dtype", "in_recomputation"]
 
 MANY_BATCHES = 10_000
 """Batches that statistics are taken to be of when their state dict has no counter: so many freezing cycles in layers
@@ -28,13 +25,20 @@ that freeze, which go on live, as published ones do."""
 RECENT = 4
 """With `gain_corrected` the t-th of the first batches weighs about as many times as much as in the mean of all t."""
 
+CYCLE = 10
+"""A layer that freezes is live again at the start of every `CYCLE * freeze_iter` forwards, as published."""
 
-def be_leaf(layer: nn.Module) -> None:
-    """Let symbolic traces take a layer as one module in training and evaluation, as they take torch's own layers.
 
-    `torch.fx`, and torchvision's feature extraction with it, asks the module itself where it comes from.
+class Step(NamedTuple):
+    """What a training forward does with the statistics.
+
+    Attributes:
+        frozen: use the running values: a bool in eager mode, a bool () decided on the device when compiled.
+        recomputing: the forward runs a second time for its gradient and changes nothing.
     """
-    layer.__dict__["__module__"] = nn.Conv2d.__module__
+
+    frozen: bool | Tensor
+    recomputing: bool
 
 
 class WhiteningMixin(nn.Module):
@@ -65,7 +69,7 @@ class WhiteningMixin(nn.Module):
     running_mean: Tensor
     running_deconv: Tensor
     num_batches_tracked: Tensor
-    partition: Partition
+    blocks: Blocks
     statistics_frozen: bool
     cumulative: bool
 
@@ -76,38 +80,22 @@ class WhiteningMixin(nn.Module):
         _counted: tuple[Tensor, int, int] | None
 
     @abstractmethod
-    def rows(self, input: Tensor) -> Tensor:
-        """Samples of the input that the statistics are taken from, (S, R, F)."""
-
-    @abstractmethod
-    def padding_share(self, input: Tensor) -> float:
-        """The weight in the statistics of padding that the linear map sees but that is not among the rows."""
-
-    @abstractmethod
-    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The plain layer with another weight and bias; input a batch, padded."""
-
-    @abstractmethod
-    def _statistics(self, input: Tensor) -> Statistics:
-        """Of the batch."""
-
-    @abstractmethod
-    def _whitened(self, input: Tensor, statistics: Statistics, frozen: Tensor | None) -> Tensor:
-        """The plain layer of the input whitened; `frozen`, a boolean scalar: the statistics are not the batch's."""
+    def moments(self, input: Tensor) -> Moments:
+        """Compute mean (S, F) and covariance (S, F, F) of the samples that the layer takes of its input (N, ...)."""
 
     @abstractmethod
     def fuse(self) -> nn.Module:
-        """The plain layer that does in evaluation what this one does."""
+        """Return the plain layer that does in evaluation what this one does."""
 
-    def folded(self) -> Folded:
-        """Weight and bias of the plain layer, from the running values."""
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the plain layer, from the running values."""
         with full_precision(self.weight):
-            return fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.partition)
+            return fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.blocks)
 
     def reset_running_stats(self) -> None:
         """Forget all batches: mean zero, whitener identity, no batch counted."""
         self.running_mean.zero_()
-        eye = torch.eye(self.partition.features, device=self.running_deconv.device, dtype=self.running_deconv.dtype)
+        eye = torch.eye(self.blocks.features, device=self.running_deconv.device, dtype=self.running_deconv.dtype)
         self.running_deconv.copy_(eye.expand_as(self.running_deconv))
         self.num_batches_tracked.zero_()
         self.forget_power()
@@ -127,27 +115,28 @@ class WhiteningMixin(nn.Module):
             self.reset_running_stats()
 
     def train(self, mode: bool = True) -> "WhiteningMixin":
-        self._counted = None  # collectives and writes through .data leave no trace in the counter's version
+        """Set the mode, as torch does, and read the counter again: collectives and writes through .data leave no trace
+        in its version."""
+        self._counted = None
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        features = f"blocks={self.partition.blocks}x{self.partition.features}"
+        features = f"blocks={self.blocks.number}x{self.blocks.features}"
         frozen = "statistics frozen" if self.statistics_frozen else ""
         return ", ".join(part for part in (super().extra_repr(), features, str(self.cfg), frozen) if part)
 
-    def _init_statistics(self, cfg: DeconvCfg, partition: Partition, device: Any) -> None:
+    def _init_statistics(self, cfg: DeconvCfg, blocks: Blocks, device: Any) -> None:
         self.cfg: DeconvCfg = cfg
-        self.partition = partition
+        self.blocks = blocks
         be_leaf(self)
         self.statistics_frozen = False
         self.cumulative = False
         self.notices = Notices()
         self.label = ""
         factory: dict[str, Any] = {"device": device, "dtype": self.weight.dtype}
-        sets, features = partition.sets, partition.features
-        shared = partition.groups == sets == 1
+        sets, features = blocks.sets, blocks.features
         self.register_buffer("running_mean", torch.empty(sets * features, **factory))
-        matrices = (features, features) if shared else (sets, features, features)
+        matrices = (features, features) if blocks.groups == 1 else (sets, features, features)
         self.register_buffer("running_deconv", torch.empty(matrices, **factory))
         self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64, device=device))
         if cfg.gain_corrected:
@@ -162,29 +151,42 @@ class WhiteningMixin(nn.Module):
         if bias is None:
             bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
         self.weight, self.bias = weight, bias
-        self._init_statistics(self.cfg, self.partition, weight.device)
+        self._init_statistics(self.cfg, self.blocks, weight.device)
         self.training = source.training
 
-    # Training
+    # A training forward: _begin_step, then _frozen_fold or, with live statistics, _average_in; at last _end_step.
 
-    def _train_forward(self, input: Tensor) -> Tensor:
-        """The whitened layer with live statistics unless frozen; input a batch, padded."""
+    def _begin_step(self) -> Step:
         recomputing = in_recomputation()
-        frozen = self.statistics_frozen or self._frozen(recomputing)
-        if frozen is True:
-            output = self._plain(input, *self._frozen_fold())
-        else:
-            statistics = self._statistics(input)
-            if not recomputing:
-                self._speak()
-            self._track(statistics, frozen, recomputing)
-            on_device = frozen if isinstance(frozen, Tensor) else None
-            if on_device is not None:
-                statistics = self._running_where(on_device, statistics)
-            output = self._whitened(input, statistics, on_device)
-        if not (recomputing or self.statistics_frozen):
-            self._count_forward()
-        return output
+        return Step(self.statistics_frozen or self._freezes(recomputing), recomputing)
+
+    def _average_in(self, live: Statistics, step: Step) -> Statistics:
+        """Average a batch's statistics in, and return what to whiten it with: they, or the running ones if frozen."""
+        if not step.recomputing:
+            self._speak()
+        self._track(live, step)
+        if not isinstance(step.frozen, Tensor):
+            return live
+        mean, whitener = self._running_values()
+        return live._replace(
+            mean=torch.where(step.frozen, mean, live.mean),
+            whitener=torch.where(step.frozen, whitener, live.whitener),
+            frozen=step.frozen,
+        )
+
+    def _frozen_fold(self) -> tuple[Tensor, Tensor]:
+        """Fold the running values as they are: the backward pass may come after they went on."""
+        mean, whitener = (value.detach().clone() for value in self._running_values())
+        with full_precision(self.weight):
+            return fold(self.weight, self.bias, mean, whitener, self.blocks)
+
+    def _end_step(self, step: Step) -> None:
+        if step.recomputing or self.statistics_frozen:
+            return
+        forwards = None if torch.compiler.is_compiling() or self._counted is None else self._forwards()
+        self.num_batches_tracked.add_(1)
+        if forwards is not None and not self.num_batches_tracked.is_inference():
+            self._counted = (self.num_batches_tracked, self.num_batches_tracked._version, forwards + 1)
 
     def _speak(self) -> None:
         """Say what a user who trains the layer would want to know."""
@@ -195,38 +197,30 @@ class WhiteningMixin(nn.Module):
         if not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             self.notices.say(LIVE_STATISTICS)
 
-    def _running_where(self, frozen: Tensor, live: Statistics) -> Statistics:
-        mean, whitener = self._running_values()
-        return live._replace(
-            mean=torch.where(frozen, mean, live.mean), whitener=torch.where(frozen, whitener, live.whitener)
-        )
-
-    def _frozen_fold(self) -> Folded:
-        mean, whitener = (value.detach().clone() for value in self._running_values())
-        with full_precision(self.weight):
-            return fold(self.weight, self.bias, mean, whitener, self.partition)
+    # Running averages
 
     def _running_values(self) -> tuple[Tensor, Tensor]:
-        sets, features = self.partition.sets, self.partition.features
+        """Return views of the running mean (S, F) and whitener (S, F, F)."""
+        sets, features = self.blocks.sets, self.blocks.features
         return self.running_mean.reshape(sets, features), self.running_deconv.reshape(sets, features, features)
 
     @torch.no_grad()
-    def _track(self, live: Statistics, frozen: bool | Tensor, recomputing: bool) -> None:
+    def _track(self, live: Statistics, step: Step) -> None:
         """Average in a batch's mean and, of the sets that vary, its whitener; neither if they are not finite.
 
         Recomputation changes nothing but does the same operations, as selective checkpointing counts them.
         """
         finite = live.whitener.sum().abs() < math.inf  # false of NaN; the whitener is not finite if the mean is not
         self.saw_nonfinite = ~finite
-        moving = finite & (not recomputing)
-        moving = moving & ~frozen if isinstance(frozen, Tensor) else moving
+        moving = finite & (not step.recomputing)
+        moving = moving & ~step.frozen if isinstance(step.frozen, Tensor) else moving
         varying = moving & live.varies
-        momentum = self._momentum(recomputing)
+        momentum = self._momentum(step.recomputing)
         mean, whitener = self._running_values()
         value = live.whitener.to(whitener.dtype)
         if self.cfg.gain_corrected:
             with full_precision(whitener):
-                before, after = self._track_gain(live, varying, momentum, recomputing)
+                before, after = self._track_gain(live, varying, momentum, step.recomputing)
             whitener.mul_((after / before)[:, None, None])
             value = value * after[:, None, None]
         whitener.lerp_(torch.where(varying[:, None, None], value, whitener), momentum)
@@ -236,6 +230,12 @@ class WhiteningMixin(nn.Module):
         self, live: Statistics, moving: Tensor, momentum: float | Tensor, recomputing: bool
     ) -> tuple[Tensor, Tensor]:
         """Measure what the average of the batches before passes on of this one, and what the live whitener does.
+
+        Args:
+            live: the batch's statistics.
+            moving: bool (S,), the sets whose averages move.
+            momentum: weight of the batch.
+            recomputing: see `Step`.
 
         Returns:
             the gain (S,) before and after.
@@ -247,7 +247,7 @@ class WhiteningMixin(nn.Module):
         latest = passed_power(deviations, torch.cat([average, live.whitener])).view(2, -1)
         updates = self._live_forwards(recomputing)
         if isinstance(updates, Tensor) or updates == 0:
-            first = torch.stack([first_power(live.deviations, live.whitener, live.samples), latest[1]])
+            first = torch.stack([first_power(live.deviations, live.whitener, live.rows), latest[1]])
             latest = torch.where(updates == 0, first, latest) if isinstance(updates, Tensor) else first
         before, limits = self.running_gain.clone(), torch.finfo(self.running_gain.dtype)
         latest = latest.clamp(max=min(LARGEST, limits.max)).to(before.dtype)
@@ -259,7 +259,7 @@ class WhiteningMixin(nn.Module):
         return before, self.running_gain
 
     def _momentum(self, recomputing: bool = False) -> float | Tensor:
-        """The weight of the newest batch: m, or more among the first ones, so that nothing is left of the start.
+        """Return the weight of the newest batch: m, or more among the first ones, so that nothing is left of the start.
 
         It is m / (1 - (1 - m)^t) at the t-th update: then all batches so far weigh alike at first. When the gain is
         corrected it is the larger of m and RECENT / (t - 1 + RECENT), as weights move fastest at the start.
@@ -279,41 +279,31 @@ class WhiteningMixin(nn.Module):
             return momentum / (1 - torch.full_like(updates, 1 - momentum) ** (updates + 1))
         return momentum / (1 - (1 - momentum) ** (updates + 1))
 
-    def _live_forwards(self, recomputing: bool) -> Any:
-        """Updates before this forward: an integer in eager mode, a tensor when compiled."""
-        if torch.compiler.is_compiling():
-            return self._updates(self.num_batches_tracked)
-        return self._updates(self._forwards() - recomputing)
+    # The counter: a Python integer in eager mode, a tensor when compiled
 
-    def _updates(self, forwards: Any) -> Any:
-        """Live training forwards among `forwards`: all of them, or freeze_iter + 1 in every freezing cycle."""
-        if not self.cfg.freeze:
-            return forwards
-        live = self.cfg.freeze_iter + 1
-        if not self.cfg.thaw:
-            return _at_most(forwards, live)
-        cycle = 10 * self.cfg.freeze_iter
-        return forwards // cycle * min(live, cycle) + _at_most(forwards % cycle, live)
-
-    def _frozen(self, recomputing: bool) -> bool | Tensor:
-        """Whether this forward uses the running values: a bool in eager mode, decided on the device when compiled."""
+    def _freezes(self, recomputing: bool) -> bool | Tensor:
+        """Tell whether the configuration freezes this forward."""
         if not self.cfg.freeze:
             return False
-        forwards = self.num_batches_tracked if torch.compiler.is_compiling() else self._forwards()
-        forwards = forwards - 1 if recomputing else forwards
-        return (forwards % (10 * self.cfg.freeze_iter) if self.cfg.thaw else forwards) > self.cfg.freeze_iter
+        return self._forwards_before(recomputing) % (CYCLE * self.cfg.freeze_iter) > self.cfg.freeze_iter
 
-    def _count_forward(self) -> None:
-        if torch.compiler.is_compiling() or self._counted is None:
-            self.num_batches_tracked.add_(1)
-            return
-        forwards = self._forwards()
-        self.num_batches_tracked.add_(1)
-        if not self.num_batches_tracked.is_inference():
-            self._counted = (self.num_batches_tracked, self.num_batches_tracked._version, forwards + 1)
+    def _live_forwards(self, recomputing: bool) -> Any:
+        """Return how many forwards before this one were live: all, or freeze_iter + 1 in every freezing cycle."""
+        forwards = self._forwards_before(recomputing)
+        if not self.cfg.freeze:
+            return forwards
+        cycle = CYCLE * self.cfg.freeze_iter
+        live = min(self.cfg.freeze_iter + 1, cycle)
+        begun = forwards % cycle
+        return forwards // cycle * live + (begun.clamp(max=live) if isinstance(begun, Tensor) else min(begun, live))
+
+    def _forwards_before(self, recomputing: bool) -> Any:
+        if torch.compiler.is_compiling():
+            return self.num_batches_tracked
+        return self._forwards() - recomputing
 
     def _forwards(self) -> int:
-        """num_batches_tracked as a Python integer, read from the device after `train()` or when somebody wrote it."""
+        """Return num_batches_tracked, read from the device after `train()` or when somebody wrote it."""
         counter = self.num_batches_tracked
         if counter.is_meta:
             return 0
@@ -328,7 +318,7 @@ class WhiteningMixin(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._counted = None
         if prefix + "running_deconv" in state_dict:
-            missing = {"num_batches_tracked": MANY_BATCHES * (10 * self.cfg.freeze_iter if self.cfg.freeze else 1)}
+            missing = {"num_batches_tracked": MANY_BATCHES * (CYCLE * self.cfg.freeze_iter if self.cfg.freeze else 1)}
             if self.cfg.gain_corrected:
                 missing |= {"running_gain": 1, "running_power": 0}
             device = state_dict[prefix + "running_deconv"].device
@@ -344,8 +334,16 @@ class WhiteningMixin(nn.Module):
         return self.__dict__ | {"_counted": None}
 
 
+def be_leaf(layer: nn.Module) -> None:
+    """Let symbolic traces take a layer as one module in training and evaluation, as they take torch's own layers.
+
+    `torch.fx`, and torchvision's feature extraction with it, asks the module itself where it comes from.
+    """
+    layer.__dict__["__module__"] = nn.Conv2d.__module__
+
+
 def check_dtype(input: Tensor, weight: Tensor) -> None:
-    """Raise InputError for an input that the plain layer would not take with this weight, autocast or not.
+    """Raise InputError for an input (N, ...) of a dtype that the plain layer would not take with its weight (O, ...).
 
     Under autocast floating-point numbers are converted, but for float64, as torch does it.
     """
@@ -358,9 +356,5 @@ def check_dtype(input: Tensor, weight: Tensor) -> None:
 
 
 def in_recomputation() -> bool:
-    """Whether autograd's backward pass is calling, as activation checkpointing does to run a forward a second time."""
+    """Tell whether autograd's backward pass is calling, as activation checkpointing does to run a forward again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _at_most(number: Any, most: int) -> Any:
-    return number.clamp(max=most) if isinstance(number, Tensor) else min(number, most)

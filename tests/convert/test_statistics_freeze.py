@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from timm_deconv import convert_deconv_model, freeze, unfreeze
 from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv, Deconv2d
-from timm_deconv.layers.base import WhiteningMixin
+from timm_deconv.layers.module import WhiteningMixin
 
 PRESETS = ("paper", "fast")
 

@@ -1,0 +1,145 @@
+"""The three operations are sound custom ops, give what the plain forms give, and can be derived twice by these."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from timm_deconv.kernels import (
+    PIXEL,
+    Blocks,
+    Sampling,
+    Window,
+    add_moments_gradient_,
+    apply_whitener,
+    apply_whitener_backward,
+    inverse_root,
+    inverse_root_backward,
+    moments,
+    onednn,
+)
+from timm_deconv.kernels.application import plain_application
+from timm_deconv.kernels.moments import plain_moments
+
+# torch's own check looks at gradients of inner tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+FEW = pytest.mark.parametrize("few", [2**23, 0], ids=["matrix products", "convolutions"])
+
+MOMENTS = {
+    "windows": (Sampling(Window((3, 3), (2, 1), (1, 1), (1, 1)), 2), Blocks(4, 18, interleaved=True, pixels=False)),
+    "pixels": (Sampling(PIXEL._replace(stride=(2, 2)), 1, (1, 0)), Blocks(2, 4)),
+    "flat": (Sampling(PIXEL._replace(stride=(3, 3)), flat=True), Blocks(1, 8)),
+    "groups": (Sampling(Window((3, 3), (1, 1), (1, 1), (1, 1))), Blocks(2, 36, groups=2, pixels=False)),
+    "depthwise": (Sampling(PIXEL), Blocks(8, 1, groups=8)),
+}
+APPLICATIONS = {
+    "interleaved": ((6, 8, 3, 3), Blocks(4, 18, interleaved=True, pixels=False)),
+    "windows": ((6, 8, 3, 3), Blocks(4, 18, pixels=False)),
+    "pixels": ((6, 8, 3, 3), Blocks(2, 4)),
+    "images": ((4, 8, 5, 6), Blocks(2, 4)),
+    "kernels of one": ((6, 8, 1, 1), Blocks(2, 4)),
+    "groups": ((6, 4, 3, 3), Blocks(2, 36, groups=2, pixels=False)),
+    "pixels of groups": ((6, 4, 3, 3), Blocks(2, 4, groups=2)),
+    "depthwise": ((8, 1, 3, 3), Blocks(8, 1, groups=8)),
+}
+
+
+def covariances(sets: int = 2, features: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    rows = torch.randn(sets, 40, features, dtype=dtype)
+    return rows.mT @ rows / 40 + 1e-3 * torch.eye(features, dtype=dtype)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("sampling", "blocks"), MOMENTS.values(), ids=MOMENTS.keys())
+def test_moments_are_a_sound_operation(
+    sampling: Sampling, blocks: Blocks, memory_format: torch.memory_format
+) -> None:
+    x = torch.randn(5, 8, 9, 10).contiguous(memory_format=memory_format)
+    torch.library.opcheck(moments, (x.clone().requires_grad_(), sampling.ints, blocks.ints))
+    mean, cov = moments(x, sampling.ints, blocks.ints)
+    arguments = (torch.zeros_like(x), x, mean, mean, cov, sampling.ints, blocks.ints)
+    torch.library.opcheck(add_moments_gradient_, arguments)
+
+
+@pytest.mark.parametrize(("n_iter", "quartic"), [(1, False), (3, True), (5, False), (9, False)])
+def test_roots_are_a_sound_operation(n_iter: int, quartic: bool) -> None:
+    cov = covariances(dtype=torch.float32)
+    torch.library.opcheck(inverse_root, (cov.clone().requires_grad_(), n_iter, quartic))
+    root, kept = inverse_root(cov, n_iter, quartic)
+    torch.library.opcheck(inverse_root_backward, (root, root, kept, n_iter, quartic))
+
+
+@FEW
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("shape", "blocks"), APPLICATIONS.values(), ids=APPLICATIONS.keys())
+def test_applications_are_a_sound_operation(
+    shape: tuple[int, ...],
+    blocks: Blocks,
+    memory_format: torch.memory_format,
+    few: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onednn, "FEW_PRODUCTS", few)
+    values = torch.randn(shape).contiguous(memory_format=memory_format)
+    whitener = covariances(blocks.sets, blocks.features, torch.float32)
+    torch.library.opcheck(apply_whitener, (values.clone().requires_grad_(), whitener, blocks.ints))
+    torch.library.opcheck(apply_whitener_backward, (torch.randn_like(values), values, whitener, blocks.ints))
+
+
+@FEW
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("shape", "blocks"), APPLICATIONS.values(), ids=APPLICATIONS.keys())
+def test_applications_and_their_gradients_are_those_of_the_plain_form(
+    shape: tuple[int, ...],
+    blocks: Blocks,
+    memory_format: torch.memory_format,
+    few: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onednn, "FEW_PRODUCTS", few)
+    values = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
+    whitener = covariances(blocks.sets, blocks.features, torch.float32).requires_grad_()
+    found = apply_whitener(values, whitener, blocks.ints)
+    assert found.is_contiguous(memory_format=memory_format)
+    expected = plain_application(values.double(), whitener.double(), blocks.ints)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn(shape)
+    ours = torch.autograd.grad(found, (values, whitener), cotangent)
+    theirs = torch.autograd.grad(expected, (values, whitener), cotangent.double())
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("sampling", "blocks"), MOMENTS.values(), ids=MOMENTS.keys())
+def test_moments_and_their_gradient_are_those_of_the_plain_form(
+    sampling: Sampling, blocks: Blocks, memory_format: torch.memory_format
+) -> None:
+    x = torch.randn(5, 8, 9, 10, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    found, expected = (form(x, sampling.ints, blocks.ints) for form in (moments, plain_moments))
+    torch.testing.assert_close(found, expected)
+    cotangents = [torch.randn_like(value) for value in expected]
+    (ours,) = torch.autograd.grad(found, x, cotangents)
+    (theirs,) = torch.autograd.grad(expected, x, cotangents)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_each_operation_can_be_derived_twice() -> None:
+    x = torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    sampling, blocks = Sampling(PIXEL).ints, Blocks(2, 2).ints
+    assert torch.autograd.gradgradcheck(lambda x: moments(x, sampling, blocks), (x,))
+    cov = covariances(1, 3).requires_grad_()
+    for n_iter, quartic in ((2, False), (3, True)):
+        symmetric = lambda cov, n=n_iter, q=quartic: inverse_root((cov + cov.mT) / 2, n, q)[0]  # noqa: E731
+        assert torch.autograd.gradgradcheck(symmetric, (cov,))
+    whitener = covariances(1, 2).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x, d: apply_whitener(x, d, blocks), (x, whitener))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_of_half_precision_are_in_float32_under_autocast_too(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 8, 9, 10).to(dtype)
+    sampling, blocks = MOMENTS["windows"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = moments(x, sampling.ints, blocks.ints)
+    torch.testing.assert_close(found, plain_moments(x.float(), sampling.ints, blocks.ints))

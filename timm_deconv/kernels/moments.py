@@ -1,0 +1,118 @@
+"""Mean and covariance of the sampled rows of a batch, and the gradient through them.
+
+Rows are gathered again in the backward pass, so that nothing of the size of an unfolded input is kept, and their
+gradient lands in place in that of the input.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_deconv.linalg import full_precision
+
+from .blocks import Blocks, merge_rows, split_rows
+from .onednn import inner_products, rows_times
+from .windows import Sampling, gather, scatter_add_
+
+__all__ = ["add_moments_gradient_", "moments"]
+
+
+@torch.library.custom_op("timm_deconv::moments", mutates_args=())
+def moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Compute mean (S, F) and covariance (S, F, F), divided by the rows R, of sampled windows of x (N, C, H, W).
+
+    Args:
+        x: any floating dtype; the moments are in float32 or better, whatever the autocast mode.
+        sampling: `Sampling.ints`, which windows.
+        blocks: `Blocks.ints`, which features of a window are a row.
+    """
+    with full_precision(x):
+        rows, _ = _sampled_rows(x, sampling, blocks)
+        mean = rows.mean(1, keepdim=True)
+        deviations = _subtract(rows, mean, sampling)
+        return mean.squeeze(1), inner_products(deviations, deviations) / rows.shape[1]
+
+
+@torch.library.custom_op("timm_deconv::add_moments_gradient_", mutates_args=("grad_x",))
+def add_moments_gradient_(
+    grad_x: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    grad_mean: Tensor,
+    grad_cov: Tensor,
+    sampling: Sequence[int],
+    blocks: Sequence[int],
+) -> None:
+    """Add to the gradient of x, in place, what reaches it through `moments`.
+
+    Args:
+        grad_x, x: (N, C, H, W).
+        mean: (S, F), that `moments` gave.
+        grad_mean: (S, F). grad_cov: (S, F, F), symmetric.
+        sampling, blocks: those of the forward pass.
+    """
+    with full_precision(x):
+        rows, shape = _sampled_rows(x, sampling, blocks)
+        samples = rows.shape[1]
+        deviations = _subtract(rows, mean.unsqueeze(1), sampling)
+        grad_rows = _times_symmetric(deviations, 2 / samples * grad_cov, grad_mean.unsqueeze(1) / samples)
+        columns = merge_rows(grad_rows, shape, Blocks.of_ints(blocks))
+        scatter_add_(grad_x, columns.to(grad_x.dtype), Sampling.of_ints(sampling))
+
+
+def plain_moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Do what `moments` does, of x (N, C, H, W), by operations that can be derived twice."""
+    with full_precision(x):
+        rows, _ = _sampled_rows(x, sampling, blocks)
+        mean = rows.mean(1)
+        deviations = rows - mean.unsqueeze(1)
+        return mean, deviations.mT @ deviations / rows.shape[1]
+
+
+def _sampled_rows(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Return rows (S, R, F) in float32 or better, and the shape of the columns that they are made of."""
+    parts = Blocks.of_ints(blocks)
+    columns = gather(x, Sampling.of_ints(sampling), samples_last=parts.groups > 1)
+    rows = split_rows(columns, parts)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)), list(columns.shape)
+
+
+def _subtract(rows: Tensor, mean: Tensor, sampling: Sequence[int]) -> Tensor:
+    """Centre rows, in place where they are copies for certain: fresh memory can cost more than the arithmetic."""
+    return rows - mean if Sampling.of_ints(sampling).window.pointwise else rows.sub_(mean)
+
+
+def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor) -> Tensor:
+    """Compute rows M + constant of rows (S, R, F), symmetric M (S, F, F) and constant (S, 1, F) in the rows' layout."""
+    if rows.is_contiguous() or rows.shape[-1] == 1:
+        return rows_times(rows, matrices, constant, symmetric=True)
+    return torch.baddbmm(constant.mT, matrices, rows.mT).mT
+
+
+@moments.register_fake
+def _(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    parts, dtype = Blocks.of_ints(blocks), torch.promote_types(x.dtype, torch.float32)
+    mean = x.new_empty(parts.sets, parts.features, dtype=dtype)
+    return mean, x.new_empty(parts.sets, parts.features, parts.features, dtype=dtype)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.sampling, ctx.blocks = inputs
+    ctx.save_for_backward(x, output[0])
+
+
+def _backward(ctx: Any, grad_mean: Tensor, grad_cov: Tensor) -> tuple[Tensor, None, None]:
+    x, mean = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
+        plain = plain_moments(x, ctx.sampling, ctx.blocks)
+        (grad_x,) = torch.autograd.grad(plain, x, (grad_mean, grad_cov), create_graph=True)
+        return grad_x, None, None
+    grad_x = torch.zeros_like(x)
+    grad_cov = torch.lerp(grad_cov, grad_cov.mT, 0.5)
+    add_moments_gradient_(grad_x, x, mean, grad_mean, grad_cov, ctx.sampling, ctx.blocks)
+    return grad_x, None, None
+
+
+moments.register_autograd(_backward, setup_context=_remember)

@@ -1,0 +1,229 @@
+"""Windows of a batch of images: their geometry, which of them are sampled, and the way back for a gradient.
+
+Sampling is linear in x and comes in two halves: `gather` makes columns of windows, `scatter_add_` adds a gradient of
+theirs to that of x in place, so that no dense, mostly zero gradient of x is made.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["PIXEL", "Sampling", "Window", "as_pair", "gather", "scatter_add_", "spread_windows"]
+
+Pair = tuple[int, int]
+Index = tuple[slice | int, ...]
+
+
+def as_pair(value: Any) -> Pair:
+    """Return rows and columns of what may be one number for both."""
+    rows, cols = (value, value) if isinstance(value, int) else value
+    return rows, cols
+
+
+class Window(NamedTuple):
+    """Geometry of a convolution's windows; padding is with zeros, the same on opposite sides."""
+
+    kernel_size: Pair
+    stride: Pair
+    dilation: Pair
+    padding: Pair
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a window is one pixel."""
+        return self.kernel_size == (1, 1)
+
+    def starts(self, axis: int) -> list[int]:
+        """Return where each kernel position of the first window lies, rows or columns from the image's edge; negative
+        in the padding."""
+        return [k * self.dilation[axis] - self.padding[axis] for k in range(self.kernel_size[axis])]
+
+    def grid(self, size: Pair) -> Pair:
+        """Return the rows and columns of windows in an image of (height, width); 0 if none fits."""
+        spans = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(self.dilation, self.kernel_size, strict=True)]
+        rows, cols = (max((size[i] + 2 * self.padding[i] - spans[i]) // self.stride[i] + 1, 0) for i in (0, 1))
+        return rows, cols
+
+    def positions(self, size: Pair) -> int:
+        """Return the number of windows in an image of (height, width)."""
+        rows, cols = self.grid(size)
+        return rows * cols
+
+    def padding_share(self, size: Pair) -> float:
+        """Return the part of what all windows in an image of (height, width) hold that is padding; 0 if it is all."""
+        if not any(self.padding):
+            return 0.0
+        inside = 1.0
+        for axis, windows in enumerate(self.grid(size)):
+            starts = self.starts(axis)
+            seen = sum(len(_inside(start, self.stride[axis], windows, size[axis])) for start in starts)
+            inside *= seen / max(windows * len(starts), 1)
+        return 1 - inside if inside else 0.0
+
+
+PIXEL = Window((1, 1), (1, 1), (1, 1), (0, 0))
+
+
+class Sampling(NamedTuple):
+    """Which windows of a batch are samples.
+
+    Attributes:
+        window: its stride is the spacing of the samples.
+        images: every so many images one is sampled, the first included.
+        offset: row and column of the first sampled pixel; (0, 0) for windows of more than a pixel.
+        flat: the pixels of the whole batch are one list, of which every (stride * stride)-th is taken.
+    """
+
+    window: Window
+    images: int = 1
+    offset: Pair = (0, 0)
+    flat: bool = False
+
+    @property
+    def ints(self) -> list[int]:
+        """The sampling as an operator takes it."""
+        return [*itertools.chain(*self.window, self.offset), self.images, int(self.flat)]
+
+    @classmethod
+    def of_ints(cls, ints: Sequence[int]) -> "Sampling":
+        """Return the sampling that `ints` was made of."""
+        *pairs, images, flat = ints
+        *window, offset = zip(pairs[::2], pairs[1::2], strict=True)
+        return cls(Window(*window), images, offset, bool(flat))
+
+    def positions(self, shape: Sequence[int]) -> int:
+        """Return the number of windows sampled from a batch of shape (N, C, H, W)."""
+        (rows, cols), size = self.window.stride, (shape[2], shape[3])
+        if self.flat:
+            return math.ceil(shape[0] * size[0] * size[1] / (rows * cols))
+        inside = (size[0] - self.offset[0], size[1] - self.offset[1])
+        return math.ceil(shape[0] / self.images) * self.window.positions(inside)
+
+
+def gather(x: Tensor, sampling: Sampling, *, samples_last: bool = False) -> Tensor:
+    """Gather sampled windows of images (N, C, H, W), zero padding counted as data: (..., K), channel-major.
+
+    Args:
+        samples_last: gather windows of more than a pixel into memory where all samples of a feature follow one another.
+    """
+    x, window = x[:: sampling.images], sampling.window
+    if not window.pointwise:
+        return _gather_windows(x, window, samples_last)
+    if not sampling.flat:
+        return _pixel_grid(x, sampling)
+    spacing = window.stride[0] * window.stride[1]
+    pixels = x.permute(0, 2, 3, 1)
+    if pixels.is_contiguous():
+        return pixels.flatten(0, 2)[::spacing]
+    image, position = _flat_pixels(x, spacing)
+    return x.flatten(2)[image, :, position]
+
+
+def scatter_add_(grad_x: Tensor, grad_columns: Tensor, sampling: Sampling) -> None:
+    """Add to grad_x (N, C, H, W), in place, what a gradient of `gather` (its shape) means for x."""
+    grad_x, window = grad_x[:: sampling.images], sampling.window
+    if not window.pointwise:
+        _scatter_windows_(grad_x, grad_columns, window)
+    elif not sampling.flat:
+        _pixel_grid(grad_x, sampling).add_(grad_columns)
+    else:
+        spacing, pixels = window.stride[0] * window.stride[1], grad_x.permute(0, 2, 3, 1)
+        if pixels.is_contiguous():
+            pixels.flatten(0, 2)[::spacing] += grad_columns
+        else:
+            image, position = _flat_pixels(grad_x, spacing)
+            grad_x.view(*grad_x.shape[:2], -1)[image, :, position] += grad_columns
+
+
+def spread_windows(x: Tensor, window: Window, most: int) -> Tensor:
+    """Gather at most `most` windows of images (N, C, H, W), evenly spread over the batch: (count, K), channel-major."""
+    (height, width), (_, cols) = x.shape[2:], window.grid((x.shape[2], x.shape[3]))
+    in_image = window.positions((height, width))
+    total = x.shape[0] * in_image
+    count = min(most, total)
+    index = (torch.arange(count, device=x.device) * total + total // 2) // count
+    image, place = index // in_image, index % in_image
+    top, left = place // cols * window.stride[0], place % cols * window.stride[1]
+    if window == PIXEL._replace(stride=window.stride):
+        return x[image, :, top, left]
+    down, right = (torch.arange(window.kernel_size[i], device=x.device) * window.dilation[i] for i in (0, 1))
+    down = top[:, None, None] + down[:, None] - window.padding[0]
+    right = left[:, None, None] + right - window.padding[1]
+    inside = (down >= 0) & (down < height) & (right >= 0) & (right < width)
+    values = x[image[:, None, None], :, down.clamp(0, height - 1), right.clamp(0, width - 1)]
+    return values.where(inside.unsqueeze(-1), 0).permute(0, 3, 1, 2).flatten(1)
+
+
+def _pixel_grid(x: Tensor, sampling: Sampling) -> Tensor:
+    """View the sampled pixels as (N, rows, columns, C)."""
+    (top, left), (rows, cols) = sampling.offset, sampling.window.stride
+    return x[:, :, top::rows, left::cols].permute(0, 2, 3, 1)
+
+
+def _gather_windows(x: Tensor, window: Window, samples_last: bool) -> Tensor:
+    """Gather (N, windows, K) as `F.unfold` does, which is several times slower where windows are sparse or in
+    channels_last."""
+    size = (x.shape[2], x.shape[3])
+    samples, features = (x.shape[0], *window.grid(size)), (x.shape[1], *window.kernel_size)
+    if samples_last:
+        columns = x.new_empty(*features, *samples).permute(3, 4, 5, 0, 1, 2)
+    else:
+        columns = x.new_empty(*samples, *features)
+    _zero_border_(columns, window, size)
+    for of_columns, of_x in _kernel_positions(x, window):
+        columns[of_columns] = x[of_x].permute(0, 2, 3, 1)
+    return columns.flatten(3).flatten(1, 2)
+
+
+def _zero_border_(columns: Tensor, window: Window, size: Pair) -> None:
+    """Zero the windows, of (N, rows, columns, ...), that reach into the padding, in an image of (height, width)."""
+    for axis in (0, 1):
+        windows = columns.shape[axis + 1]
+        inside = [_inside(start, window.stride[axis], windows, size[axis]) for start in window.starts(axis)]
+        first = min(max(span.start for span in inside), windows)
+        last = max(min(span.stop for span in inside), 0)
+        columns.narrow(axis + 1, 0, first).zero_()
+        columns.narrow(axis + 1, last, windows - last).zero_()
+
+
+def _scatter_windows_(grad_x: Tensor, grad_columns: Tensor, window: Window) -> None:
+    grid = window.grid((grad_x.shape[2], grad_x.shape[3]))
+    columns = grad_columns.unflatten(-1, [-1, *window.kernel_size]).unflatten(1, grid)
+    for of_columns, of_x in _kernel_positions(grad_x, window):
+        grad_x[of_x] += columns[of_columns].permute(0, 3, 1, 2)
+
+
+def _kernel_positions(x: Tensor, window: Window) -> Iterator[tuple[Index, Index]]:
+    """Yield, for every kernel position, its place in columns (N, rows, columns, C, kernel height, kernel width) and its
+    pixels in x (N, C, H, W), without the windows where it lies in the padding."""
+    size = (x.shape[2], x.shape[3])
+    rows, cols = window.grid(size)
+    everything = slice(None)
+    for (i, top), (j, left) in itertools.product(enumerate(window.starts(0)), enumerate(window.starts(1))):
+        in_rows, pixel_rows = _slices(_inside(top, window.stride[0], rows, size[0]), top, window.stride[0])
+        in_cols, pixel_cols = _slices(_inside(left, window.stride[1], cols, size[1]), left, window.stride[1])
+        yield (everything, in_rows, in_cols, everything, i, j), (everything, everything, pixel_rows, pixel_cols)
+
+
+def _inside(start: int, step: int, windows: int, size: int) -> range:
+    """Return which of so many windows, whose pixels are start, start + step ..., have theirs inside 0 ... size - 1."""
+    return range(max(math.ceil(-start / step), 0), min((size - 1 - start) // step, windows - 1) + 1)
+
+
+def _slices(windows: range, start: int, step: int) -> tuple[slice, slice]:
+    """Return slices of windows, and of their pixels start, start + step ..."""
+    if not windows:
+        return slice(0, 0), slice(0, 0)
+    first, last = windows[0], windows[-1]
+    return slice(first, last + 1), slice(start + first * step, start + last * step + 1, step)
+
+
+def _flat_pixels(x: Tensor, spacing: int) -> tuple[Tensor, Tensor]:
+    """Return image and position of every sampled pixel of the flat list."""
+    in_image = x.shape[2] * x.shape[3]
+    pixels = torch.arange(0, x.shape[0] * in_image, spacing, device=x.device)
+    return pixels // in_image, pixels % in_image

@@ -1,0 +1,149 @@
+"""What a configuration makes of a layer's shape: which features share a block, and which windows are samples."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from timm_deconv.kernels import PIXEL, Blocks, Sampling, Window
+
+from .config import DeconvCfg
+
+__all__ = ["ConvGeometry", "conv_blocks", "conv_geometry", "largest_divisor", "linear_blocks"]
+
+FEWEST = 16
+"""Positions of an image below which images are passed over and the spacing grows no more."""
+
+MOST_PADDING = 0.01
+"""Most weight of padding in the statistics of blocks of pixels: enough to bound what leaves at the border of an image
+without variance, where D mu is near weight ** -0.5. Counting all of it cost a point of accuracy."""
+
+
+def conv_blocks(in_channels: int, positions: int, groups: int, cfg: DeconvCfg) -> Blocks:
+    """Divide the features of a convolution into blocks (paper, section 4.3, and released code).
+
+    Args:
+        in_channels, groups: the convolution's.
+        positions: of its kernel, height * width.
+        cfg: layout and block.
+    """
+    width = in_channels // groups
+    of_pixels = cfg.layout == "channels" and width * positions > cfg.least_block
+    if groups > 1:
+        return Blocks(groups, width if of_pixels else width * positions, groups=groups, pixels=of_pixels)
+    if of_pixels:
+        features = largest_divisor(width, cfg.block_of(width))
+    elif cfg.layout == "channels":
+        features = width * positions
+    elif cfg.layout == "flat":
+        features = published_block(width * positions, cfg.block_of(width * positions))
+    else:
+        features = positions * published_block(width, cfg.block)
+    count = width * (1 if of_pixels else positions) // features
+    interleaved = cfg.layout == "interleaved" and count > 1
+    return Blocks(count, features, interleaved, pixels=of_pixels or (positions == 1 and not interleaved))
+
+
+def linear_blocks(in_features: int, cfg: DeconvCfg) -> Blocks:
+    """Divide the features of a linear layer into runs."""
+    features = published_block(in_features, cfg.block_of(in_features))
+    return Blocks(in_features // features, features)
+
+
+def published_block(channels: int, block: int) -> int:
+    """Return the block that is used: all channels if it is larger, their greatest common divisor if it does not divide
+    them."""
+    return channels if block > channels else math.gcd(block, channels)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number that is not above `most`."""
+    return next(divisor for divisor in range(min(most, number), 0, -1) if number % divisor == 0)
+
+
+class ConvGeometry(NamedTuple):
+    """A convolution of a batch of images, and what is sampled of it.
+
+    Attributes:
+        window: the convolution's windows. groups: its groups.
+        blocks: of features that are whitened together.
+        seen: what samples are taken from: the convolution's windows, or single pixels of the image without padding.
+        sampling: which of those.
+        padding: the weight in the statistics of padding that the convolution sees but that is not among the samples.
+    """
+
+    window: Window
+    groups: int
+    blocks: Blocks
+    seen: Window
+    sampling: Sampling
+    padding: float
+
+    def rows(self, shape: Sequence[int]) -> int:
+        """Return how many rows are sampled from a batch of shape (N, C, H, W), in each set of statistics."""
+        return self.sampling.positions(shape) * (self.blocks.number // self.blocks.sets)
+
+    def most_rows(self, shape: Sequence[int]) -> int:
+        """Return how many rows there are in a batch of shape (N, C, H, W), sampled or not."""
+        return shape[0] * self.seen.positions((shape[2], shape[3])) * (self.blocks.number // self.blocks.sets)
+
+
+def conv_geometry(shape: Sequence[int], window: Window, groups: int, blocks: Blocks, cfg: DeconvCfg) -> ConvGeometry:
+    """Return what a convolution does with a batch of shape (N, C, H, W).
+
+    Args:
+        shape: of the batch.
+        window, groups: the convolution's.
+        blocks: by `conv_blocks`.
+        cfg: how to sample.
+    """
+    seen, padding = window, 0.0
+    if window.pointwise:
+        seen = window._replace(padding=(0, 0))
+    elif blocks.pixels:
+        seen = PIXEL
+    if blocks.pixels and cfg.layout == "channels":
+        padding = min(window.padding_share((shape[2], shape[3])), MOST_PADDING)
+    return ConvGeometry(window, groups, blocks, seen, choose_sampling(shape, seen, blocks, cfg), padding)
+
+
+def choose_sampling(shape: Sequence[int], window: Window, blocks: Blocks, cfg: DeconvCfg) -> Sampling:
+    """Choose samples of a batch of shape (N, C, H, W) among windows.
+
+    The spacing is the configured one times the stride of the windows. It is reduced, at most to that stride, until
+    there are `cfg.min_rows` * F rows; or increased, down to FEWEST windows an image, and then images are passed over,
+    until there are no more than `cfg.max_rows`.
+
+    Args:
+        shape: (N, C, H, W).
+        window: what samples are taken from, at its stride or wider.
+        blocks: the features of a row.
+        cfg: how many samples.
+    """
+    flat = window.pointwise and cfg.layout != "channels"
+    per_position = blocks.number // blocks.sets
+    for spacing in range(cfg.sampling_stride, 0, -1):
+        sampling = Sampling(_spaced(window, spacing * window.stride[0], spacing * window.stride[1]), flat=flat)
+        if sampling.positions(shape) * per_position >= cfg.min_rows * blocks.features:
+            break
+    most = max(cfg.most_rows(blocks.features) // per_position, 1)
+    if not cfg.max_rows or sampling.positions(shape) <= most:
+        return sampling
+    return _sparser(shape, sampling.window, most)
+
+
+def _sparser(shape: Sequence[int], window: Window, most: int) -> Sampling:
+    images, size = shape[0], (shape[2], shape[3])
+    wider = _spaced(window, window.stride[0] + 1, window.stride[1] + 1)
+    while images * window.positions(size) > most and wider.positions(size) >= FEWEST:
+        window, wider = wider, _spaced(wider, wider.stride[0] + 1, wider.stride[1] + 1)
+    rows, cols = window.grid(size)
+    offset = (0, 0)
+    if window.pointwise:  # in the middle of the image
+        spare = (size[0] - 1 - (rows - 1) * window.stride[0], size[1] - 1 - (cols - 1) * window.stride[1])
+        offset = (spare[0] // 2, spare[1] // 2)
+    wanted = max(most // (rows * cols), 1)
+    return Sampling(window, math.ceil(images / wanted), offset)
+
+
+def _spaced(window: Window, rows: int, cols: int) -> Window:
+    return window._replace(stride=(rows, cols))
