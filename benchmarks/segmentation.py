@@ -104,7 +104,14 @@ class Segmenter(nn.Module):
 
 
 class Segmentation:
-    """Cross entropy of labelled pixels, and the mean over classes of intersection over union."""
+    """Cross entropy of labelled pixels, and the mean over classes of intersection over union.
+
+    A task as the training loop asks for it (`timm_deconv.training.tasks.Task`). A batch is uint8 images (B, 3, H, W)
+    and masks (B, H, W); its figures are those of `_figures`.
+
+    Raises:
+        InputError: the recipe has a setting that is not for CamVid.
+    """
 
     columns = ("loss", *(f"both{i}" for i in range(CLASSES)), *(f"either{i}" for i in range(CLASSES)))
     headline = "miou"

@@ -28,25 +28,26 @@ def photographs(data_dir: Path, folder: Path, images: int) -> Path:
 
 
 @pytest.mark.slow
-def test_a_hundred_photographs_keep_their_class(
+def test_sixty_photographs_keep_their_class(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = photographs(data_dir, tmp_path / "photographs", 100)
+    folder = photographs(data_dir, tmp_path / "photographs", 60)
     output = tmp_path / "rows.csv"
-    arguments = ["transfer", "--data-dir", folder, "--presets", "fast", "--calibration-images", 100, "--output", output]
+    arguments = ["transfer", "--data-dir", folder, "--presets", "fast", "--calibration-images", 60, "--batch", 60]
+    arguments += ["--output", output]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     rows = {row["form"]: row for row in csv.DictReader(output.read_text().splitlines())}
-    assert {row["images"] for row in rows.values()} == {"100"}
+    assert {row["images"] for row in rows.values()} == {"60"}
     assert float(rows["batch_norm"]["top1"]) > 70
-    assert rows["transferred"]["same_class"] == rows["fused"]["same_class"] == "100"
-    assert int(rows["calibrated"]["same_class"]) >= 99
+    assert rows["transferred"]["same_class"] == rows["fused"]["same_class"] == "60"
+    assert rows["calibrated"]["same_class"] == "60"
     assert float(rows["transferred"]["largest_difference"]) < 1e-4
     assert float(rows["fused"]["largest_difference"]) < 1e-4
     assert float(rows["calibrated"]["largest_difference"]) < 1e-3
     for form in ("batch_norm training", "calibrated training"):  # another function, of the batch too
         assert float(rows[form]["largest_difference"]) > 0.01
-    assert int(rows["calibrated training"]["same_class"]) >= int(rows["batch_norm training"]["same_class"]) - 5
+    assert int(rows["calibrated training"]["same_class"]) >= int(rows["batch_norm training"]["same_class"]) - 3
 
 
 def test_photographs_in_print_colours_and_with_transparency_are_converted(
