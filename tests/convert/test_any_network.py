@@ -313,7 +313,7 @@ def test_a_base_that_cannot_be_is_named(base: str | None, message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mobileone_s0", "tf_mobilenetv3_small_minimal_100", "ghostnet_050"])
+@pytest.mark.parametrize("name", ["repvgg_a0", "tf_mobilenetv3_small_minimal_100", "ghostnet_050"])
 def test_networks_pass_every_check_of_the_table(name: str) -> None:
     from benchmarks.conversion import check_network
 

@@ -32,10 +32,10 @@ POST_NORM: list[tuple[str, dict[str, Any], int]] = [
     ("mixnet_s", {}, 64),  # concatenated depthwise convolutions
 ]
 SLOW: list[tuple[str, dict[str, Any], int]] = [
-    ("vgg11_bn", {}, 64),
+    ("vgg11_bn", {"mlp_ratio": 1 / 16}, 64),
     ("seresnet50", {}, 64),
     ("resnext50_32x4d", {}, 64),
-    ("legacy_senet154", {}, 64),
+    ("legacy_senet154", {"layers": (1, 2, 2, 1)}, 64),
     ("efficientnetv2_rw_s", {}, 64),
     ("pnasnet5large", {}, 96),
     ("fcn_resnet50", {}, 33),

@@ -241,7 +241,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _hooks(model: nn.Module) -> dict[int, Any]:
-    """Return what a copy has in place of hooks: those that compute weights, as the user's would see the run's tensors."""
+    """Return what a copy has in place of hooks: those that compute weights; the user's would see the run's tensors."""
     kept: dict[int, Any] = {}
     for module in model.modules():
         own = module._forward_pre_hooks.items()
