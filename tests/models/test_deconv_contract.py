@@ -1,7 +1,7 @@
 """timm's contract on every deconvolution name.
 
-The quick form has few layers and whitens blocks of 16 channels; full depth with default settings, and what is large
-anyway, is slow.
+Whole contracts are checked with a block a stage, on one network of each kind in blocks of 16 channels and on all with
+default settings; at full depth every network runs forward.
 """
 
 from collections.abc import Callable
@@ -10,43 +10,36 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models._efficientnet_builder import decode_arch_def
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import timm_deconv
-from tests.models.test_twins import layers
+from tests.models.test_twins import ONE_BLOCK_A_STAGE, layers
 from tests.models.timm_contract import (
     CHECKS,
     DENSE_CHECKS,
     Subject,
+    check_default_cfg,
     check_forward,
     check_grad_checkpointing,
+    check_groups,
+    check_pretrained,
+    check_round_trip,
     check_torchscript,
 )
 from timm_deconv import Deconv2d, DeconvLinear
 
 Check = Callable[[Subject], None]
+BY_NAME: tuple[Check, ...] = (check_forward, check_default_cfg, check_groups, check_pretrained, check_round_trip)
+"""What can differ between two names of one class and shape, as both DeepLabs are with a block a stage."""
 
 QUICK: dict[str, Any] = {"deconv": {"preset": "paper", "block": 16}}
 CIFAR = [name for name in timm_deconv.list_models() if name.endswith("_cifar_deconv")]
 DENSE = ["deeplabv3_resnet50_deconv", "deeplabv3_resnet101_deconv", "fcn_resnet50_deconv"]
 SHALLOW: dict[str, Any] = {"layers": (1, 1, 1, 1)}
 NARROW: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}
-SHALLOW_CIFAR: dict[str, dict[str, Any]] = {
-    "densenet121_cifar_deconv": SHALLOW,
-    "dpn92_cifar_deconv": SHALLOW,
-    "efficientnet_b0_cifar_deconv": {
-        "groups": ((1, 16, 1, 2), (6, 24, 1, 1), (6, 40, 1, 2), (6, 80, 1, 2), (6, 192, 1, 2), (6, 320, 1, 2))
-    },
-    "mobilenetv2_cifar_deconv": {"groups": ((1, 16, 1, 1), (6, 32, 1, 2), (6, 64, 1, 2), (6, 160, 1, 2))},
-    "pnasnet_a_cifar_deconv": {"cells": 1},
-    "preact_resnet18_cifar_deconv": SHALLOW,
-    "resnet18_cifar_deconv": SHALLOW,
-    "resnext29_32x4d_cifar_deconv": {"layers": (1, 1, 1)},
-    "senet18_cifar_deconv": SHALLOW,
-    "vgg11_cifar_deconv": {},
-}
-"""The ten 32x32 families, with a block a stage."""
+SHALLOW_CIFAR = {f"{name}_deconv": arguments for name, arguments in ONE_BLOCK_A_STAGE.items()}
 
 SMALL: dict[str, dict[str, Any]] = {
     "densenet121_deconv": {"block_config": (1, 1, 1, 1)},
@@ -60,8 +53,17 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """One ImageNet network of each kind of class, as small as its arguments allow."""
 
-HUGE = ("vgg", "legacy_senet154", "pnasnet5large", "resnext101", "dpn98", "densenet161", "densenet201")
 OTHERS = [name for name in timm_deconv.list_models() if name not in (*CIFAR, *DENSE, *SMALL)]
+SHALLOW_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "densenet": {"block_config": (1, 1, 1, 1)},
+    "dpn": {"k_sec": (1, 1, 1, 1)},
+    "legacy_": SHALLOW,
+    "resne": NARROW,
+}
+"""What makes a block a stage of the other ImageNet networks, by the start of their names; EfficientNets and MobileNets
+take no such argument and get it by a fixture."""
+HUGE = ("vgg", "pnasnet5large")
+"""Those that cannot be made small."""
 NO_CHECKPOINTING = ("legacy_", "pnasnet5")
 """timm's classes that refuse `set_grad_checkpointing`."""
 NO_TORCHSCRIPT = ("densenet", "dpn")
@@ -92,7 +94,7 @@ def test_timm_contract_at_32x32(name: str, check: Check) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "check"), pairs(CIFAR, CHECKS))
 def test_timm_contract_at_32x32_with_default_settings(name: str, check: Check) -> None:
-    check(subject(name, {"width": 0.25}))
+    check(subject(name, {"width": 0.25, **SHALLOW_CIFAR.get(name, {})}))
 
 
 @pytest.mark.parametrize(("name", "check"), pairs(list(SMALL), CHECKS))
@@ -106,24 +108,32 @@ def test_timm_contract_of_dense_networks(name: str, check: Check) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "check"), pairs(DENSE[:2], DENSE_CHECKS))
+@pytest.mark.parametrize(("name", "check"), pairs(DENSE[:1], DENSE_CHECKS) + pairs(DENSE[1:2], BY_NAME))
 def test_timm_contract_of_deeplab(name: str, check: Check) -> None:
     check(subject(name, {**SHALLOW, **QUICK}, 33))
 
 
-FULL: dict[str, Any] = {"deconv": "fast"}
+@pytest.fixture
+def one_block_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's EfficientNets and MobileNets are made with the first block of each stage alone."""
+    monkeypatch.setattr(
+        "timm.models.efficientnet.decode_arch_def",
+        lambda *args, **kwargs: [stage[:1] for stage in decode_arch_def(*args, **kwargs)],
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "check"),
-    [
-        *pairs([name for name in OTHERS if not name.startswith(HUGE)], CHECKS),
-        *pairs([name for name in OTHERS if name.startswith(HUGE)], (check_forward,)),
-    ],
-)
-def test_timm_contract_of_large_networks(name: str, check: Check) -> None:
-    check(subject(name, FULL, 64))
+@pytest.mark.usefixtures("one_block_a_stage")
+@pytest.mark.parametrize(("name", "check"), pairs([name for name in OTHERS if not name.startswith(HUGE)], CHECKS))
+def test_timm_contract_of_other_imagenet_networks(name: str, check: Check) -> None:
+    shallow = next((kwargs for start, kwargs in SHALLOW_ARGUMENTS.items() if name.startswith(start)), {})
+    check(subject(name, shallow, 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_imagenet_networks_run_at_full_depth(name: str) -> None:
+    check_forward(subject(name, {}, 64))
 
 
 def test_no_name_is_left_out() -> None:

@@ -39,6 +39,22 @@ CIFAR = [
     "senet18_cifar",
     "efficientnet_b0_cifar",
 ]
+ONE_BLOCK_A_STAGE: dict[str, dict[str, Any]] = {
+    "densenet121_cifar": {"layers": (1, 1, 1, 1)},
+    "dpn92_cifar": {"layers": (1, 1, 1, 1)},
+    "efficientnet_b0_cifar": {
+        "groups": ((1, 16, 1, 2), (6, 24, 1, 1), (6, 40, 1, 2), (6, 80, 1, 2), (6, 192, 1, 2), (6, 320, 1, 2))
+    },
+    "mobilenetv2_cifar": {"groups": ((1, 16, 1, 1), (6, 32, 1, 2), (6, 64, 1, 2), (6, 160, 1, 2))},
+    "pnasnet_a_cifar": {"cells": 1},
+    "preact_resnet18_cifar": {"layers": (1, 1, 1, 1)},
+    "resnet18_cifar": {"layers": (1, 1, 1, 1)},
+    "resnext29_32x4d_cifar": {"layers": (1, 1, 1)},
+    "senet18_cifar": {"layers": (1, 1, 1, 1)},
+    "vgg11_cifar": {},
+}
+"""The ten 32x32 families, with arguments that make a block a stage."""
+
 DENSE = ["deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50"]
 PUBLISHED = [name for name in CIFAR if name != "resnet50_cifar"] + DENSE + [f"{name}_aux" for name in DENSE]
 WHITENED = [name for name in CIFAR if name not in ("resnet50_cifar", "efficientnet_b0_cifar")]
@@ -177,7 +193,7 @@ def test_resnet50_cifar_has_its_stated_parameters() -> None:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", CIFAR)
 def test_timm_contract(name: str, check: Callable[[Subject], None]) -> None:
-    check(Subject(name, {"width": 0.25}))
+    check(Subject(name, {"width": 0.25, **ONE_BLOCK_A_STAGE.get(name, {})}))
 
 
 @pytest.mark.parametrize("check", DENSE_CHECKS, ids=lambda check: check.__name__)
