@@ -55,6 +55,9 @@ def test_imagenet_recipe_is_the_published_one():
         (["lr"], r"'lr' is not key=value"),
         (["lr=[1"], r"lr=\[1: not YAML"),
         (["lr.x=1"], r"lr holds one value"),
+        (["model_kwargs.deconv=fast", "model_kwargs.deconv.block=8"], r"model_kwargs.deconv holds one value"),
+        (["model_kwargs={a: 1, a: 2}"], r"not YAML: .*duplicate key"),
+        (["mean[7]=1"], r"mean\[7\]=1: not YAML: .*out of range"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named_in_one_line(settings, message):
@@ -88,6 +91,9 @@ def test_settings_from_the_command_line_are_yaml():
     )
     assert (recipe.lr, recipe.model_ema) == (1e-3, True)
     assert recipe.model_kwargs["deconv"] == {"eps": 1e-2} and recipe.model_kwargs["width"] == 2
+    recipe = load_recipe("digits", ["mean[1]=0.5", "channels_last=no", "clip_grad=null", "model_kwargs={deconv: fast}"])
+    assert recipe.mean == (0.3057, 0.5, 0.3057) and (recipe.channels_last, recipe.clip_grad) == (False, None)
+    assert recipe.model_kwargs == {"deconv": "fast"}, "a value replaces what the key held"
 
 
 def test_a_recipe_cannot_be_changed_in_place():
