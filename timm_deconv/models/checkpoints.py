@@ -121,10 +121,9 @@ def _batches_seen(state_dict: StateDict) -> int | None:
 
 
 def _of_batch_norms(state_dict: StateDict, model: nn.Module) -> bool:
-    """Return whether there are running variances that the model lacks and that are not channel whitening's."""
+    """Return whether there are running variances that the model lacks."""
     known = model.state_dict()
-    variances = (key for key in state_dict if key.endswith(".running_var") and key not in known)
-    return any(f"{key.removesuffix('var')}mean1" not in state_dict for key in variances)
+    return any(key.endswith(".running_var") and key not in known for key in state_dict)
 
 
 def _transferred(
