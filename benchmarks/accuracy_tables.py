@@ -292,7 +292,7 @@ def going_on(results: Path) -> Table:
 def photographs(results: Path) -> Table:
     """Make the table of EfficientNet-Lite0 on a thousand photographs: the latest row of each form."""
     titles = {"batch_norm": "batch norm", "transferred": "transferred", "calibrated": "calibrated", "fused": "fused"}
-    file = "transfer.csv" if (results / "transfer.csv").exists() else "carry_over.csv"
+    file = "transfer.csv"
     latest = {(row["preset"], row["form"]): row for row in read_rows(results / file) if row["images"] == "1000"}
     used, body = [], []
     for preset in ("", "paper", "fast"):

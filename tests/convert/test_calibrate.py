@@ -62,7 +62,7 @@ def trained(training_images: Data) -> nn.Module:
     return model.eval()
 
 
-def carried_over(trained: nn.Module, policy: Any = None) -> nn.Module:
+def transferred(trained: nn.Module, policy: Any = None) -> nn.Module:
     model = copy.deepcopy(trained)
     transfer(model, policy)
     return model.eval()
@@ -105,7 +105,7 @@ POLICIES = [
 def test_calibration_keeps_the_function_and_training_starts_on_the_right_class(
     trained: nn.Module, training_images: Data, test_images: Tensor, policy: Any
 ) -> None:
-    model = carried_over(trained, policy)
+    model = transferred(trained, policy)
     expected = outputs(trained, test_images)
     with pytest.warns(UserWarning, match=r"timm_deconv.calibrate\(model, loader\)") as said:
         uncalibrated = agreement(outputs(copy.deepcopy(model).train(), test_images), expected)
@@ -117,7 +117,7 @@ def test_calibration_keeps_the_function_and_training_starts_on_the_right_class(
 
 
 def test_calibration_is_exact_in_float64_and_again_when_repeated(trained: nn.Module, training_images: Data) -> None:
-    model = carried_over(trained).double()
+    model = transferred(trained).double()
     images = training_images[0][:300].double()
     expected = outputs(model, images)
     for _ in range(2):

@@ -7,7 +7,7 @@ from torch import nn
 __all__ = ["LIVE_STATISTICS", "UNCALIBRATED", "Notices", "share_notices"]
 
 UNCALIBRATED = (
-    "weights carried over from batch norm start training from another function, as whitening has seen no images yet:"
+    "weights transferred from batch norm start training from another function, as whitening has seen no images yet:"
     " call timm_deconv.calibrate(model, loader) before the optimiser is made, or run the script by"
     " 'python -m timm_deconv --calibrate DATA SCRIPT.py'"
 )
@@ -21,7 +21,7 @@ class Notices:
     """Memory of what has been said of a network, shared by its whitening layers; copied and pickled with them.
 
     Attributes:
-        uncalibrated: the weights were carried over from batch norm, and no images were seen since.
+        uncalibrated: the weights were transferred from batch norm, and no images were seen since.
     """
 
     def __init__(self) -> None:
