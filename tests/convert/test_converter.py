@@ -210,3 +210,13 @@ def test_fusing_a_network_without_whitening_layers_says_what_makes_them() -> Non
     convert_deconv_model(model)
     with pytest.raises(InputError, match="a fused network has none"):
         fuse(fuse(model))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_report_says_that_a_trained_network_is_another_function_now(trained: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    if trained:
+        network(torch.randn(4, 3, 8, 8))
+    report = convert_deconv_model(network)
+    assert report.trained is trained
+    assert ("timm_deconv.transfer takes a trained network over" in str(report)) is trained

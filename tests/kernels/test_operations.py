@@ -14,8 +14,8 @@ from timm_deconv.kernels import (
     apply_whitener_backward,
     inverse_root,
     inverse_root_backward,
-    moments,
     onednn,
+    sampled_moments,
 )
 from timm_deconv.kernels.application import plain_application
 from timm_deconv.kernels.moments import plain_moments
@@ -56,8 +56,8 @@ def test_moments_are_a_sound_operation(
     sampling: Sampling, blocks: Blocks, memory_format: torch.memory_format
 ) -> None:
     x = torch.randn(5, 8, 9, 10).contiguous(memory_format=memory_format)
-    torch.library.opcheck(moments, (x.clone().requires_grad_(), sampling.ints, blocks.ints))
-    mean, cov = moments(x, sampling.ints, blocks.ints)
+    torch.library.opcheck(sampled_moments, (x.clone().requires_grad_(), sampling.ints, blocks.ints))
+    mean, cov = sampled_moments(x, sampling.ints, blocks.ints)
     arguments = (torch.zeros_like(x), x, mean, mean, cov, sampling.ints, blocks.ints)
     torch.library.opcheck(add_moments_gradient_, arguments)
 
@@ -116,7 +116,7 @@ def test_moments_and_their_gradient_are_those_of_the_plain_form(
     sampling: Sampling, blocks: Blocks, memory_format: torch.memory_format
 ) -> None:
     x = torch.randn(5, 8, 9, 10, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
-    found, expected = (form(x, sampling.ints, blocks.ints) for form in (moments, plain_moments))
+    found, expected = (form(x, sampling.ints, blocks.ints) for form in (sampled_moments, plain_moments))
     torch.testing.assert_close(found, expected)
     cotangents = [torch.randn_like(value) for value in expected]
     (ours,) = torch.autograd.grad(found, x, cotangents)
@@ -127,7 +127,7 @@ def test_moments_and_their_gradient_are_those_of_the_plain_form(
 def test_each_operation_can_be_derived_twice() -> None:
     x = torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     sampling, blocks = Sampling(PIXEL).ints, Blocks(2, 2).ints
-    assert torch.autograd.gradgradcheck(lambda x: moments(x, sampling, blocks), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: sampled_moments(x, sampling, blocks), (x,))
     cov = covariances(1, 3).requires_grad_()
     for n_iter, quartic in ((2, False), (3, True)):
         symmetric = lambda cov, n=n_iter, q=quartic: inverse_root((cov + cov.mT) / 2, n, q)[0]  # noqa: E731
@@ -141,5 +141,5 @@ def test_moments_of_half_precision_are_in_float32_under_autocast_too(dtype: torc
     x = torch.randn(5, 8, 9, 10).to(dtype)
     sampling, blocks = MOMENTS["windows"]
     with torch.autocast("cpu", torch.bfloat16):
-        found = moments(x, sampling.ints, blocks.ints)
+        found = sampled_moments(x, sampling.ints, blocks.ints)
     torch.testing.assert_close(found, plain_moments(x.float(), sampling.ints, blocks.ints))

@@ -36,7 +36,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
     A calibrated layer counts the batches of the pass as seen; with `cfg.freeze` it counts its live forwards as done, so
     that it starts frozen at the calibrated values. Layers that the evaluating
     network does not use (an auxiliary head) stay as they are, and so does `ChannelDeconv`: it has no weight that could
-    absorb anything, and in training it whitens what it let pass before.
+    absorb anything, and in training it whitens its input, which evaluation passed unchanged.
 
     Args:
         model: a network with whitening layers, on any device; it ends in the mode it was in.
@@ -66,7 +66,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
     for name, new in values.items():
         _write(layers[name], new, seen)
     share_notices(model).uncalibrated = False
-    return {name: moments[name].rows for name in values}
+    return {name: moments[name].row_count for name in values}
 
 
 def _write(layer: WhiteningMixin, values: Values, batches: int) -> None:
@@ -87,8 +87,8 @@ def _combined(before: Moments | None, latest: Moments) -> Moments:
     latest = latest._replace(mean=to_double(latest.mean), cov=to_double(latest.cov))
     if before is None:
         return latest
-    rows = before.rows + latest.rows
-    share = latest.rows / rows
+    rows = before.row_count + latest.row_count
+    share = latest.row_count / rows
     step = latest.mean - before.mean
     cov = torch.lerp(before.cov, latest.cov, share)
     cov += share * (1 - share) * step.unsqueeze(-1) * step.unsqueeze(-2)
@@ -151,7 +151,7 @@ def _watch(name: str, layer: WhiteningMixin, moments: dict[str, Moments]) -> Any
         if isinstance(layer, nn.Conv2d) and input.ndim != 4:
             raise InputError(f"{name} was given one image, {tuple(input.shape)}: calibrate takes batches of images")
         latest = layer.moments(input) if input.numel() else None
-        if latest is not None and latest.rows:
+        if latest is not None and latest.row_count:
             moments[name] = _combined(moments.get(name), latest)
 
     return watch
@@ -160,9 +160,9 @@ def _watch(name: str, layer: WhiteningMixin, moments: dict[str, Moments]) -> Any
 def _values(name: str, layer: WhiteningMixin, moments: Moments) -> Values:
     """Compute, in float64, what leaves a layer's function as it is and whitens its input."""
     features = layer.blocks.features
-    if moments.rows < features:
+    if moments.row_count < features:
         raise InputError(
-            f"too few samples to calibrate {name}: it saw {moments.rows} rows and needs at least {features}, one a"
+            f"too few samples to calibrate {name}: it saw {moments.row_count} rows and needs at least {features}, one a"
             " feature; give more images"
         )
     if not (moments.mean.isfinite().all() and moments.cov.isfinite().all()):

@@ -36,13 +36,14 @@ def convert_deconv_model(
     norm goes where whitening takes its place in what follows: where its output is read by whitened layers, through
     activations, poolings, sums and so on. A norm that a plain layer reads stays, and the report says which and why.
 
-    Weights, hooks and `requires_grad` are kept, missing biases added as zeros, whitening starts at the identity.
+    Weights, hooks and `requires_grad` are kept, missing biases added as zeros, whitening starts at the identity. The
+    function is not kept: for a network that was trained with batch norm call `transfer`; the report reminds of it.
     `BatchNorm2d` becomes `Identity`, `BatchNormAct2d` its activation. A timm network is afterwards saved by the name
     `deconv` and loads as such. Methods of its blocks that would fold batch norms (`fuse`, `reparameterize`,
     `switch_to_deploy`) fold whitening instead.
 
-    To see what reads what, the network is run once on an input without data. For what does not run so, roles are taken
-    from shapes only, norms are judged by the layers beside them, and the report says it.
+    To see what reads what, the network is run once on an input without data. For networks that cannot be run this way,
+    roles are taken from shapes only, norms are judged by the layers beside them, and the report says it.
 
     Args:
         model: a network with `nn.Conv2d` or `nn.Linear` layers, timm's or any other, on any device (meta too). Convert
@@ -70,8 +71,9 @@ def convert_deconv_model(
     check_convertible(model)
     flows, unseen = observe_what_runs(model, example_inputs)
     plan = make_plan(model, requested, requested.over_published(family), flows, batch_norms(model))
+    trained = any(_has_statistics(model.get_submodule(name)) for name in plan.removed)
     report = apply_plan(model, plan, in_place=in_place)
-    report.unseen = unseen
+    report.unseen, report.trained = unseen, trained
     return report
 
 
@@ -116,6 +118,12 @@ def apply_plan(model: nn.Module, plan: Plan, *, in_place: bool = False) -> "Conv
     return report
 
 
+def _has_statistics(norm: nn.Module) -> bool:
+    """Tell whether a batch norm's running mean is no longer the initial one."""
+    mean = getattr(norm, "running_mean", None)
+    return mean is not None and not mean.is_meta and bool(mean.any())
+
+
 def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -145,6 +153,7 @@ class ConversionReport:
         affine: names of the batch norms that stay as a scale and shift of each channel (`transfer`).
         unseen: why the network did not run to its end, if it did not: roles of what was not computed were taken from
             shapes only, and norms judged by the layers beside them.
+        trained: whether the batch norms that were taken out held trained statistics.
         parameters_before, parameters_after: counts.
     """
 
@@ -157,6 +166,7 @@ class ConversionReport:
     norms_left: list[tuple[str, str]] = field(default_factory=list)
     affine: list[str] = field(default_factory=list)
     unseen: str | None = None
+    trained: bool = False
 
     def __str__(self) -> str:
         rows = [("layer", "role", "becomes", "blocks x features", "options")]
@@ -172,6 +182,11 @@ class ConversionReport:
             f"{len(self.converted)} layers whitened, {len(self.skipped)} left plain, {len(self.norms)} batch norms"
             f" removed, {self.parameters_before:,} -> {self.parameters_after:,} parameters"
         ]
+        if self.trained:
+            lines.append(
+                "the batch norms were trained, and the network computes another function without them:"
+                " timm_deconv.transfer takes a trained network over as it is"
+            )
         if self.affine:
             lines.append(f"{len(self.affine)} of the batch norms left as scale and shift")
         if self.norms_kept:

@@ -22,12 +22,12 @@ def fuse(model: nn.Module) -> nn.Module:
     """Copy a network, in evaluation mode, with plain layers that compute the same in place of its whitening layers.
 
     `Deconv2d` becomes `nn.Conv2d`, `DeconvLinear` `nn.Linear`, `ChannelDeconv` a 1x1 convolution. The model itself is
-    unchanged and can go on training. timm saves and loads the copy of one of its networks as it does the network.
+    unchanged and can go on training. A fused timm network saves and loads as the original does.
 
     Hooks, memory format and `requires_grad` are kept. Parametrisations are folded in.
 
     Raises:
-        InputError: no whitening layer, or one whose parameters are computed by hooks, as of pruned layers.
+        InputError: no whitening layer, or one whose parameters are computed by hooks, such as pruned layers.
     """
     check_network(model, "fuse")
     if not is_whitened(model):

@@ -32,8 +32,8 @@ DEFAULT_PRESET = "fast"
 class DeconvPolicy:
     """Whitening options of every layer of a network.
 
-    From the weakest to the strongest: the preset; what it, or under 'paper' what is published of the family, says of
-    roles; then `options`, `roles` and `patterns`. The later wins, and what is not written here never overrules what is.
+    From the weakest to the strongest: the preset; its settings by role (under 'paper', those published of the family);
+    then `options`, `roles` and `patterns`. The later wins, and what is not written here never overrules what is.
     Linear layers have no layout and no sampling: `options` change neither in those that a network holds as
     convolutions, roles and patterns do.
 

@@ -69,7 +69,7 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, batches: int |
     """Estimate the running values of whitening layers and batch norms anew, from batches in training mode that count
     alike.
 
-    What `torch.optim.swa_utils.update_bn` does, which knows batch norms only. Weights stay as they are, so that
+    It is `torch.optim.swa_utils.update_bn` for whitening layers too. Weights stay as they are, so that
     evaluation changes: `calibrate` keeps it and changes the weights. Layers of frozen statistics, and those that the
     network does not use, keep their values; layers that freeze after some batches go on where they were.
 

@@ -2,18 +2,18 @@
 
 Each is a `torch.library.custom_op` with a fake form, an autograd formula and a backward pass that is an operation too:
 
-- `moments`: mean and covariance of sampled rows; `add_moments_gradient_` is the way back, in place;
+- `sampled_moments`: mean and covariance of sampled rows; `add_moments_gradient_` is the way back, in place;
 - `inverse_root`: D of a covariance; `inverse_root_backward`;
 - `apply_whitener`: D times a weight or an activation; `apply_whitener_backward`.
 
 Geometry passes through as lists of whole numbers, `Sampling.ints` and `Blocks.ints`. What is computed is written in
 plain torch; where a processor is faster by other means, `onednn` knows it. Another device registers its kernels with
-`moments.register_kernel` and the like.
+`sampled_moments.register_kernel` and the like.
 """
 
 from .application import apply_whitener, apply_whitener_backward
 from .blocks import Blocks
-from .moments import add_moments_gradient_, moments
+from .moments import add_moments_gradient_, sampled_moments
 from .roots import inverse_root, inverse_root_backward
 from .windows import PIXEL, Sampling, Window
 
@@ -27,5 +27,5 @@ __all__ = [
     "apply_whitener_backward",
     "inverse_root",
     "inverse_root_backward",
-    "moments",
+    "sampled_moments",
 ]

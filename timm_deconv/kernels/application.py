@@ -1,7 +1,7 @@
 """D times a weight, or times the runs of channels of images, and both gradients.
 
 Runs of channels are multiplied by a 1x1 convolution where that is much work, in the precision of convolutions (TF32 on
-GPUs, where these are): a processor was seen to multiply up to 3 times as fast so as by matrix products.
+GPUs, where these are): on a CPU this was up to 3 times as fast as matrix products.
 """
 
 from collections.abc import Sequence

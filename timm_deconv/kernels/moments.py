@@ -16,11 +16,11 @@ from .blocks import Blocks, merge_rows, split_rows
 from .onednn import inner_products, rows_times
 from .windows import Sampling, gather, scatter_add_
 
-__all__ = ["add_moments_gradient_", "moments"]
+__all__ = ["add_moments_gradient_", "sampled_moments"]
 
 
-@torch.library.custom_op("timm_deconv::moments", mutates_args=())
-def moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("timm_deconv::sampled_moments", mutates_args=())
+def sampled_moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Compute mean (S, F) and covariance (S, F, F), divided by the rows R, of sampled windows of x (N, C, H, W).
 
     Args:
@@ -45,11 +45,11 @@ def add_moments_gradient_(
     sampling: Sequence[int],
     blocks: Sequence[int],
 ) -> None:
-    """Add to the gradient of x, in place, what reaches it through `moments`.
+    """Add to the gradient of x, in place, what reaches it through `sampled_moments`.
 
     Args:
         grad_x, x: (N, C, H, W).
-        mean: (S, F), that `moments` gave.
+        mean: (S, F), that `sampled_moments` gave.
         grad_mean: (S, F). grad_cov: (S, F, F), symmetric.
         sampling, blocks: those of the forward pass.
     """
@@ -63,7 +63,7 @@ def add_moments_gradient_(
 
 
 def plain_moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Do what `moments` does, of x (N, C, H, W), by operations that can be derived twice."""
+    """Do what `sampled_moments` does, of x (N, C, H, W), by operations that can be derived twice."""
     with full_precision(x):
         rows, _ = _sampled_rows(x, sampling, blocks)
         mean = rows.mean(1)
@@ -91,7 +91,7 @@ def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor) -> Tensor
     return torch.baddbmm(constant.mT, matrices, rows.mT).mT
 
 
-@moments.register_fake
+@sampled_moments.register_fake
 def _(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
     parts, dtype = Blocks.of_ints(blocks), torch.promote_types(x.dtype, torch.float32)
     mean = x.new_empty(parts.sets, parts.features, dtype=dtype)
@@ -115,4 +115,4 @@ def _backward(ctx: Any, grad_mean: Tensor, grad_cov: Tensor) -> tuple[Tensor, No
     return grad_x, None, None
 
 
-moments.register_autograd(_backward, setup_context=_remember)
+sampled_moments.register_autograd(_backward, setup_context=_remember)

@@ -1,4 +1,4 @@
-"""Products of many rows with a few small matrices, as 1x1 convolutions where a processor is faster so.
+"""Products of many rows with a few small matrices, as 1x1 convolutions where that is faster on a CPU.
 
 A row becomes a pixel, its features the channels. Then oneDNN multiplies instead of the BLAS: an AMD EPYC was seen to
 take half the time for it, in the same float32. What is not float32 on a processor, or too little to matter, stays a

@@ -57,8 +57,8 @@ def inverse_root(cov: Tensor, n_iter: int, quartic: bool) -> tuple[Tensor, list[
 def inverse_root_backward(grad: Tensor, root: Tensor, kept: list[Tensor], n_iter: int, quartic: bool) -> Tensor:
     """Compute the gradient (S, F, F) with respect to the covariances, symmetric, from that of the roots.
 
-    The quartic costs 3 products; up to 6 steps cost 7 (n_iter - 1) - 2, more of them, where rounding errors would grow,
-    9 (n_iter - 1) - 2.
+    The quartic costs 3 products, and up to 6 steps cost 7 (n_iter - 1) - 2. More steps cost 9 (n_iter - 1) - 2: the
+    cheaper form would let rounding errors grow.
 
     Args:
         grad: (S, F, F), of the roots.

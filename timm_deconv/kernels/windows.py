@@ -73,7 +73,7 @@ class Sampling(NamedTuple):
 
     Attributes:
         window: its stride is the spacing of the samples.
-        images: every so many images one is sampled, the first included.
+        images: one image in so many is sampled, beginning with the first.
         offset: row and column of the first sampled pixel; (0, 0) for windows of more than a pixel.
         flat: the pixels of the whole batch are one list, of which every (stride * stride)-th is taken.
     """
@@ -210,7 +210,7 @@ def _kernel_positions(x: Tensor, window: Window) -> Iterator[tuple[Index, Index]
 
 
 def _inside(start: int, step: int, windows: int, size: int) -> range:
-    """Return which of so many windows, whose pixels are start, start + step ..., have theirs inside 0 ... size - 1."""
+    """Return the indices of the windows, whose pixels are start, start + step ..., that lie inside 0 ... size - 1."""
     return range(max(math.ceil(-start / step), 0), min((size - 1 - start) // step, windows - 1) + 1)
 
 

@@ -12,7 +12,7 @@ __all__ = ["DeconvCfg", "Kind", "Layout", "conv_kind", "layered"]
 
 Layout = Literal["interleaved", "window", "flat", "channels"]
 Kind = Literal["spatial", "pointwise", "depthwise", "grouped", "linear", "channel"]
-"""Of a layer by itself: what `Deconv2d` is by its kernel and groups, `DeconvLinear`, `ChannelDeconv`."""
+"""Kind of a layer that stands alone: of a `Deconv2d` by its kernel and groups, `DeconvLinear`, `ChannelDeconv`."""
 
 QUARTIC_STEPS = (2, 3)
 LINEAR = "linear layers whiten runs of features, from every sample"
@@ -52,8 +52,8 @@ class DeconvCfg:
         sampling_stride: spacing of the sampled windows, multiplied by the convolution's own stride. Blocks of channels
             are sampled from pixels on a grid of that spacing, whatever the kernel and its stride.
         max_rows: most rows that a covariance is estimated from: sampled windows (or pixels), times the blocks that
-            share it. With more, the spacing grows, down to 4 x 4 an image, then images are passed over. Of blocks
-            of more channels than `wide_block` in proportion fewer rows, but `min_rows`. 0 is no limit.
+            share it. With more, the spacing grows, down to 4 x 4 an image, then images are passed over. Blocks of more
+            channels than `wide_block` get proportionally fewer rows, never below `min_rows`. 0 is no limit.
         min_rows: least number of sampled rows, in multiples of the features F. With fewer, windows are sampled more
             densely, and what is still missing is made up for by shrinking the covariance towards its mean variance.
             0 switches it off.

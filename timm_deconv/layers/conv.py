@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Window, moments
+from timm_deconv.kernels import Window, sampled_moments
 from timm_deconv.kernels.windows import as_pair
 
 from .config import DeconvCfg, conv_kind
@@ -30,8 +30,8 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     convolution.
 
     Args:
-        cfg: how to whiten: a preset's name, a dictionary of options over a preset, or a `DeconvCfg`; the published
-            settings by default.
+        cfg: how to whiten: a preset's name, a dictionary of options over a preset, or a `DeconvCfg`. Default, and what
+            a dictionary without `preset` stands over: 'paper', the published settings.
 
     Shape:
         (N, Cin, H, W) or (Cin, H, W) -> (N, Cout, H', W') or (Cout, H', W'), as in `nn.Conv2d`. An empty batch gives
@@ -114,7 +114,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         else:
             name = f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
             check_rows(geometry.most_rows(x.shape), name, x)
-            with torch.no_grad():
+            with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
                 found = self._moments(x, geometry)
                 live = zero_constant(estimate(found, self.cfg), x, self.cfg)
             if self.cfg.gain_corrected:
@@ -132,8 +132,8 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _moments(self, x: Tensor, geometry: ConvGeometry) -> Moments:
-        mean, cov = moments(x, geometry.sampling.ints, self.blocks.ints)
-        return Moments(mean, cov, geometry.rows(x.shape), geometry.padding)
+        mean, cov = sampled_moments(x, geometry.sampling.ints, self.blocks.ints)
+        return Moments(mean, cov, geometry.row_count(x.shape), geometry.padding)
 
     @torch.jit.unused
     def _geometry(self, x: Tensor) -> ConvGeometry:
@@ -153,7 +153,8 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _pads(self) -> list[int]:
-        """Return left, right, top and bottom of what is padded apart, unequally or not with zeros; [] for nothing."""
+        """Return left, right, top and bottom of the padding that is applied before the convolution, as it is unequal or
+        not with zeros; empty if there is none."""
         if self.padding_mode != "zeros":
             return list(self._reversed_padding_repeated_twice)
         extents = self._extents()
@@ -163,7 +164,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _extents(self) -> tuple[int, int]:
-        """Return rows and columns of a window beside its first."""
+        """Return height and width of a window, minus one."""
         (rows, cols), (row_step, col_step) = as_pair(self.kernel_size), as_pair(self.dilation)
         return row_step * (rows - 1), col_step * (cols - 1)
 

@@ -41,13 +41,13 @@ class Moments(NamedTuple):
 
     Attributes:
         mean: (S, F). cov: (S, F, F), divided by the number of rows.
-        rows: R, how many rows they were taken from.
+        row_count: R, how many rows they were taken from.
         padding: the weight of zero padding that is not among the rows.
     """
 
     mean: Tensor
     cov: Tensor
-    rows: int
+    row_count: int
     padding: float = 0.0
 
 
@@ -57,7 +57,7 @@ class Statistics(NamedTuple):
     Attributes:
         mean: (S, F). whitener: (S, F, F).
         varies: bool (S,), whether a set's features vary at all.
-        rows: R.
+        row_count: R.
         kept: what the way back through the root needs beside the whitener.
         deviations: (S, at most PROBED_ROWS, F), some rows less the mean, without gradient; None if nothing asks for
             them.
@@ -67,7 +67,7 @@ class Statistics(NamedTuple):
     mean: Tensor
     whitener: Tensor
     varies: Tensor
-    rows: int
+    row_count: int
     kept: list[Tensor]
     deviations: Tensor | None = None
     frozen: Tensor | None = None
@@ -78,8 +78,8 @@ def estimate(moments: Moments, cfg: DeconvCfg) -> Statistics:
     with full_precision(moments.cov):
         mean, cov = _count_padding(moments.mean, moments.cov, moments.padding)
     varies = cov.detach().diagonal(dim1=-2, dim2=-1).mean(-1) > LEAST_VARIANCE * cfg.eps
-    whitener, kept = inverse_root(_regularise(cov, moments.rows, cfg), cfg.n_iter, cfg.quartic)
-    return Statistics(mean, whitener, varies, moments.rows, kept)
+    whitener, kept = inverse_root(_regularise(cov, moments.row_count, cfg), cfg.n_iter, cfg.quartic)
+    return Statistics(mean, whitener, varies, moments.row_count, kept)
 
 
 def estimate_backward(
@@ -93,7 +93,7 @@ def estimate_backward(
         padding, cfg: what it was given.
     """
     grad_cov = inverse_root_backward(grad_whitener, statistics.whitener, statistics.kept, cfg.n_iter, cfg.quartic)
-    grad_cov = _regularise_backward(grad_cov, statistics.rows, cfg)
+    grad_cov = _regularise_backward(grad_cov, statistics.row_count, cfg)
     return _count_padding_backward(statistics.mean, grad_mean, grad_cov, padding)
 
 
@@ -109,7 +109,7 @@ def zero_constant(statistics: Statistics, x: Tensor, cfg: DeconvCfg) -> Statisti
         cfg: the layer's.
     """
     varies = statistics.varies
-    if statistics.rows == 1:
+    if statistics.row_count == 1:
         pixel = x.detach()[(slice(1), slice(None), *[slice(1)] * (x.ndim - 2))]
         varies = ((x.detach() - pixel).square().mean() > LEAST_VARIANCE * cfg.eps).expand_as(varies)
     return statistics._replace(whitener=statistics.whitener * varies[:, None, None], varies=varies)
@@ -133,9 +133,9 @@ def sample_deviations(x: Tensor, window: Window, blocks: Blocks, mean: Tensor) -
     return promote(probe(rows)) - mean.unsqueeze(1)
 
 
-def check_rows(rows: int, name: str, input: Tensor) -> None:
+def check_rows(row_count: int, name: str, input: Tensor) -> None:
     """Raise InputError for one row of an input (N, ...): it is its own mean, and only the bias would learn."""
-    if rows == 1:
+    if row_count == 1:
         raise InputError(
             f"{name} has one row to whiten in training, from an input of {tuple(input.shape)}: nothing would be"
             " learnt; give larger batches or images, or freeze the statistics (timm_deconv.freeze)"
@@ -161,18 +161,18 @@ def _count_padding_backward(
     return mean / (1 - share), grad_mean, (1 - share) * grad_cov
 
 
-def _regularise(cov: Tensor, rows: int, cfg: DeconvCfg) -> Tensor:
+def _regularise(cov: Tensor, row_count: int, cfg: DeconvCfg) -> Tensor:
     """Shrink covariances (S, F, F) where the rows are too few, and add eps to the diagonal."""
     wanted = cfg.min_rows * cov.shape[-1]
-    if rows < wanted:
-        cov = shrink(cov, 1 - rows / wanted)
+    if row_count < wanted:
+        cov = shrink(cov, 1 - row_count / wanted)
     return torch.add(cov, eye_like(cov), alpha=cfg.eps)
 
 
-def _regularise_backward(grad: Tensor, rows: int, cfg: DeconvCfg) -> Tensor:
+def _regularise_backward(grad: Tensor, row_count: int, cfg: DeconvCfg) -> Tensor:
     """Return the gradient (S, F, F) of `_regularise`; shrinking is its own adjoint."""
     wanted = cfg.min_rows * grad.shape[-1]
-    return shrink(grad, 1 - rows / wanted) if rows < wanted else grad
+    return shrink(grad, 1 - row_count / wanted) if row_count < wanted else grad
 
 
 def fold(

@@ -18,7 +18,7 @@ PROBED_ROWS = 128
 """Rows of a batch that the power is measured on, at most."""
 
 EARLY = 16
-"""From so many batches on it counts twice that the average has fallen behind, before half of them three times."""
+"""Batches until the exponent of the correction for a lagging average has fallen to 2; it is 3 up to half of them."""
 
 TINY = 1e-12
 LARGEST = 1e30

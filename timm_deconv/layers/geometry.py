@@ -78,7 +78,7 @@ class ConvGeometry(NamedTuple):
     sampling: Sampling
     padding: float
 
-    def rows(self, shape: Sequence[int]) -> int:
+    def row_count(self, shape: Sequence[int]) -> int:
         """Return how many rows are sampled from a batch of shape (N, C, H, W), in each set of statistics."""
         return self.sampling.positions(shape) * (self.blocks.number // self.blocks.sets)
 

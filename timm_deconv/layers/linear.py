@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import PIXEL, Sampling, apply_whitener, moments
+from timm_deconv.kernels import PIXEL, Sampling, apply_whitener, sampled_moments
 from timm_deconv.kernels.blocks import spread_over_window
 from timm_deconv.linalg import full_precision
 
@@ -83,7 +83,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         else:
             found = self.moments(vectors)
             name = f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
-            check_rows(found.rows, name, vectors)
+            check_rows(found.row_count, name, vectors)
             live = zero_constant(estimate(found, self.cfg), vectors, self.cfg)
             if self.cfg.gain_corrected:
                 deviations = sample_deviations(_as_images(vectors), PIXEL, self.blocks, found.mean.detach())
@@ -96,7 +96,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     def moments(self, input: Tensor) -> Moments:
         """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (..., in_features)."""
         vectors = input.reshape(-1, self.in_features)
-        mean, cov = moments(_as_images(vectors), EVERY_VECTOR.ints, self.blocks.ints)
+        mean, cov = sampled_moments(_as_images(vectors), EVERY_VECTOR.ints, self.blocks.ints)
         return Moments(mean, cov, len(vectors) * self.blocks.number)
 
     @torch.jit.unused

@@ -19,11 +19,11 @@ from .notices import LIVE_STATISTICS, UNCALIBRATED, Notices
 __all__ = ["MANY_BATCHES", "Step", "WhiteningMixin", "be_leaf", "check_dtype", "in_recomputation"]
 
 MANY_BATCHES = 10_000
-"""Batches that statistics are taken to be of when their state dict has no counter: so many freezing cycles in layers
-that freeze, which go on live, as published ones do."""
+"""Batches assumed when a state dict has no counter. Layers that freeze assume so many freezing cycles, so that they
+go on live, as published ones do."""
 
 RECENT = 4
-"""With `gain_corrected` the t-th of the first batches weighs about as many times as much as in the mean of all t."""
+"""With `gain_corrected` an early batch weighs about RECENT times what it would in a plain mean of all batches."""
 
 CYCLE = 10
 """A layer that freezes is live again at the start of every `CYCLE * freeze_iter` forwards, as published."""
@@ -60,8 +60,8 @@ class WhiteningMixin(nn.Module):
             values as they were.
         notices, label: what the network's layers tell the user, and the layer's name in it; see `share_notices`.
 
-    In evaluation the weight is folded anew in every forward, so that no output comes from weights of before, whoever
-    wrote them; `fuse` makes the plain layer for speed.
+    In evaluation every forward folds the weight anew, so that no output comes from stale weights, whoever wrote the new
+    ones; `fuse` makes the plain layer for speed.
     """
 
     weight: Tensor
@@ -229,7 +229,7 @@ class WhiteningMixin(nn.Module):
     def _track_gain(
         self, live: Statistics, moving: Tensor, momentum: float | Tensor, recomputing: bool
     ) -> tuple[Tensor, Tensor]:
-        """Measure what the average of the batches before passes on of this one, and what the live whitener does.
+        """Measure how much power of this batch the average of the earlier ones passes, and how much its own whitener.
 
         Args:
             live: the batch's statistics.
@@ -247,7 +247,7 @@ class WhiteningMixin(nn.Module):
         latest = passed_power(deviations, torch.cat([average, live.whitener])).view(2, -1)
         updates = self._live_forwards(recomputing)
         if isinstance(updates, Tensor) or updates == 0:
-            first = torch.stack([first_power(live.deviations, live.whitener, live.rows), latest[1]])
+            first = torch.stack([first_power(live.deviations, live.whitener, live.row_count), latest[1]])
             latest = torch.where(updates == 0, first, latest) if isinstance(updates, Tensor) else first
         before, limits = self.running_gain.clone(), torch.finfo(self.running_gain.dtype)
         latest = latest.clamp(max=min(LARGEST, limits.max)).to(before.dtype)

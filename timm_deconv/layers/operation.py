@@ -75,7 +75,7 @@ def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: St
     """
     live = statistics
     tensors = (live.mean, live.whitener, live.varies, live.frozen, *live.kept)
-    output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, live.rows, *tensors)
+    output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, live.row_count, *tensors)
     return output
 
 
@@ -92,7 +92,7 @@ class _WhitenedConv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         setting: Setting,
-        rows: int,
+        row_count: int,
         mean: Tensor,
         whitener: Tensor,
         varies: Tensor,
@@ -110,7 +110,7 @@ class _WhitenedConv(torch.autograd.Function):
                 input, kernel = x.to(dtype), apply_whitener(wide, whitener, blocks.ints)
             output = convolve(input, kernel.to(dtype), folded_bias.to(dtype), geometry)
         ctx.save_for_backward(x, weight, shift, mean, whitener, varies, frozen, *kept)
-        ctx.setting, ctx.rows, ctx.has_bias, ctx.dtype = setting, rows, bias is not None, dtype
+        ctx.setting, ctx.row_count, ctx.has_bias, ctx.dtype = setting, row_count, bias is not None, dtype
         return output
 
     @staticmethod
@@ -155,7 +155,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad_mean = torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1)
             if frozen is not None:
                 grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
-            statistics = Statistics(mean, whitener, varies, ctx.rows, kept)
+            statistics = Statistics(mean, whitener, varies, ctx.row_count, kept)
             own_mean, *of_moments = estimate_backward(grad_mean, grad_whitener, statistics, geometry.padding, cfg)
             add_moments_gradient_(grad_x, x, own_mean, *of_moments, geometry.sampling.ints, blocks.ints)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype) if ctx.has_bias else None

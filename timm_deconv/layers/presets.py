@@ -39,7 +39,7 @@ class Preset:
     """A named configuration.
 
     Attributes:
-        cfg: of every layer that nothing below speaks of.
+        cfg: of every layer that is not covered below.
         roles: role in a network -> fields of `DeconvCfg`, or None for layers that stay plain.
         alone: kind of a layer -> fields where it stands alone. Kinds that are roles too (depthwise, grouped) have those
             of the role before. Channel whitening in a network takes its fields from here.
