@@ -113,7 +113,9 @@ CHEAPER: Named = {
     "fast deconv.max_rows=2048": "at most 2,048 rows",
     "fast deconv.wide_block=32": "wide layers in blocks of 32",
     "fast deconv.roles.pointwise.n_iter=1": "one step in the shortcuts",
-    "fast deconv.roles.block_end.block=1 deconv.roles.block_end.per_block=true": "channels standardised at residual ends",
+    "fast deconv.roles.block_end.block=1 deconv.roles.block_end.per_block=true": (
+        "channels standardised at residual ends"
+    ),
     "fast deconv.roles.pointwise.block=1 deconv.roles.pointwise.per_block=true": "channels standardised in shortcuts",
 }
 
