@@ -84,7 +84,7 @@ FINETUNED: Named = {
     RECIPE: "`fast`, the recipe",
     UNBOUNDED: "without the bound on steps",
     WIDE: "without the bound, blocks of 256",
-    f"{UNBOUNDED} clip_mode=agc clip_grad=0.1 layer_rates=false": "one rate for all layers, bound 0.1",
+    f"{UNBOUNDED} clip_mode=agc clip_grad=0.1 layer_rates=false": "one learning rate for all layers, bound 0.1",
     f"fast deconv.block=64{windows_in_depthwise(4096, block=1)} clip_mode=agc clip_grad=0.03": (
         "depthwise layers standardise channels"
     ),
@@ -155,7 +155,7 @@ def five_epochs(results: Path) -> Table:
     titles = {**FORMS, "twin opt=muon": "batch norm, Muon", "fast opt=muon": "`fast`, Muon"}
     rows = select(final_rows(results / "study.csv"), network="vgg11_cifar", epochs="5", variant=tuple(titles))
     body = []
-    for width, title in (("1.0", "full width, float32, H200"), ("0.5", "half width, bfloat16, processor")):
+    for width, title in (("1.0", "full width, float32, H200"), ("0.5", "half width, bfloat16, CPU")):
         own = select(rows, width=width)
         body.append([title, *(_accuracy(select(own, variant=variant)) for variant in titles)])
     command = STUDY.format(recipe="cifar10_e1").replace("DIR", "DIR epochs=5")
@@ -230,7 +230,7 @@ def by_rate(network: str, data: str, variants: Named = FINETUNED) -> Maker:
                 cells = ([row for row in own if _rate(row) == rate] for rate in RATES)
                 body.append([title, *map(_accuracy, cells)])
         figure = "mean IoU" if rows[0]["miou"] else "accuracy"
-        head = [f"{figure} in % at rate", *RATES]
+        head = [f"{figure} in % at learning rate", *RATES]
         return Table(head, body, rows, "finetune.csv", STUDY.format(recipe="finetune"))
 
     return make
@@ -269,7 +269,7 @@ def calibrated_or_not(results: Path) -> Table:
     body, used = [], []
     for data, (name, rate) in sets.items():
         own = [row for row in select(rows, data=data) if _rate(row) == rate]
-        body.append([f"{name}, rate {rate}", *(_accuracy(select(own, variant=variant)) for variant in titles)])
+        body.append([f"{name}, learning rate {rate}", *(_accuracy(select(own, variant=variant)) for variant in titles)])
         used += own
     head = ["accuracy, of CamVid mean IoU, in %", *titles.values()]
     return Table(head, body, used, "finetune.csv", STUDY.format(recipe="finetune"))

@@ -107,13 +107,15 @@ PADDING: Named = {
 
 CHEAPER: Named = {
     "fast": "`fast`",
-    "fast deconv.roles.block_end.block=64": "blocks of 64 at block ends",
-    "fast deconv.roles.block_end.max_rows=1024": "at most 1,024 rows at block ends",
+    "fast deconv.roles.block_end.block=64": "blocks of 64 at residual ends",
+    "fast deconv.roles.block_end.max_rows=1024": "at most 1,024 rows at residual ends",
     "fast deconv.block=128": "at most 128 channels together",
     "fast deconv.max_rows=2048": "at most 2,048 rows",
     "fast deconv.wide_block=32": "wide layers in blocks of 32",
     "fast deconv.roles.pointwise.n_iter=1": "one step in the shortcuts",
-    "fast deconv.roles.block_end.block=1 deconv.roles.block_end.per_block=true": "channels standardised at block ends",
+    "fast deconv.roles.block_end.block=1 deconv.roles.block_end.per_block=true": (
+        "channels standardised at residual ends"
+    ),
     "fast deconv.roles.pointwise.block=1 deconv.roles.pointwise.per_block=true": "channels standardised in shortcuts",
 }
 
@@ -136,7 +138,7 @@ GROUPED: Named = {
 STEPS: Named = {
     "fast": "`fast`: each channel in depthwise layers",
     f"fast{windows_in_depthwise(256)}": "windows in depthwise layers",
-    f"fast{windows_in_depthwise(256)} deconv.roles.block_end.n_iter=3": "and three steps at block ends",
+    f"fast{windows_in_depthwise(256)} deconv.roles.block_end.n_iter=3": "and three steps at residual ends",
     f"fast{windows_in_depthwise(256)} deconv.roles.block_end.n_iter=3 deconv.roles.depthwise.n_iter=3": (
         "and in depthwise layers"
     ),
@@ -157,7 +159,7 @@ BLOCK_ENDS: Named = {
     "twin": "batch norm",
     "paper": "`paper`",
     "fast": "`fast`",
-    "fast deconv.roles.block_end.n_iter=3": "three steps at block ends",
+    "fast deconv.roles.block_end.n_iter=3": "three steps at residual ends",
     "fast deconv.roles.pointwise.n_iter=1": "one step in pointwise layers",
     "fast deconv.roles.pointwise.n_iter=2": "two in pointwise layers",
 }
@@ -165,8 +167,8 @@ BLOCK_ENDS: Named = {
 MUON: Named = {
     "twin opt=muon lr=0.02": "batch norm, Muon at 0.02",
     "twin opt=muon lr=0.1": "batch norm, Muon at 0.1",
-    f"fast{EARLIER} opt=muon lr=0.02": "`fast` of then, Muon at 0.02",
-    f"fast{EARLIER} opt=muon lr=0.005": "`fast` of then, Muon at 0.005",
+    f"fast{EARLIER} opt=muon lr=0.02": "an earlier `fast`, Muon at 0.02",
+    f"fast{EARLIER} opt=muon lr=0.005": "an earlier `fast`, Muon at 0.005",
 }
 
 CLIPPED: Named = {
@@ -178,7 +180,7 @@ CLIPPED: Named = {
 
 ON_CAMVID: Named = {
     WIDE: "blocks of 256, no bound",
-    f"{WIDE} layer_rates=false": "one rate for all layers",
+    f"{WIDE} layer_rates=false": "one learning rate for all layers",
     f"{WIDE} momentum=0.8": "momentum 0.8",
     f"{WIDE} deconv.roles.pointwise.n_iter=2": "two steps in pointwise layers",
     RECIPE: "the recipe: steps bounded, blocks of 64",

@@ -13,9 +13,11 @@ from types import ModuleType
 
 import pytest
 import timm
+import torch
 from timm.models import save_for_hf
 
 import timm_deconv
+from benchmarks.kernels import eager_kernels
 from benchmarks.pages import TABLES, stale_pages
 from benchmarks.pictures import PICTURES
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, links
@@ -129,3 +131,36 @@ def test_figures_in_sentences_are_those_of_the_rows() -> None:
     assert f"a layer launches {min(launches)} kernels or more" in readme
     networks, *passed = map(int, TABLES["conversions"](RESULTS).body[0][1:4])
     assert f"{sum(passed)} of {networks} convert" in converting
+
+
+def test_what_the_readme_admits_of_its_comparison_is_in_the_rows() -> None:
+    readme, gpus = README.read_text(), (ROOT / "docs" / "gpu-and-compile.md").read_text()
+    _, _, _, sgd, norm_muon, muon = (cell.partition(" ")[0] for cell in TABLES["five epochs"](RESULTS).body[0])
+    assert f"with Muon it reaches {norm_muon} after five epochs (one run)" in readme
+    assert f"against {sgd} of `fast` with SGD and {muon} with Muon" in readme
+    memory = [[float(cell) for cell in line[1:3]] for line in TABLES["memory"](RESULTS).body]
+    norm, fast = (f"{min(column):.2f} to {max(column):.2f} times" for column in zip(*memory, strict=True))
+    assert f"{fast} that without norms, batch norm's {norm}" in readme
+    network = "`resnet50`, 128 images of 224x224"
+    steps = {line[0]: line[3] for line in TABLES["GPU steps"](RESULTS).body}
+    assert f"({steps[f'{network}, bfloat16']} against\n{steps[network]} ms)" in gpus
+    assert {name.partition(",")[0] for name in steps if "compiled" in name} == {"`resnet18_cifar`"}
+
+
+def test_what_fine_tuning_says_of_frozen_batch_norm_is_in_the_rows() -> None:
+    page = (ROOT / "docs" / "finetuning.md").read_text()
+    table = TABLES["fine-tuning, CIFAR-10"](RESULTS)
+    frozen = next(line for line in table.body if line[0] == "batch norm, frozen")
+    assert table.head[1:3] == ["0.001", "0.003"]
+    assert f"ahead of all ({frozen[1]} %)" in page
+    assert f"collapses ({frozen[2]} %" in page
+
+
+def test_the_corrected_gain_costs_as_many_operations_as_the_method_says() -> None:
+    x = torch.randn(8, 64, 8, 8, requires_grad=True)
+    plain, corrected = (
+        eager_kernels(timm_deconv.Deconv2d(64, 64, 1, cfg={"preset": "fast", "gain_corrected": on}), x)
+        for on in (False, True)
+    )
+    assert corrected - plain == pytest.approx(40, abs=5)
+    assert "at the cost of about forty small operations" in (ROOT / "docs" / "method.md").read_text()
