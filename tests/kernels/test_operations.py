@@ -1,5 +1,7 @@
 """The three operations are sound custom ops, give what the plain forms give, and can be derived twice by these."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from timm_deconv.kernels import (
     PIXEL,
     Blocks,
+    Operation,
     Sampling,
     Window,
     add_moments_gradient_,
@@ -45,6 +48,11 @@ APPLICATIONS = {
 }
 
 
+def check_operator(operation: Operation, *args: Any) -> None:
+    """Let torch check schema, fake form, autograd and compilation of an operator."""
+    torch.library.opcheck(operation.op, tuple(a.ints if isinstance(a, Sampling | Blocks) else a for a in args))
+
+
 def covariances(sets: int = 2, features: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
     rows = torch.randn(sets, 40, features, dtype=dtype)
     return rows.mT @ rows / 40 + 1e-3 * torch.eye(features, dtype=dtype)
@@ -56,18 +64,17 @@ def test_moments_are_a_sound_operation(
     sampling: Sampling, blocks: Blocks, memory_format: torch.memory_format
 ) -> None:
     x = torch.randn(5, 8, 9, 10).contiguous(memory_format=memory_format)
-    torch.library.opcheck(sampled_moments, (x.clone().requires_grad_(), sampling.ints, blocks.ints))
-    mean, cov = sampled_moments(x, sampling.ints, blocks.ints)
-    arguments = (torch.zeros_like(x), x, mean, mean, cov, sampling.ints, blocks.ints)
-    torch.library.opcheck(add_moments_gradient_, arguments)
+    check_operator(sampled_moments, x.clone().requires_grad_(), sampling, blocks)
+    mean, cov = sampled_moments(x, sampling, blocks)
+    check_operator(add_moments_gradient_, torch.zeros_like(x), x, mean, mean, cov, sampling, blocks)
 
 
 @pytest.mark.parametrize(("n_iter", "quartic"), [(1, False), (3, True), (5, False), (9, False)])
 def test_roots_are_a_sound_operation(n_iter: int, quartic: bool) -> None:
     cov = covariances(dtype=torch.float32)
-    torch.library.opcheck(inverse_root, (cov.clone().requires_grad_(), n_iter, quartic))
+    check_operator(inverse_root, cov.clone().requires_grad_(), n_iter, quartic)
     root, kept = inverse_root(cov, n_iter, quartic)
-    torch.library.opcheck(inverse_root_backward, (root, root, kept, n_iter, quartic))
+    check_operator(inverse_root_backward, root, root, kept, n_iter, quartic)
 
 
 @FEW
@@ -83,8 +90,8 @@ def test_applications_are_a_sound_operation(
     monkeypatch.setattr(onednn, "FEW_PRODUCTS", few)
     values = torch.randn(shape).contiguous(memory_format=memory_format)
     whitener = covariances(blocks.sets, blocks.features, torch.float32)
-    torch.library.opcheck(apply_whitener, (values.clone().requires_grad_(), whitener, blocks.ints))
-    torch.library.opcheck(apply_whitener_backward, (torch.randn_like(values), values, whitener, blocks.ints))
+    check_operator(apply_whitener, values.clone().requires_grad_(), whitener, blocks)
+    check_operator(apply_whitener_backward, torch.randn_like(values), values, whitener, blocks)
 
 
 @FEW
@@ -100,9 +107,9 @@ def test_applications_and_their_gradients_are_those_of_the_plain_form(
     monkeypatch.setattr(onednn, "FEW_PRODUCTS", few)
     values = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
     whitener = covariances(blocks.sets, blocks.features, torch.float32).requires_grad_()
-    found = apply_whitener(values, whitener, blocks.ints)
+    found = apply_whitener(values, whitener, blocks)
     assert found.is_contiguous(memory_format=memory_format)
-    expected = plain_application(values.double(), whitener.double(), blocks.ints)
+    expected = plain_application(values.double(), whitener.double(), blocks)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     cotangent = torch.randn(shape)
     ours = torch.autograd.grad(found, (values, whitener), cotangent)
@@ -116,7 +123,7 @@ def test_moments_and_their_gradient_are_those_of_the_plain_form(
     sampling: Sampling, blocks: Blocks, memory_format: torch.memory_format
 ) -> None:
     x = torch.randn(5, 8, 9, 10, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
-    found, expected = (form(x, sampling.ints, blocks.ints) for form in (sampled_moments, plain_moments))
+    found, expected = (form(x, sampling, blocks) for form in (sampled_moments, plain_moments))
     torch.testing.assert_close(found, expected)
     cotangents = [torch.randn_like(value) for value in expected]
     (ours,) = torch.autograd.grad(found, x, cotangents)
@@ -126,7 +133,7 @@ def test_moments_and_their_gradient_are_those_of_the_plain_form(
 
 def test_each_operation_can_be_derived_twice() -> None:
     x = torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    sampling, blocks = Sampling(PIXEL).ints, Blocks(2, 2).ints
+    sampling, blocks = Sampling(PIXEL), Blocks(2, 2)
     assert torch.autograd.gradgradcheck(lambda x: sampled_moments(x, sampling, blocks), (x,))
     cov = covariances(1, 3).requires_grad_()
     for n_iter, quartic in ((2, False), (3, True)):
@@ -141,5 +148,19 @@ def test_moments_of_half_precision_are_in_float32_under_autocast_too(dtype: torc
     x = torch.randn(5, 8, 9, 10).to(dtype)
     sampling, blocks = MOMENTS["windows"]
     with torch.autocast("cpu", torch.bfloat16):
-        found = sampled_moments(x, sampling.ints, blocks.ints)
-    torch.testing.assert_close(found, plain_moments(x.float(), sampling.ints, blocks.ints))
+        found = sampled_moments(x, sampling, blocks)
+    torch.testing.assert_close(found, plain_moments(x.float(), sampling, blocks))
+
+
+def test_a_registered_kernel_runs_on_its_device_in_eager_mode_and_as_an_operator() -> None:
+    twice = Operation(_doubled, "(Tensor x, SymInt[] blocks) -> Tensor")
+    x, blocks = torch.ones(3), Blocks(2, 4)
+    with torch.no_grad():
+        assert torch.equal(twice(x, blocks), 2 * x * 4)
+        twice.register_kernel("cpu", lambda x, blocks: 10 * x * blocks.features)
+        assert torch.equal(twice(x, blocks), 40 * x)
+    assert torch.equal(twice(x, blocks), 40 * x)
+
+
+def _doubled(x: Tensor, blocks: Blocks) -> Tensor:
+    return 2 * x * blocks.features

@@ -17,9 +17,9 @@ WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_sele
 
 
 OPERATIONS = {
-    operation._opoverload: operation._init_fn
+    operation.op._opoverload: operation.op._init_fn
     for name in kernels.__all__
-    if isinstance(operation := getattr(kernels, name), torch.library.CustomOpDef)
+    if isinstance(operation := getattr(kernels, name), kernels.Operation)
 }
 
 

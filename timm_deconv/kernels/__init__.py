@@ -1,25 +1,27 @@
 """The seam between whitening and hardware: three operations, and nothing above knows which kernel runs them.
 
-Each is a `torch.library.custom_op` with a fake form, an autograd formula and a backward pass that is an operation too:
+Each is an `Operation`, a `torch.library.custom_op` with a fake form, an autograd formula and a backward pass that is an
+operation too:
 
 - `sampled_moments`: mean and covariance of sampled rows; `add_moments_gradient_` is the way back, in place;
 - `inverse_root`: D of a covariance; `inverse_root_backward`;
 - `apply_whitener`: D times a weight or an activation; `apply_whitener_backward`.
 
-Geometry passes through as lists of whole numbers, `Sampling.ints` and `Blocks.ints`. What is computed is written in
-plain torch; where a processor is faster by other means, `onednn` knows it. Another device registers its kernels with
-`sampled_moments.register_kernel` and the like.
+What is computed is written in plain torch; where a CPU is faster by other means, `onednn` knows it. Another device gets
+its kernels by `sampled_moments.register_kernel` and the like.
 """
 
 from .application import apply_whitener, apply_whitener_backward
 from .blocks import Blocks
 from .moments import add_moments_gradient_, sampled_moments
+from .operation import Operation
 from .roots import inverse_root, inverse_root_backward
 from .windows import PIXEL, Sampling, Window
 
 __all__ = [
     "PIXEL",
     "Blocks",
+    "Operation",
     "Sampling",
     "Window",
     "add_moments_gradient_",

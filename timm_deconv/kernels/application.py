@@ -4,7 +4,6 @@ Runs of channels are multiplied by a 1x1 convolution where that is much work, in
 GPUs, where these are): on a CPU this was up to 3 times as fast as matrix products.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,37 +13,35 @@ from timm_deconv.linalg import full_precision
 
 from .blocks import Blocks, merge_weight, split_weight
 from .onednn import POINTWISE, as_images, as_kernel, few_products, inner_products, rows_times
+from .operation import Operation
 
 __all__ = ["apply_whitener", "apply_whitener_backward"]
 
 
-@torch.library.custom_op("timm_deconv::apply_whitener", mutates_args=())
-def apply_whitener(values: Tensor, whitener: Tensor, blocks: Sequence[int]) -> Tensor:
+def _apply_whitener(values: Tensor, whitener: Tensor, blocks: Blocks) -> Tensor:
     """Multiply every block of features by its whitener from the right, R F^2 products for R rows of F features.
 
     Args:
         values: a weight (O, C / groups, height, width); or, with blocks of pixels and one group, images (N, C, H, W).
         whitener: (S, F, F).
-        blocks: `Blocks.ints`.
+        blocks: which features meet which whitener.
 
     Returns:
         the shape, dtype and memory format of `values`.
     """
-    parts = Blocks.of_ints(blocks)
     with full_precision(values):
         matrix = whitener.to(values.dtype)
-        if not _one_for_all_pixels(parts):
-            return _merge_like(rows_times(split_weight(values, parts), matrix), values, parts)
-        features, last = parts.features, _in_channels_last(values)
+        if not _one_for_all_pixels(blocks):
+            return _merge_like(rows_times(split_weight(values, blocks), matrix), values, blocks)
+        features, last = blocks.features, _in_channels_last(values)
         if last and few_products(values, features):
             return _in_format(torch.bmm(_pixels(values, features), matrix), values)
         whitened = torch.conv2d(_runs_apart(values, features, last), as_kernel(matrix))
         return _formatted(_runs_together(whitened, values, last), values)
 
 
-@torch.library.custom_op("timm_deconv::apply_whitener_backward", mutates_args=())
-def apply_whitener_backward(
-    grad: Tensor, values: Tensor, whitener: Tensor, blocks: Sequence[int]
+def _apply_whitener_backward(
+    grad: Tensor, values: Tensor, whitener: Tensor, blocks: Blocks
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of values and whitener, of their shapes and dtypes, from that of `apply_whitener`.
 
@@ -52,14 +49,13 @@ def apply_whitener_backward(
         grad: the shape and dtype of `values`.
         values, whitener, blocks: those of the forward pass.
     """
-    parts = Blocks.of_ints(blocks)
     with full_precision(values):
         matrix = whitener.to(values.dtype)
-        if not _one_for_all_pixels(parts):
-            grad_rows, rows = split_weight(grad, parts), split_weight(values, parts)
-            grad_values = _merge_like(rows_times(grad_rows, matrix.mT), values, parts)
+        if not _one_for_all_pixels(blocks):
+            grad_rows, rows = split_weight(grad, blocks), split_weight(values, blocks)
+            grad_values = _merge_like(rows_times(grad_rows, matrix.mT), values, blocks)
             return grad_values, inner_products(rows, grad_rows).to(whitener.dtype)
-        features, last = parts.features, _in_channels_last(values)
+        features, last = blocks.features, _in_channels_last(values)
         if last and few_products(values, features):
             pixels = _pixels(grad, features)
             grad_whitener = torch.bmm(_pixels(values, features).mT, pixels)
@@ -76,25 +72,24 @@ def apply_whitener_backward(
         return _formatted(_runs_together(grad_values, values, last), values), grad_whitener
 
 
-def plain_application(values: Tensor, whitener: Tensor, blocks: Sequence[int]) -> Tensor:
+def plain_application(values: Tensor, whitener: Tensor, blocks: Blocks) -> Tensor:
     """Do what `apply_whitener` does, values (O, ...) times D (S, F, F), by operations that can be derived twice."""
-    parts = Blocks.of_ints(blocks)
     with full_precision(values):
-        return merge_weight(split_weight(values, parts) @ whitener.to(values.dtype), list(values.shape), parts)
+        return merge_weight(split_weight(values, blocks) @ whitener.to(values.dtype), list(values.shape), blocks)
 
 
-def _one_for_all_pixels(parts: Blocks) -> bool:
+def _one_for_all_pixels(blocks: Blocks) -> bool:
     """Tell whether one D multiplies every run of F channels, so that it is the kernel of a 1x1 convolution."""
-    return parts.pixels and parts.groups == 1
+    return blocks.pixels and blocks.groups == 1
 
 
 def _in_channels_last(values: Tensor) -> bool:
     return values.is_contiguous(memory_format=torch.channels_last)
 
 
-def _merge_like(rows: Tensor, weight: Tensor, parts: Blocks) -> Tensor:
+def _merge_like(rows: Tensor, weight: Tensor, blocks: Blocks) -> Tensor:
     """Merge rows in the shape and memory format of the weight."""
-    return _formatted(merge_weight(rows, list(weight.shape), parts), weight)
+    return _formatted(merge_weight(rows, list(weight.shape), blocks), weight)
 
 
 def _formatted(values: Tensor, like: Tensor) -> Tensor:
@@ -127,13 +122,11 @@ def _runs_together(images: Tensor, like: Tensor, last: bool) -> Tensor:
     return _in_format(images.permute(0, 2, 3, 1), like) if last else images.reshape(like.shape)
 
 
-@apply_whitener.register_fake
-def _(values: Tensor, whitener: Tensor, blocks: Sequence[int]) -> Tensor:
+def _fake_application(values: Tensor, whitener: Tensor, blocks: Blocks) -> Tensor:
     return _formatted(torch.empty_like(values), values)
 
 
-@apply_whitener_backward.register_fake
-def _(grad: Tensor, values: Tensor, whitener: Tensor, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, values: Tensor, whitener: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     return _formatted(torch.empty_like(values), values), whitener.new_empty(whitener.shape)
 
 
@@ -152,4 +145,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *apply_whitener_backward(grad, values, whitener, ctx.blocks), None
 
 
+apply_whitener = Operation(_apply_whitener, "(Tensor values, Tensor whitener, SymInt[] blocks) -> Tensor")
+apply_whitener.register_fake(_fake_application)
 apply_whitener.register_autograd(_backward, setup_context=_remember)
+
+apply_whitener_backward = Operation(
+    _apply_whitener_backward, "(Tensor grad, Tensor values, Tensor whitener, SymInt[] blocks) -> (Tensor, Tensor)"
+)
+apply_whitener_backward.register_fake(_fake_backward)

@@ -4,29 +4,28 @@ Rows are gathered again in the backward pass, so that nothing of the size of an 
 gradient lands in place in that of the input.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timm_deconv.linalg import full_precision
+from timm_deconv.linalg import full_precision, symmetric_part
 
 from .blocks import Blocks, merge_rows, split_rows
 from .onednn import inner_products, rows_times
+from .operation import Operation
 from .windows import Sampling, gather, scatter_add_
 
 __all__ = ["add_moments_gradient_", "sampled_moments"]
 
 
-@torch.library.custom_op("timm_deconv::sampled_moments", mutates_args=())
-def sampled_moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _sampled_moments(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Compute mean (S, F) and covariance (S, F, F), divided by the rows R, of sampled windows of x (N, C, H, W).
 
     Args:
         x: any floating dtype; the moments are in float32 or better, whatever the autocast mode.
-        sampling: `Sampling.ints`, which windows.
-        blocks: `Blocks.ints`, which features of a window are a row.
+        sampling: which windows.
+        blocks: which features of a window are a row.
     """
     with full_precision(x):
         rows, _ = _sampled_rows(x, sampling, blocks)
@@ -35,15 +34,14 @@ def sampled_moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -
         return mean.squeeze(1), inner_products(deviations, deviations) / rows.shape[1]
 
 
-@torch.library.custom_op("timm_deconv::add_moments_gradient_", mutates_args=("grad_x",))
-def add_moments_gradient_(
+def _add_moments_gradient_(
     grad_x: Tensor,
     x: Tensor,
     mean: Tensor,
     grad_mean: Tensor,
     grad_cov: Tensor,
-    sampling: Sequence[int],
-    blocks: Sequence[int],
+    sampling: Sampling,
+    blocks: Blocks,
 ) -> None:
     """Add to the gradient of x, in place, what reaches it through `sampled_moments`.
 
@@ -58,11 +56,10 @@ def add_moments_gradient_(
         samples = rows.shape[1]
         deviations = _subtract(rows, mean.unsqueeze(1), sampling)
         grad_rows = _times_symmetric(deviations, 2 / samples * grad_cov, grad_mean.unsqueeze(1) / samples)
-        columns = merge_rows(grad_rows, shape, Blocks.of_ints(blocks))
-        scatter_add_(grad_x, columns.to(grad_x.dtype), Sampling.of_ints(sampling))
+        scatter_add_(grad_x, merge_rows(grad_rows, shape, blocks).to(grad_x.dtype), sampling)
 
 
-def plain_moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def plain_moments(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Do what `sampled_moments` does, of x (N, C, H, W), by operations that can be derived twice."""
     with full_precision(x):
         rows, _ = _sampled_rows(x, sampling, blocks)
@@ -71,17 +68,16 @@ def plain_moments(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> 
         return mean, deviations.mT @ deviations / rows.shape[1]
 
 
-def _sampled_rows(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, list[int]]:
+def _sampled_rows(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tensor, list[int]]:
     """Return rows (S, R, F) in float32 or better, and the shape of the columns that they are made of."""
-    parts = Blocks.of_ints(blocks)
-    columns = gather(x, Sampling.of_ints(sampling), samples_last=parts.groups > 1)
-    rows = split_rows(columns, parts)
+    columns = gather(x, sampling, samples_last=blocks.groups > 1)
+    rows = split_rows(columns, blocks)
     return rows.to(torch.promote_types(rows.dtype, torch.float32)), list(columns.shape)
 
 
-def _subtract(rows: Tensor, mean: Tensor, sampling: Sequence[int]) -> Tensor:
+def _subtract(rows: Tensor, mean: Tensor, sampling: Sampling) -> Tensor:
     """Centre rows, in place where they are copies for certain: fresh memory can cost more than the arithmetic."""
-    return rows - mean if Sampling.of_ints(sampling).window.pointwise else rows.sub_(mean)
+    return rows - mean if sampling.window.pointwise else rows.sub_(mean)
 
 
 def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor) -> Tensor:
@@ -91,11 +87,10 @@ def _times_symmetric(rows: Tensor, matrices: Tensor, constant: Tensor) -> Tensor
     return torch.baddbmm(constant.mT, matrices, rows.mT).mT
 
 
-@sampled_moments.register_fake
-def _(x: Tensor, sampling: Sequence[int], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    parts, dtype = Blocks.of_ints(blocks), torch.promote_types(x.dtype, torch.float32)
-    mean = x.new_empty(parts.sets, parts.features, dtype=dtype)
-    return mean, x.new_empty(parts.sets, parts.features, parts.features, dtype=dtype)
+def _fake_moments(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean = x.new_empty(blocks.sets, blocks.features, dtype=dtype)
+    return mean, x.new_empty(blocks.sets, blocks.features, blocks.features, dtype=dtype)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -110,9 +105,17 @@ def _backward(ctx: Any, grad_mean: Tensor, grad_cov: Tensor) -> tuple[Tensor, No
         (grad_x,) = torch.autograd.grad(plain, x, (grad_mean, grad_cov), create_graph=True)
         return grad_x, None, None
     grad_x = torch.zeros_like(x)
-    grad_cov = torch.lerp(grad_cov, grad_cov.mT, 0.5)
-    add_moments_gradient_(grad_x, x, mean, grad_mean, grad_cov, ctx.sampling, ctx.blocks)
+    add_moments_gradient_(grad_x, x, mean, grad_mean, symmetric_part(grad_cov), ctx.sampling, ctx.blocks)
     return grad_x, None, None
 
 
+sampled_moments = Operation(_sampled_moments, "(Tensor x, SymInt[] sampling, SymInt[] blocks) -> (Tensor, Tensor)")
+sampled_moments.register_fake(_fake_moments)
 sampled_moments.register_autograd(_backward, setup_context=_remember)
+
+add_moments_gradient_ = Operation(
+    _add_moments_gradient_,
+    "(Tensor(a!) grad_x, Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_cov,"
+    " SymInt[] sampling, SymInt[] blocks) -> ()",
+    mutates_args=("grad_x",),
+)

@@ -50,8 +50,8 @@ def rows_times_plus(
     """
     if not _by_convolution(rows, matrices.shape[-1]):
         return torch.baddbmm(summand, rows, matrices, beta=beta, alpha=alpha)
-    product = rows_times(rows, matrices, symmetric=symmetric)
-    return product.mul_(alpha).add_(summand, alpha=beta)
+    product = rows_times(rows, matrices, symmetric=symmetric)  # not written to: selective checkpointing may keep it
+    return torch.add(summand if beta == 1 else beta * summand, product, alpha=alpha)
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:

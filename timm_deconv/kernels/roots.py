@@ -21,6 +21,7 @@ from timm_deconv.linalg import (
 )
 
 from .onednn import rows_times, rows_times_plus
+from .operation import Operation
 
 __all__ = ["inverse_root", "inverse_root_backward"]
 
@@ -28,8 +29,7 @@ FEW_STEPS = 6
 """Newton-Schulz steps run in float32: they amplify weak directions at most 1.5 ** 6 times, harmless even in TF32."""
 
 
-@torch.library.custom_op("timm_deconv::inverse_root", mutates_args=())
-def inverse_root(cov: Tensor, n_iter: int, quartic: bool) -> tuple[Tensor, list[Tensor]]:
+def _inverse_root(cov: Tensor, n_iter: int, quartic: bool) -> tuple[Tensor, list[Tensor]]:
     """Approximate the inverse square root of covariances, and keep what `inverse_root_backward` needs beside it.
 
     Args:
@@ -53,8 +53,7 @@ def inverse_root(cov: Tensor, n_iter: int, quartic: bool) -> tuple[Tensor, list[
         return (root / scale.sqrt()).to(promote(cov).dtype).contiguous(), [scale, first, *kept]
 
 
-@torch.library.custom_op("timm_deconv::inverse_root_backward", mutates_args=())
-def inverse_root_backward(grad: Tensor, root: Tensor, kept: list[Tensor], n_iter: int, quartic: bool) -> Tensor:
+def _inverse_root_backward(grad: Tensor, root: Tensor, kept: list[Tensor], n_iter: int, quartic: bool) -> Tensor:
     """Compute the gradient (S, F, F) with respect to the covariances, symmetric, from that of the roots.
 
     The quartic costs 3 products, and up to 6 steps cost 7 (n_iter - 1) - 2. More steps cost 9 (n_iter - 1) - 2: the
@@ -93,8 +92,9 @@ def _quartic_iterates(a: Tensor, coefficients: Quartic) -> list[Tensor]:
     c0, c1, c2, c3, c4 = coefficients
     eye = eye_like(a)
     square = rows_times(a, a, symmetric=True)
-    upper = torch.add(c3 * a, square, alpha=c4).add_(eye, alpha=c2)
-    return [square, upper, rows_times_plus(square, upper, a, beta=c1, symmetric=True).add_(eye, alpha=c0)]
+    # no product is written to: selective checkpointing may keep it
+    upper = torch.add(torch.add(c3 * a, square, alpha=c4), eye, alpha=c2)
+    return [square, upper, torch.add(rows_times_plus(square, upper, a, beta=c1, symmetric=True), eye, alpha=c0)]
 
 
 def _quartic_backward(grad: Tensor, a: Tensor, powers: list[Tensor], coefficients: Quartic) -> Tensor:
@@ -178,16 +178,14 @@ def _chain_rule_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, 
     return symmetric_part(grad_y @ t - 0.5 * (grad_z + first @ grad_y))
 
 
-@inverse_root.register_fake
-def _(cov: Tensor, n_iter: int, quartic: bool) -> tuple[Tensor, list[Tensor]]:
+def _fake_root(cov: Tensor, n_iter: int, quartic: bool) -> tuple[Tensor, list[Tensor]]:
     root = promote(cov).new_empty(cov.shape)
     wide = _widen(root, n_iter)
     powers = [torch.empty_like(wide) for _ in range(3 if _coefficients(n_iter, quartic) else 1)]
     return root, [wide.new_empty(cov.shape[0], 1, 1), *powers]
 
 
-@inverse_root_backward.register_fake
-def _(grad: Tensor, root: Tensor, kept: list[Tensor], n_iter: int, quartic: bool) -> Tensor:
+def _fake_backward(grad: Tensor, root: Tensor, kept: list[Tensor], n_iter: int, quartic: bool) -> Tensor:
     return root.new_empty(root.shape)
 
 
@@ -206,4 +204,11 @@ def _backward(ctx: Any, grad: Tensor, _: list[Tensor | None]) -> tuple[Tensor, N
     return inverse_root_backward(grad, root, kept, ctx.n_iter, ctx.quartic).to(cov.dtype), None, None
 
 
+inverse_root = Operation(_inverse_root, "(Tensor cov, SymInt n_iter, bool quartic) -> (Tensor, Tensor[])")
+inverse_root.register_fake(_fake_root)
 inverse_root.register_autograd(_backward, setup_context=_remember)
+
+inverse_root_backward = Operation(
+    _inverse_root_backward, "(Tensor grad, Tensor root, Tensor[] kept, SymInt n_iter, bool quartic) -> Tensor"
+)
+inverse_root_backward.register_fake(_fake_backward)

@@ -152,7 +152,7 @@ class ChannelDeconv(nn.Module):
             samples = self._sample(x, x[:, :split].transpose(0, 1).reshape(self.cfg.block, -1))
             check_rows(x.numel() // x.shape[1] * (split // self.cfg.block), name, x)
             vectors = samples.mT[:, :, None, None]
-            mean, cov = sampled_moments(vectors, Sampling(PIXEL).ints, Blocks(1, self.cfg.block).ints)
+            mean, cov = sampled_moments(vectors, Sampling(PIXEL), Blocks(1, self.cfg.block))
             uncentred = cov + mean.unsqueeze(-1) * mean.unsqueeze(-2)
             matrix = estimate(Moments(mean, uncentred, len(vectors)), self.cfg).whitener.squeeze(0)
             mean1 = mean.mT

@@ -132,7 +132,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _moments(self, x: Tensor, geometry: ConvGeometry) -> Moments:
-        mean, cov = sampled_moments(x, geometry.sampling.ints, self.blocks.ints)
+        mean, cov = sampled_moments(x, geometry.sampling, self.blocks)
         return Moments(mean, cov, geometry.row_count(x.shape), geometry.padding)
 
     @torch.jit.unused

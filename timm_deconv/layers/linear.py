@@ -96,7 +96,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     def moments(self, input: Tensor) -> Moments:
         """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (..., in_features)."""
         vectors = input.reshape(-1, self.in_features)
-        mean, cov = sampled_moments(_as_images(vectors), EVERY_VECTOR.ints, self.blocks.ints)
+        mean, cov = sampled_moments(_as_images(vectors), EVERY_VECTOR, self.blocks)
         return Moments(mean, cov, len(vectors) * self.blocks.number)
 
     @torch.jit.unused
@@ -113,7 +113,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     def _whiten(self, vectors: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
         """Compute D (x - mu) of vectors (R, in_features)."""
         centred = vectors.to(whitener.dtype) - spread_over_window(mean, list(self.weight.shape), self.blocks)
-        return apply_whitener(_as_images(centred), whitener, self.blocks.ints).flatten(1).to(vectors.dtype)
+        return apply_whitener(_as_images(centred), whitener, self.blocks).flatten(1).to(vectors.dtype)
 
     @torch.jit.unused
     def fuse(self) -> nn.Linear:

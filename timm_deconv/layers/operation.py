@@ -105,9 +105,9 @@ class _WhitenedConv(torch.autograd.Function):
             shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
             folded_bias = fold_bias(bias, wide, shift, blocks)
             if whitens_input(x, weight, geometry):
-                input, kernel = apply_whitener(x.to(dtype), whitener, blocks.ints), wide
+                input, kernel = apply_whitener(x.to(dtype), whitener, blocks), wide
             else:
-                input, kernel = x.to(dtype), apply_whitener(wide, whitener, blocks.ints)
+                input, kernel = x.to(dtype), apply_whitener(wide, whitener, blocks)
             output = convolve(input, kernel.to(dtype), folded_bias.to(dtype), geometry)
         ctx.save_for_backward(x, weight, shift, mean, whitener, varies, frozen, *kept)
         ctx.setting, ctx.row_count, ctx.has_bias, ctx.dtype = setting, row_count, bias is not None, dtype
@@ -157,7 +157,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
                 grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
             statistics = Statistics(mean, whitener, varies, ctx.row_count, kept)
             own_mean, *of_moments = estimate_backward(grad_mean, grad_whitener, statistics, geometry.padding, cfg)
-            add_moments_gradient_(grad_x, x, own_mean, *of_moments, geometry.sampling.ints, blocks.ints)
+            add_moments_gradient_(grad_x, x, own_mean, *of_moments, geometry.sampling, blocks)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype) if ctx.has_bias else None
 
 
@@ -172,17 +172,17 @@ def _plain_gradients(
         geometry: the layer's.
         with_x: whether the gradient of x, and with it that of D, is asked for.
     """
-    ints, dtype = geometry.blocks.ints, weight.dtype
+    blocks, dtype = geometry.blocks, weight.dtype
     if whitens_input(x, weight, geometry):
-        whitened = apply_whitener(x, whitener, ints)
+        whitened = apply_whitener(x, whitener, blocks)
         grad_x, grad_weight, grad_bias = convolve_backward(grad, whitened, weight.to(x.dtype), geometry, with_x)
         grad_whitener = torch.zeros_like(whitener)
         if grad_x is not None:
-            grad_x, grad_whitener = apply_whitener_backward(grad_x, x, whitener, ints)
+            grad_x, grad_whitener = apply_whitener_backward(grad_x, x, whitener, blocks)
         return grad_x, grad_weight.to(dtype), grad_bias, grad_whitener
-    kernel = apply_whitener(weight, whitener, ints) if with_x else weight
+    kernel = apply_whitener(weight, whitener, blocks) if with_x else weight
     grad_x, grad_kernel, grad_bias = convolve_backward(grad, x, kernel.to(x.dtype), geometry, with_x)
-    grad_weight, grad_whitener = apply_whitener_backward(grad_kernel.to(dtype), weight, whitener, ints)
+    grad_weight, grad_whitener = apply_whitener_backward(grad_kernel.to(dtype), weight, whitener, blocks)
     return grad_x, grad_weight, grad_bias, grad_whitener
 
 
