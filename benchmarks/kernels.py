@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from timm_deconv import kernels
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.convert.policy import Role
 from timm_deconv.errors import unknown_name
@@ -35,6 +36,13 @@ NO_KERNEL = (
     "new_empty",
     "promote_types",
 )
+
+OPERATIONS = {
+    operation.overload: operation.of_ints
+    for name in kernels.__all__
+    if isinstance(operation := getattr(kernels, name), kernels.Operation)
+}
+"""What launches the kernels of an operator of ours."""
 
 LAUNCH = re.compile(
     r"^\s+(?:\w+ = )?(?:cpp_fused\w*\(|triton\w*\.run\(|extern_kernels\.\w+\(|torch\.ops\.\w+\.)", re.MULTILINE
@@ -126,6 +134,8 @@ def eager_kernels(layer: nn.Module, x: Tensor) -> int:
 def compiled_kernels(layer: nn.Module, x: Tensor) -> int:
     """Count the kernels that compiled code of a training forward and backward launches, fused and of libraries.
 
+    An operation of `timm_deconv.kernels` counts as one, whatever it launches: compiled code does not look into it.
+
     Args:
         layer: called with x.
         x: of a shape that the layer takes, with `requires_grad`.
@@ -148,6 +158,9 @@ class _Counting(TorchDispatchMode):
         self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in OPERATIONS:
+            with self:
+                return OPERATIONS[func](*args, **(kwargs or {}))
         if not func.is_view and func.overloadpacket.__name__ not in NO_KERNEL:
             self.kernels += 1
         return func(*args, **(kwargs or {}))

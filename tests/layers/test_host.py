@@ -17,7 +17,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_sele
 
 
 OPERATIONS = {
-    operation.op._opoverload: operation.op._init_fn
+    operation.overload: operation.of_ints
     for name in kernels.__all__
     if isinstance(operation := getattr(kernels, name), kernels.Operation)
 }

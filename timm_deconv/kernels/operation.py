@@ -31,6 +31,8 @@ class Operation:
 
     Attributes:
         op: the operator, with lists of whole numbers for geometry.
+        overload: what dispatch modes see of it.
+        of_ints: the function that it runs, so that these can look into it.
     """
 
     def __init__(self, function: Function, schema: str, mutates_args: Sequence[str] = ()) -> None:
@@ -38,7 +40,9 @@ class Operation:
         self.__doc__, self.__name__ = function.__doc__, function.__name__.removeprefix("_")
         self._kinds = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
         name = f"timm_deconv::{self.__name__}"
-        self.op = torch.library.custom_op(name, self._of_ints(function), mutates_args=mutates_args, schema=schema)
+        self.of_ints = self._of_ints(function)
+        self.op = torch.library.custom_op(name, self.of_ints, mutates_args=mutates_args, schema=schema)
+        self.overload = getattr(torch.ops.timm_deconv, self.__name__).default
         self._kernels: dict[str, Function] = {}
 
     def __call__(self, *args: Any) -> Any:

@@ -156,8 +156,8 @@ def _count_padding_backward(
     """Return the image's own mean (S, F), and its and the covariance's gradients, from what `_count_padding` gave."""
     if not share:
         return mean, grad_mean, grad_cov
-    of_cov = torch.bmm(mean.unsqueeze(1), grad_cov).squeeze(1)
-    grad_mean = torch.add((1 - share) * grad_mean, of_cov, alpha=2 * share)
+    rows, grads = mean.unsqueeze(1), grad_mean.unsqueeze(1)
+    grad_mean = torch.baddbmm(grads, rows, grad_cov, beta=1 - share, alpha=2 * share).squeeze(1)
     return mean / (1 - share), grad_mean, (1 - share) * grad_cov
 
 
