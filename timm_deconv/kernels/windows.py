@@ -147,9 +147,10 @@ def spread_windows(x: Tensor, window: Window, most: int) -> Tensor:
     count = min(most, total)
     index = (torch.arange(count, device=x.device) * total + total // 2) // count
     image, place = index // in_image, index % in_image
-    top, left = place // cols * window.stride[0], place % cols * window.stride[1]
+    row, col = place // cols, place % cols
     if window == PIXEL._replace(stride=window.stride):
-        return x[image, :, top, left]
+        return x[:, :, :: window.stride[0], :: window.stride[1]][image, :, row, col]
+    top, left = row * window.stride[0], col * window.stride[1]
     down, right = (torch.arange(window.kernel_size[i], device=x.device) * window.dilation[i] for i in (0, 1))
     down = top[:, None, None] + down[:, None] - window.padding[0]
     right = left[:, None, None] + right - window.padding[1]
