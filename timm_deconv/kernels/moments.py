@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_deconv.linalg import full_precision, symmetric_part
+from timm_deconv.linalg import covariance, full_precision, symmetric_part
 
 from .blocks import Blocks, merge_rows, split_rows
 from .onednn import inner_products, rows_times
@@ -61,11 +61,7 @@ def _add_moments_gradient_(
 
 def plain_moments(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Do what `sampled_moments` does, of x (N, C, H, W), by operations that can be derived twice."""
-    with full_precision(x):
-        rows, _ = _sampled_rows(x, sampling, blocks)
-        mean = rows.mean(1)
-        deviations = rows - mean.unsqueeze(1)
-        return mean, deviations.mT @ deviations / rows.shape[1]
+    return covariance(_sampled_rows(x, sampling, blocks)[0])
 
 
 def _sampled_rows(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tensor, list[int]]:

@@ -16,7 +16,7 @@ from .config import DeconvCfg
 from .functional import Statistics, estimate_backward, fold_bias, fold_bias_backward_
 from .geometry import ConvGeometry
 
-__all__ = ["convolve", "whitened_conv", "whitens_input"]
+__all__ = ["Setting", "convolve", "whitened_conv", "whitens_input"]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geometry: ConvGeometry) -> Tensor:
