@@ -38,7 +38,7 @@ NO_KERNEL = (
 )
 
 OPERATIONS = {
-    operation.overload: operation.of_ints
+    operation.overload: operation.of_numbers
     for name in kernels.__all__
     if isinstance(operation := getattr(kernels, name), kernels.Operation)
 }

@@ -63,4 +63,4 @@ def test_a_spread_vector_meets_every_weight_at_its_own_feature(blocks: Blocks, s
 
 @cases
 def test_blocks_are_those_that_their_numbers_say(blocks: Blocks, shape: tuple[int, ...]) -> None:
-    assert Blocks.of_ints(blocks.ints) == blocks
+    assert Blocks.of_numbers(blocks.numbers) == blocks

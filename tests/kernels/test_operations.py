@@ -50,7 +50,7 @@ APPLICATIONS = {
 
 def check_operator(operation: Operation, *args: Any) -> None:
     """Let torch check schema, fake form, autograd and compilation of an operator."""
-    torch.library.opcheck(operation.op, tuple(a.ints if isinstance(a, Sampling | Blocks) else a for a in args))
+    torch.library.opcheck(operation.op, tuple(operation.encoded(args)))
 
 
 def covariances(sets: int = 2, features: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -145,7 +145,7 @@ def test_giving_back_is_what_autograd_makes_of_unfold(memory_format: torch.memor
 
 def test_a_sampling_is_the_one_that_its_numbers_say() -> None:
     for sampling, _ in samplings():
-        assert Sampling.of_ints(sampling.ints) == sampling
+        assert Sampling.of_numbers(sampling.numbers) == sampling
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

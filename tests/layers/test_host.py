@@ -17,7 +17,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_sele
 
 
 OPERATIONS = {
-    operation.overload: operation.of_ints
+    operation.overload: operation.of_numbers
     for name in kernels.__all__
     if isinstance(operation := getattr(kernels, name), kernels.Operation)
 }

@@ -7,14 +7,16 @@ operation too:
 - `inverse_root`: D of a covariance; `inverse_root_backward`;
 - `apply_whitener`: D times a weight or an activation; `apply_whitener_backward`.
 
-What is computed is written in plain torch; where a CPU is faster by other means, `onednn` knows it. Another device gets
-its kernels by `sampled_moments.register_kernel` and the like.
+What is computed is written in plain torch; where a CPU is faster by other means, `onednn` knows it, and GPUs have the
+Triton kernels of `gpu`. Another device gets its own by `sampled_moments.register_kernel` and the like. `plain_form` is
+the way back to plain torch.
 """
 
 from .application import apply_whitener, apply_whitener_backward
 from .blocks import Blocks
+from .gpu.dispatch import GpuForm
 from .moments import add_moments_gradient_, sampled_moments
-from .operation import Operation
+from .operation import Operation, plain_form
 from .roots import inverse_root, inverse_root_backward
 from .windows import PIXEL, Sampling, Window
 
@@ -29,5 +31,12 @@ __all__ = [
     "apply_whitener_backward",
     "inverse_root",
     "inverse_root_backward",
+    "plain_form",
     "sampled_moments",
 ]
+
+GPU_MODULES: dict[Operation, str] = {}
+"""Operations with Triton kernels, and their modules in `timm_deconv.kernels.gpu`."""
+
+for _operation, _module in GPU_MODULES.items():
+    _operation.register_kernel("cuda", GpuForm(_operation, _module))

@@ -46,14 +46,14 @@ class Blocks(NamedTuple):
         return self.groups if self.groups > 1 else 1
 
     @property
-    def ints(self) -> list[int]:
+    def numbers(self) -> list[int]:
         """The blocks as an operator takes them."""
         return [int(value) for value in self]
 
     @classmethod
-    def of_ints(cls, ints: Sequence[int]) -> "Blocks":
-        """Return the blocks that `ints` was made of."""
-        number, features, interleaved, groups, pixels = ints
+    def of_numbers(cls, numbers: Sequence[int]) -> "Blocks":
+        """Return the blocks that `numbers` was made of."""
+        number, features, interleaved, groups, pixels = numbers
         return cls(number, features, bool(interleaved), groups, bool(pixels))
 
 

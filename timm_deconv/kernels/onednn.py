@@ -8,6 +8,8 @@ matrix product. Nothing here is differentiable: it is used behind the seam, wher
 import torch
 from torch import Tensor
 
+from .operation import wants_plain_form
+
 __all__ = ["POINTWISE", "as_images", "as_kernel", "few_products", "inner_products", "rows_times", "rows_times_plus"]
 
 IMAGES = 16
@@ -98,4 +100,5 @@ def _by_convolution(rows: Tensor, outputs: int) -> bool:
         and rows.is_contiguous()
         and not few_products(rows, outputs)
         and torch.backends.mkldnn.is_available()
+        and not wants_plain_form()
     )

@@ -1,76 +1,115 @@
-"""Operation: a `torch.library.custom_op` that takes geometry too, and costs eager code no more than a function."""
+"""Operation: a `torch.library.custom_op` that takes settings too, and costs eager code no more than a function."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from .blocks import Blocks
-from .windows import Sampling
-
-__all__ = ["Operation"]
+__all__ = ["Operation", "plain_form", "wants_plain_form"]
 
 Function = Callable[..., Any]
+
+_plain_forms_wanted = int(os.environ.get("TIMM_DECONV_PLAIN", "") not in ("", "0"))
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 """Types of tensors that compute; others, such as fake ones, are there to be traced."""
 
 
+@contextmanager
+def plain_form() -> Iterator[None]:
+    """Let whitening run as plain torch operations, not by kernels for the device, until the context is left.
+
+    It holds for the whole process, backward passes and compiled code too. The environment variable
+    TIMM_DECONV_PLAIN=1 does the same from the start. For comparisons, and to find out whether a kernel is at fault.
+    """
+    global _plain_forms_wanted
+    _plain_forms_wanted += 1
+    try:
+        yield
+    finally:
+        _plain_forms_wanted -= 1
+
+
+def wants_plain_form() -> bool:
+    """Tell whether `plain_form` or the environment variable asks for plain torch operations."""
+    return _plain_forms_wanted > 0
+
+
 class Operation:
-    """A function of tensors, of numbers and of geometry, as an operator of torch.
+    """A function of tensors, of numbers and of settings, as an operator of torch.
 
     Compilers, exporters and autograd see the operator `op`. Where none of them looks, the function is called at once:
     in eager mode the dispatcher's way to an operator in Python takes longer than a small kernel.
 
     Args:
-        function: a plain form. Its annotations say where it takes a `Sampling` or `Blocks`, which the operator takes as
-            lists of whole numbers.
+        function: a plain form. Its annotations say where it takes settings: a class, such as `Blocks`, whose `numbers`
+            the operator takes in its place, and which is made of them again by `of_numbers`.
         schema: the operator's, as torch writes it.
         mutates_args: names of the arguments that are written to.
 
     Attributes:
-        op: the operator, with lists of whole numbers for geometry.
+        op: the operator, with lists of numbers for settings.
         overload: what dispatch modes see of it.
-        of_ints: the function that it runs, so that these can look into it.
+        of_numbers: the function that it runs, so that these can look into it.
     """
 
     def __init__(self, function: Function, schema: str, mutates_args: Sequence[str] = ()) -> None:
         self.function = function
         self.__doc__, self.__name__ = function.__doc__, function.__name__.removeprefix("_")
-        self._kinds = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
+        parameters = inspect.signature(function).parameters
+        self._settings = [getattr(parameter.annotation, "of_numbers", None) for parameter in parameters.values()]
+        self._mutated = [list(parameters).index(name) for name in mutates_args]
         name = f"timm_deconv::{self.__name__}"
-        self.of_ints = self._of_ints(function)
-        self.op = torch.library.custom_op(name, self.of_ints, mutates_args=mutates_args, schema=schema)
+        self.of_numbers = self._of_numbers(function)
+        self.op = torch.library.custom_op(name, self.of_numbers, mutates_args=mutates_args, schema=schema)
         self.overload = getattr(torch.ops.timm_deconv, self.__name__).default
         self._kernels: dict[str, Function] = {}
 
     def __call__(self, *args: Any) -> Any:
         looked_at = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(args[0]) not in PLAIN_TENSORS
         if looked_at:
-            return self.op(*(arg.ints if isinstance(arg, Sampling | Blocks) else arg for arg in args))
-        return self._kernels.get(args[0].device.type, self.function)(*args)
+            return self.op(*self.encoded(args))
+        kernel = self._kernels.get(args[0].device.type)
+        if kernel is None:
+            return self.function(*args)
+        result = kernel(*args)
+        for index in self._mutated:  # by a kernel of which torch knows nothing
+            torch.autograd.graph.increment_version(args[index])
+        return result
+
+    def encoded(self, args: Sequence[Any]) -> list[Any]:
+        """Return arguments as the operator takes them: the numbers of settings in place of these."""
+        return [arg if of is None else arg.numbers for arg, of in zip(args, self._settings, strict=True)]
 
     def register_kernel(self, device: str, kernel: Function) -> None:
-        """Let another function do the work on a kind of device, such as 'cuda'; it takes the same arguments."""
-        self._kernels[device] = kernel
-        self.op.register_kernel(device)(self._of_ints(kernel))
+        """Let another function do the work on a kind of device, such as 'cuda', unless the plain form is asked for.
+
+        It takes the same arguments.
+        """
+
+        def run(*args: Any) -> Any:
+            return (self.function if wants_plain_form() else kernel)(*args)
+
+        self._kernels[device] = run
+        self.op.register_kernel(device)(self._of_numbers(run))
 
     def register_fake(self, function: Function) -> None:
         """Say by a function of the same arguments what shapes, dtypes and strides come out."""
-        self.op.register_fake(self._of_ints(function))
+        self.op.register_fake(self._of_numbers(function))
 
     def register_autograd(self, backward: Function, setup_context: Function) -> None:
-        """Give the autograd formula, as `torch.library.custom_op` takes it; contexts get geometry as it is."""
+        """Give the autograd formula, as `torch.library.custom_op` takes it; contexts get settings as they are."""
 
         def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             setup_context(ctx, self._decoded(inputs), output)
 
         self.op.register_autograd(backward, setup_context=remember)
 
-    def _of_ints(self, function: Function) -> Function:
+    def _of_numbers(self, function: Function) -> Function:
         return lambda *args: function(*self._decoded(args))
 
     def _decoded(self, args: Sequence[Any]) -> list[Any]:
-        pairs = zip(args, self._kinds, strict=True)
-        return [kind.of_ints(arg) if kind in (Sampling, Blocks) else arg for arg, kind in pairs]
+        return [arg if of is None else of(arg) for arg, of in zip(args, self._settings, strict=True)]

@@ -84,14 +84,14 @@ class Sampling(NamedTuple):
     flat: bool = False
 
     @property
-    def ints(self) -> list[int]:
+    def numbers(self) -> list[int]:
         """The sampling as an operator takes it."""
         return [*itertools.chain(*self.window, self.offset), self.images, int(self.flat)]
 
     @classmethod
-    def of_ints(cls, ints: Sequence[int]) -> "Sampling":
-        """Return the sampling that `ints` was made of."""
-        *pairs, images, flat = ints
+    def of_numbers(cls, numbers: Sequence[int]) -> "Sampling":
+        """Return the sampling that `numbers` was made of."""
+        *pairs, images, flat = numbers
         *window, offset = zip(pairs[::2], pairs[1::2], strict=True)
         return cls(Window(*window), images, offset, bool(flat))
 

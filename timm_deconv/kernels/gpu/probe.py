@@ -1,0 +1,21 @@
+"""The least of kernels, which shows whether Triton works."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+
+__all__ = ["add_one"]
+
+
+def add_one(number: Tensor) -> None:
+    """Add one to a number (), in place."""
+    launch(_add_one, (1,), number)
+
+
+@triton.jit
+def _add_one(number: Any) -> None:
+    tl.store(number, tl.load(number) + 1)
