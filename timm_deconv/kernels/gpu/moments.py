@@ -20,7 +20,13 @@ from .launch import Unfit, check_dtypes, launch, padded, tiles
 __all__ = ["add_moments_gradient_", "sampled_moments"]
 
 ROWS = 32
-"""Rows that a program takes at a time: of 64, GPUs of compute capability 8.0 have too few registers."""
+"""Rows that a program takes at a time; for 64, GPUs of compute capability 8.0 have too few registers."""
+
+WARPS = {16: 4, 32: 8, 64: 8}
+"""A program's, by the width of its tiles; fewer would have too few registers."""
+
+GRADIENT = 1024
+"""Numbers of the gradient that a program computes; for more, it would have too few registers."""
 
 TURNS = 2
 """Times that a program takes rows, at the least: a smaller chunk costs more to join than it saves."""
@@ -60,21 +66,13 @@ def sampled_moments(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tens
     rows, sets, features = _rows(x, sampling, blocks), blocks.sets, blocks.features
     mean = torch.empty((sets, features), dtype=torch.float32, device=x.device)
     cov = torch.empty((sets, features, features), dtype=torch.float32, device=x.device)
-    if _standardises(blocks):
-        _launch_channels(x, mean, cov, rows, _steps(x, sampling))
-    else:
-        _launch_blocks(x, mean, cov, rows, _steps(x, sampling))
+    compute = _launch_channels if _standardises(blocks) else _launch_blocks
+    compute(x, mean, cov, rows, _steps(x, sampling))
     return mean, cov
 
 
 def add_moments_gradient_(
-    grad_x: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    grad_mean: Tensor,
-    grad_cov: Tensor,
-    sampling: Sampling,
-    blocks: Blocks,
+    grad_x: Tensor, x: Tensor, mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, sampling: Sampling, blocks: Blocks
 ) -> None:
     """Add to grad_x, in place, what reaches x through its moments, in one launch."""
     check_dtypes(grad_x, x, mean, grad_mean, grad_cov)
@@ -84,13 +82,13 @@ def add_moments_gradient_(
     images = [grad_x, *_steps(grad_x, sampling), x, *_steps(x, sampling)]
     moments = [mean.contiguous(), grad_mean.contiguous(), grad_cov.contiguous()]
     sets, features = blocks.sets, blocks.features
-    turns = _parts(rows.number, ROWS)
     if _standardises(blocks):
-        grid = [turns, _parts(sets, CHANNELS)]
+        grid = [_parts(rows.number, ROWS), _parts(sets, CHANNELS)]
         launch(_add_to_channels, grid, *images, *moments, *rows, sets, ROWS=ROWS, WIDTH=CHANNELS)
     else:
-        grid = [turns, tiles(features), sets]
-        launch(_add_to_blocks, grid, *images, *moments, *rows, features, ROWS=ROWS, WIDTH=padded(features))
+        width, height = padded(features), GRADIENT // padded(features)
+        grid, arguments = [_parts(rows.number, height), tiles(features), sets], [*images, *moments, *rows, features]
+        launch(_add_to_blocks, grid, *arguments, warps=WARPS[width], ROWS=height, WIDTH=width)
 
 
 def _rows(x: Tensor, sampling: Sampling, blocks: Blocks) -> _Rows:
@@ -153,9 +151,10 @@ def _launch_blocks(x: Tensor, mean: Tensor, cov: Tensor, rows: _Rows, steps: tup
     chunks, length = _chunks(rows, sets * across * (across + 1) // 2, sets * features * (features + 1))
     parts = torch.empty((chunks, sets, features + 1, features), dtype=torch.float32, device=x.device)
     grid, numbers = [chunks, across, across * sets], [*rows, features, length]
-    launch(_blocks_of_chunk, grid, x, *steps, mean, parts, *numbers, ROWS=ROWS, WIDTH=width, ONE=across == 1)
-    grid, numbers = [_parts(features, PATCH), _parts(features, PATCH), sets], [rows.number, features, chunks, length]
-    launch(_join_blocks, grid, parts, mean, cov, *numbers, warps=8, CHUNKS=JOINED, WIDTH=PATCH)
+    constants = {"ROWS": ROWS, "WIDTH": width, "ONE": across == 1}
+    launch(_blocks_of_chunk, grid, x, *steps, mean, parts, *numbers, warps=WARPS[width], **constants)
+    across, numbers = _parts(features, PATCH), [rows.number, features, chunks, length]
+    launch(_join_blocks, [across, across, sets], parts, mean, cov, *numbers, warps=8, CHUNKS=JOINED, WIDTH=PATCH)
 
 
 def _launch_channels(x: Tensor, mean: Tensor, cov: Tensor, rows: _Rows, steps: tuple[int, ...]) -> None:
