@@ -183,12 +183,18 @@ def blocks(results: Path) -> Table:
 
 def kernels(results: Path) -> Table:
     """Make the table of kernels that a layer of `fast` launches, forward and backward: the latest rows."""
-    latest = {row["layer"]: row for row in read_rows(results / "benchmark_kernels.csv") if row["preset"] == "fast"}
-    rows = sorted(latest.values(), key=lambda row: int(row["eager"]))
-    columns = "eager eager_plain compiled compiled_plain".split()
-    body = [[row["layer"], *(row[column] for column in columns)] for row in rows]
-    head = ["launches of a layer", "`fast`", "plain layer", "`fast`, compiled", "plain layer, compiled"]
-    return Table(head, body, rows, "benchmark_kernels.csv", BENCHMARK.format(task="kernels"))
+    rows = select(read_rows(results / "benchmark_kernels.csv"), preset="fast")
+    latest = {(row["path"], row["layer"]): row for row in rows}
+    plain = sorted((row for (path, _), row in latest.items() if path == "plain"), key=lambda row: int(row["eager"]))
+    body, used = [], []
+    for row in plain:
+        on_gpu = latest.get(("triton", row["layer"]))
+        counts = [row[column] for column in "eager_plain compiled compiled_plain".split()]
+        body.append([row["layer"], row["eager"], on_gpu["eager"] if on_gpu else NOTHING, *counts])
+        used += [row, on_gpu] if on_gpu else [row]
+    head = ["launches of a layer", "`fast`, plain form", "`fast`, kernels for GPUs", "plain layer"]
+    head += ["`fast`, plain form, compiled", "plain layer, compiled"]
+    return Table(head, body, used, "benchmark_kernels.csv", BENCHMARK.format(task="kernels"))
 
 
 def layers(results: Path) -> Table:

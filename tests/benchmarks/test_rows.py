@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conversion, kernels, layer, memory, profiling, rows, scaling, step, study, transfer
+from benchmarks import conversion, host, kernels, layer, memory, profiling, rows, scaling, step, study, transfer
 from timm_deconv.errors import InputError
 from timm_deconv.resources import checkout_configs
 from timm_deconv.training import results
@@ -17,6 +17,7 @@ from timm_deconv.training import results
         ("cifar10.csv", results.COLUMNS),
         ("benchmark.csv", step.COLUMNS),
         ("benchmark_layer.csv", layer.COLUMNS),
+        ("benchmark_host.csv", host.COLUMNS),
         ("benchmark_kernels.csv", kernels.COLUMNS),
         ("benchmark_memory.csv", memory.COLUMNS),
         ("benchmark_profile.csv", profiling.COLUMNS),
