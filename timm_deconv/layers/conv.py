@@ -12,7 +12,7 @@ from timm_deconv.kernels import Window, sampled_moments
 from timm_deconv.kernels.windows import as_pair
 
 from .config import DeconvCfg, conv_kind
-from .functional import Moments, check_rows, estimate, fold, sample_deviations, zero_constant
+from .functional import Moments, check_rows, estimate_live, fold, sample_deviations
 from .geometry import ConvGeometry, conv_blocks, conv_geometry
 from .module import WhiteningMixin, check_dtype
 from .operation import Setting, convolve, whitened_conv
@@ -121,7 +121,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
             check_rows(geometry.most_rows, name, x)
             with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
                 found = self._moments(x, geometry)
-                live = zero_constant(estimate(found, self.cfg), x, self.cfg)
+                live = estimate_live(found, x, self.cfg)
             if self.cfg.gain_corrected:
                 live = live._replace(deviations=sample_deviations(x, geometry.seen, self.blocks, found.mean))
             statistics = self._average_in(live, step)
