@@ -17,9 +17,8 @@ from timm_deconv.errors import needs_extra, one_line_errors
 
 with one_line_errors(), needs_extra("benchmark"):
     from benchmarks.gpu_check import PARTS, check
-    from benchmarks.rows import result_files
 
-FILE = "gpu_check.csv"
+RESULTS = Path(__file__).resolve().parent.parent / "hub_configs" / "results"
 
 
 def parse() -> argparse.Namespace:
@@ -35,7 +34,7 @@ def main() -> None:
     arguments = parse()
     with one_line_errors():
         check(
-            arguments.output or (Path("output", FILE) if arguments.tiny else result_files(Path(), True, FILE)[-1]),
+            arguments.output or (Path("output") if arguments.tiny else RESULTS) / "gpu_check.csv",
             tiny=arguments.tiny,
             names=arguments.parts,
             seconds=arguments.seconds,
