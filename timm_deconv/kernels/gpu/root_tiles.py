@@ -18,20 +18,9 @@ MOST_PARTS = tl.constexpr(64)
 
 @triton.jit
 def regularise_tiles(
-    mean: Any,
-    cov: Any,
-    whitened_mean: Any,
-    varies: Any,
-    wide: Any,
-    parts: Any,
-    features: Any,
-    padding: Any,
-    share: Any,
-    eps: Any,
-    least: Any,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
+    mean, cov, whitened_mean, varies, wide, parts, features, padding, share, eps, least,
+    TILES: tl.constexpr, TILE: tl.constexpr,
+):
     """Write a tile of the regularised covariance, and its sum of squares."""
     i, j, matrix, base = _whereabouts(features, TILES)
     index = tl.arange(0, TILE)
@@ -62,17 +51,9 @@ def regularise_tiles(
 
 @triton.jit
 def square_tiles(
-    wide: Any,
-    parts: Any,
-    varies: Any,
-    norm: Any,
-    first: Any,
-    square: Any,
-    features: Any,
-    ZEROES: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
+    wide, parts, varies, norm, first, square, features,
+    ZEROES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):
     """Write the norm, and a tile of the normed matrix A and of A^2."""
     i, j, matrix, base = _whereabouts(features, TILES)
     index = tl.arange(0, TILE)
@@ -96,16 +77,9 @@ def square_tiles(
 
 @triton.jit
 def root_tiles(
-    first: Any,
-    square: Any,
-    norm: Any,
-    upper: Any,
-    whitener: Any,
-    features: Any,
-    COEFFICIENTS: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
+    first, square, norm, upper, whitener, features,
+    COEFFICIENTS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):
     """Write a tile of U = c2 I + c3 A + c4 A^2, and of the whitener (c0 I + c1 A + A^2 U) / sqrt(norm)."""
     i, j, matrix, base = _whereabouts(features, TILES)
     index = tl.arange(0, TILE)
@@ -127,16 +101,9 @@ def root_tiles(
 
 @triton.jit
 def one_step_tiles(
-    parts: Any,
-    varies: Any,
-    norm: Any,
-    first: Any,
-    whitener: Any,
-    features: Any,
-    ZEROES: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
+    parts, varies, norm, first, whitener, features,
+    ZEROES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):
     """Write the norm, and a tile of the normed matrix A, in place, and of the whitener (3 I - A) / (2 sqrt(norm))."""
     i, j, matrix, base = _whereabouts(features, TILES)
     index = tl.arange(0, TILE)
@@ -154,17 +121,9 @@ def one_step_tiles(
 
 @triton.jit
 def cotangent_tiles(
-    grad: Any,
-    norm: Any,
-    square: Any,
-    upper: Any,
-    product: Any,
-    of_square: Any,
-    features: Any,
-    C4: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
+    grad, norm, square, upper, product, of_square, features,
+    C4: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):
     """Write a tile of P = G A^2 and of the cotangent G (U + c4 A^2) of A^2, before it is made symmetric."""
     i, j, matrix, base = _whereabouts(features, TILES)
     index = tl.arange(0, TILE)
@@ -187,18 +146,9 @@ def cotangent_tiles(
 
 @triton.jit
 def gradient_tiles(
-    grad: Any,
-    whitener: Any,
-    norm: Any,
-    first: Any,
-    of_square: Any,
-    of_first: Any,
-    parts: Any,
-    features: Any,
-    COEFFICIENTS: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
+    grad, whitener, norm, first, of_square, of_first, parts, features,
+    COEFFICIENTS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):
     """Write a tile of the cotangent of A, not symmetric yet, over that of P; and its part of the norm's cotangent.
 
     Without coefficients it is that of one step.
@@ -229,22 +179,9 @@ def gradient_tiles(
 
 @triton.jit
 def finish_gradient(
-    grad_mean: Any,
-    mean: Any,
-    norm: Any,
-    first: Any,
-    of_first: Any,
-    parts: Any,
-    own_mean: Any,
-    grad_own_mean: Any,
-    grad_cov: Any,
-    features: Any,
-    padding: Any,
-    share: Any,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
+    grad_mean, mean, norm, first, of_first, parts, own_mean, grad_own_mean, grad_cov, features, padding, share,
+    TILES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):
     """Write columns of the covariance's gradient, behind the norm, shrinking and padding, and the mean's there."""
     matrix = tl.program_id(1).to(tl.int64)
     base = matrix * features * features
@@ -279,21 +216,21 @@ def finish_gradient(
 
 
 @triton.jit
-def _whereabouts(features: Any, TILES: tl.constexpr) -> Any:
+def _whereabouts(features, TILES: tl.constexpr):
     """Return a program's row and column of tiles, its matrix, and where that begins."""
     tile, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     return tile // TILES, tile % TILES, matrix, matrix * features * features
 
 
 @triton.jit
-def _tile(base: Any, rows: Any, columns: Any, features: Any) -> Any:
+def _tile(base, rows, columns, features):
     """Return the places of a tile's numbers, and which of them there are."""
     inside = (rows[:, None] < features) & (columns[None, :] < features)
     return base + rows[:, None] * features + columns[None, :], inside
 
 
 @triton.jit
-def _symmetric_tile(matrices: Any, base: Any, rows: Any, columns: Any, features: Any) -> Any:
+def _symmetric_tile(matrices, base, rows, columns, features):
     """Load a tile of the symmetric part of a matrix."""
     places, inside = _tile(base, rows, columns, features)
     mirrored = base + columns[None, :] * features + rows[:, None]
@@ -302,7 +239,7 @@ def _symmetric_tile(matrices: Any, base: Any, rows: Any, columns: Any, features:
 
 
 @triton.jit
-def _upper(first: Any, square: Any, base: Any, rows: Any, columns: Any, features: Any, COEFFICIENTS: Any) -> Any:
+def _upper(first, square, base, rows, columns, features, COEFFICIENTS):
     """Return a tile of U = c2 I + c3 A + c4 A^2."""
     places, inside = _tile(base, rows, columns, features)
     tile = COEFFICIENTS[3] * tl.load(first + places, mask=inside, other=0.0)
@@ -311,7 +248,7 @@ def _upper(first: Any, square: Any, base: Any, rows: Any, columns: Any, features
 
 
 @triton.jit
-def _sum_of_parts(parts: Any, matrix: Any, TILES: tl.constexpr) -> Any:
+def _sum_of_parts(parts, matrix, TILES: tl.constexpr):
     """Sum what all tiles of a matrix have contributed."""
     index = tl.arange(0, MOST_PARTS)
     count = TILES * TILES
@@ -319,7 +256,7 @@ def _sum_of_parts(parts: Any, matrix: Any, TILES: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _norm_kept(scale: Any, varies: Any, matrix: Any, ZEROES: tl.constexpr) -> Any:
+def _norm_kept(scale, varies, matrix, ZEROES: tl.constexpr):
     """Return the norm, infinite where the whitener is to be zero."""
     if ZEROES:
         scale = tl.where(tl.load(varies + matrix) | (scale != scale), scale, float("inf"))

@@ -153,25 +153,9 @@ def _launch_tiles_backward(
 
 @triton.jit
 def _whiten_numbers(
-    mean: Any,
-    cov: Any,
-    whitened_mean: Any,
-    whitener: Any,
-    varies: Any,
-    norm: Any,
-    first: Any,
-    square: Any,
-    upper: Any,
-    sets: Any,
-    padding: Any,
-    share: Any,
-    eps: Any,
-    least: Any,
-    ZEROES: tl.constexpr,
-    STEPS: tl.constexpr,
-    COEFFICIENTS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-) -> None:
+    mean, cov, whitened_mean, whitener, varies, norm, first, square, upper, sets, padding, share, eps, least,
+    ZEROES: tl.constexpr, STEPS: tl.constexpr, COEFFICIENTS: tl.constexpr, NUMBERS: tl.constexpr,
+):
     """Whiten single features; shrinking changes nothing."""
     index = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
     inside = index < sets
@@ -200,18 +184,9 @@ def _whiten_numbers(
 
 @triton.jit
 def _whiten_numbers_backward(
-    grad_mean: Any,
-    grad: Any,
-    mean: Any,
-    whitener: Any,
-    norm: Any,
-    own_mean: Any,
-    grad_own_mean: Any,
-    grad_cov: Any,
-    sets: Any,
-    padding: Any,
+    grad_mean, grad, mean, whitener, norm, own_mean, grad_own_mean, grad_cov, sets, padding,
     NUMBERS: tl.constexpr,
-) -> None:
+):
     """Derive the inverse root of a number, of which only the norm's part is left: A is 1."""
     index = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
     inside = index < sets
@@ -227,25 +202,9 @@ def _whiten_numbers_backward(
 
 @triton.jit
 def _whiten_matrix(
-    mean: Any,
-    cov: Any,
-    whitened_mean: Any,
-    whitener: Any,
-    varies: Any,
-    norm: Any,
-    first: Any,
-    square: Any,
-    upper: Any,
-    features: Any,
-    padding: Any,
-    share: Any,
-    eps: Any,
-    least: Any,
-    ZEROES: tl.constexpr,
-    STEPS: tl.constexpr,
-    COEFFICIENTS: tl.constexpr,
-    EXTENT: tl.constexpr,
-) -> None:
+    mean, cov, whitened_mean, whitener, varies, norm, first, square, upper, features, padding, share, eps, least,
+    ZEROES: tl.constexpr, STEPS: tl.constexpr, COEFFICIENTS: tl.constexpr, EXTENT: tl.constexpr,
+):
     """Whiten a set of features: padding, shrinking, eps, norm, and the quartic or the steps."""
     matrix = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, EXTENT)
@@ -281,25 +240,10 @@ def _whiten_matrix(
 
 @triton.jit
 def _whiten_matrix_backward(
-    grad_mean: Any,
-    grad: Any,
-    mean: Any,
-    whitener: Any,
-    norm: Any,
-    first: Any,
-    square: Any,
-    upper: Any,
-    iterates: Any,
-    own_mean: Any,
-    grad_own_mean: Any,
-    grad_cov: Any,
-    features: Any,
-    padding: Any,
-    share: Any,
-    STEPS: tl.constexpr,
-    COEFFICIENTS: tl.constexpr,
-    EXTENT: tl.constexpr,
-) -> None:
+    grad_mean, grad, mean, whitener, norm, first, square, upper, iterates, own_mean, grad_own_mean, grad_cov,
+    features, padding, share,
+    STEPS: tl.constexpr, COEFFICIENTS: tl.constexpr, EXTENT: tl.constexpr,
+):
     """Derive all that `_whiten_matrix` does of a set of features."""
     matrix = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, EXTENT)
@@ -330,7 +274,7 @@ def _whiten_matrix_backward(
 
 
 @triton.jit
-def _steps_backward(g: Any, a: Any, iterates: Any, features: Any, STEPS: tl.constexpr, EXTENT: tl.constexpr) -> Any:
+def _steps_backward(g, a, iterates, features, STEPS: tl.constexpr, EXTENT: tl.constexpr):
     """Return the cotangent of A from that of the last Z, as `_symmetric_backward` of the plain form does.
 
     Y and Z of every step are computed again and wait in memory.
@@ -365,7 +309,7 @@ def _steps_backward(g: Any, a: Any, iterates: Any, features: Any, STEPS: tl.cons
 
 
 @triton.jit
-def _square_of(matrix: Any, index: Any, features: Any) -> Any:
+def _square_of(matrix, index, features):
     """Return the places of a matrix, which of them there are, and the identity, that of what is not there too."""
     row, column = index[:, None], index[None, :]
     inside = (row < features) & (column < features)
@@ -373,7 +317,7 @@ def _square_of(matrix: Any, index: Any, features: Any) -> Any:
 
 
 @triton.jit
-def _normed(matrix: Any, scale: Any, variance: Any, least: Any, ZEROES: tl.constexpr) -> Any:
+def _normed(matrix, scale, variance, least, ZEROES: tl.constexpr):
     """Return a matrix over its norm, and the norm as it is kept: infinite where the whitener is to be zero."""
     kept = scale
     if ZEROES:
@@ -382,10 +326,10 @@ def _normed(matrix: Any, scale: Any, variance: Any, least: Any, ZEROES: tl.const
 
 
 @triton.jit
-def _times(left: Any, right: Any) -> Any:
+def _times(left, right):
     return tl.dot(left, right, input_precision="tf32x3")
 
 
 @triton.jit
-def _symmetric(matrix: Any) -> Any:
+def _symmetric(matrix):
     return 0.5 * (matrix + tl.trans(matrix))
