@@ -39,6 +39,8 @@ __all__ = [
 GPU_MODULES: dict[Operation, str] = {
     sampled_moments: "moments",
     add_moments_gradient_: "moments",
+    inverse_root: "roots",
+    inverse_root_backward: "roots",
 }
 """Operations with Triton kernels, and their modules in `timm_deconv.kernels.gpu`."""
 
