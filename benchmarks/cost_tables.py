@@ -30,6 +30,8 @@ NETWORKS = (
 )
 """In the order in which tables list them."""
 
+MODES = {"": "", "default": "compiled", "reduce-overhead": "compiled, CUDA graphs", "captured": "one CUDA graph"}
+
 RUN = "task network width batch image_size amp compile device hardware torch date rounds".split()
 
 
@@ -61,7 +63,7 @@ def _name(row: Row) -> str:
     """Name a network with its images, precision and compilation."""
     size = f" of {row['image_size']}x{row['image_size']}" if row["image_size"] else ""
     more = [f"{row['batch']} images{size}", row.get("amp", "")]
-    more.append({"": "", "default": "compiled", "reduce-overhead": "compiled, CUDA graphs"}[row.get("compile", "")])
+    more.append(MODES[row.get("compile", "")])
     return f"`{row['network']}`, " + ", ".join(text for text in more if text)
 
 

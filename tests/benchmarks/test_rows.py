@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conversion, host, kernels, layer, memory, profiling, rows, scaling, step, study, transfer
+from benchmarks import (
+    conversion,
+    gpu_check,
+    host,
+    kernels,
+    layer,
+    memory,
+    profiling,
+    rows,
+    scaling,
+    step,
+    study,
+    transfer,
+)
 from timm_deconv.errors import InputError
 from timm_deconv.resources import checkout_configs
 from timm_deconv.training import results
@@ -26,6 +39,7 @@ from timm_deconv.training import results
         ("finetune.csv", study.COLUMNS),
         ("study.csv", study.COLUMNS),
         ("study_pareto.csv", study.PARETO_COLUMNS),
+        ("gpu_check.csv", gpu_check.COLUMNS),
         ("transfer.csv", transfer.COLUMNS),
     ],
 )
