@@ -36,7 +36,10 @@ __all__ = [
     "sampled_moments",
 ]
 
-GPU_MODULES: dict[Operation, str] = {}
+GPU_MODULES: dict[Operation, str] = {
+    sampled_moments: "moments",
+    add_moments_gradient_: "moments",
+}
 """Operations with Triton kernels, and their modules in `timm_deconv.kernels.gpu`."""
 
 for _operation, _module in GPU_MODULES.items():
