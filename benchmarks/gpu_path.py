@@ -26,6 +26,10 @@ CAPABILITY = 90
 """Of the GPU that is played: Hopper."""
 
 
+NO_DEVICE = 999
+"""Its number. Triton keeps what it compiles by device, and a GPU that is there must not be given any of this."""
+
+
 class _Driver:
     """What Triton asks of a driver, for a GPU that is not there: it loads and launches nothing."""
 
@@ -33,7 +37,7 @@ class _Driver:
         self.utils = self
 
     def get_current_device(self) -> int:
-        return 0
+        return NO_DEVICE
 
     def get_current_stream(self, device: int) -> int:
         return 0
