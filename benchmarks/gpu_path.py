@@ -50,11 +50,8 @@ class _Driver:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 * 1024}
 
-    def load_binary(self, *_: Any) -> tuple[object, int, int, int, int]:
-        return object(), 0, 0, 0, 1024
-
-    def unload_module(self, module: object) -> None:
-        pass
+    def load_binary(self, *_: Any) -> tuple[None, None, int, int, int]:
+        return None, None, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         return lambda *args: None
