@@ -1,8 +1,8 @@
 """How long the host is busy with a training step of one layer: Python, dispatch and launches.
 
 On a GPU the host launches while kernels run, and a small layer costs what its launches cost. On a CPU a layer's step on
-a tiny input is nearly all such work, and by the GPU's path (see `gpu_path`) the host does what that of a GPU does. It is
-the thread's own time, so that a busy machine changes little.
+a tiny input is nearly all such work, and by the GPU's path (see `gpu_path`) the host does what that of a GPU does. The
+time is the thread's own, so that a busy machine changes little.
 """
 
 import contextlib
