@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import hflip, pil_to_tensor
 
 from timm_deconv.convert import calibrate, convert_deconv_model, transfer
+from timm_deconv.data import EpochSampler, Seeded
 from timm_deconv.data.datasets import find_split
 from timm_deconv.errors import InputError
 from timm_deconv.models.deeplabv3 import ASPP
@@ -163,7 +164,10 @@ class Segmentation:
         if self.recipe.data_dir is None or (path := find_split(Path(self.recipe.data_dir), split)) is None:
             raise InputError(f"no {split}.tar in {self.recipe.data_dir}: give the folder of CamVid as --data-dir")
         frames = CamVid(path, self.recipe.input_size[1:], training)
-        return DataLoader(frames, self.recipe.batch_size, shuffle=training, drop_last=training)
+        if not training:
+            return DataLoader(frames, self.recipe.batch_size)
+        order = EpochSampler(len(frames), self.recipe.batch_size, self.recipe.seed)
+        return DataLoader(Seeded(frames, self.recipe.seed), batch_sampler=order)
 
 
 def _check_settings(recipe: Recipe) -> None:

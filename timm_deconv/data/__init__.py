@@ -3,9 +3,12 @@
 from .datasets import StrictImageDataset, chosen_images, class_names, create_dataset
 from .digits import Digits
 from .loaders import create_loader, create_transform
+from .sampling import EpochSampler, Seeded
 
 __all__ = [
     "Digits",
+    "EpochSampler",
+    "Seeded",
     "StrictImageDataset",
     "chosen_images",
     "class_names",

@@ -1,18 +1,22 @@
-"""timm's transforms and loaders, plus the padded random crop of the CIFAR recipes.
+"""timm's transforms, plus the padded random crop of the CIFAR recipes, and loaders in an order of our own.
 
 Images leave the loader as bytes; the task scales them on the device, as timm's prefetcher does: a quarter of the memory
 travels.
 """
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import timm.data
+import torch
 from timm.data.transforms import MaybePILToTensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from timm_deconv.errors import InputError
+
+from .sampling import EpochSampler, Seeded
 
 
 def create_transform(
@@ -78,35 +82,45 @@ def create_loader(
     training: bool,
     workers: int = 0,
     pin_memory: bool = False,
+    seed: int = 0,
 ) -> DataLoader:
-    """Create timm's loader of (uint8 images (B, C, H, W), class indices (B,)).
+    """Create a loader of (uint8 images (B, C, H, W), class indices (B,)).
 
     Args:
         dataset: of PIL images and class indices.
         transform: of an image into a tensor; the data set keeps it.
         batch_size: images a batch, over all processes.
-        training: draw in random order, and leave out what does not fill a batch.
+        training: draw from where and for whom the loader's `batch_sampler`, an `EpochSampler`, says; images are
+            augmented as seed, epoch and index have it. Else all images in their order.
         workers: processes that load images; 0 loads in this one.
         pin_memory: copy batches to memory from which a GPU reads without waiting.
+        seed: of order and augmentation.
 
     Raises:
         InputError: fewer training images than a batch.
     """
     if training and len(dataset) < batch_size:
         raise InputError(f"batch_size={batch_size}: there are only {len(dataset)} training images; lower it")
-    loader = timm.data.create_loader(
-        dataset,
-        input_size=(3, 32, 32),  # only for timm's own transform, replaced below
-        batch_size=batch_size,
-        is_training=training,
-        use_prefetcher=False,
-        num_workers=workers,
-        # workers that start afresh take their seeds from the epoch's, so a resumed run sees the same augmentation
-        persistent_workers=False,
-        pin_memory=pin_memory,
-    )
     whole = dataset
     while isinstance(whole, Subset):
         whole = whole.dataset
     whole.transform = transform
-    return loader
+    batches: dict[str, Any] = {"batch_size": batch_size}
+    if training:
+        batches = {"batch_sampler": EpochSampler(len(dataset), batch_size, seed)}
+        dataset = Seeded(dataset, seed)
+    return DataLoader(
+        dataset,
+        **batches,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # the default one is the network's
+    )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker go on where all processes of a job are told to end: the training process still needs its images."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # not so on Windows
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

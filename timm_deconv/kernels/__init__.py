@@ -4,7 +4,7 @@ Each is an `Operation`, a `torch.library.custom_op` with a fake form, an autogra
 operation too:
 
 - `sampled_moments`: mean and covariance of sampled rows; `add_moments_gradient_` is the way back, in place;
-- `inverse_root`: D of a covariance; `inverse_root_backward`;
+- `inverse_root`: mean and D from the moments, as a `Root` says; `inverse_root_backward`;
 - `fold_whitening`: D and the mean in weight and bias of the plain layer that does the work; `fold_whitening_backward`;
 - `apply_whitener`: D times an activation, where that is less work; `apply_whitener_backward`.
 
@@ -19,13 +19,14 @@ from .folding import fold_whitening, fold_whitening_backward
 from .gpu.dispatch import GpuForm
 from .moments import add_moments_gradient_, sampled_moments
 from .operation import Operation, plain_form
-from .roots import inverse_root, inverse_root_backward
+from .roots import Root, inverse_root, inverse_root_backward
 from .windows import PIXEL, Sampling, Window
 
 __all__ = [
     "PIXEL",
     "Blocks",
     "Operation",
+    "Root",
     "Sampling",
     "Window",
     "add_moments_gradient_",
@@ -39,7 +40,10 @@ __all__ = [
     "sampled_moments",
 ]
 
-GPU_MODULES: dict[Operation, str] = {}
+GPU_MODULES: dict[Operation, str] = {
+    sampled_moments: "moments",
+    add_moments_gradient_: "moments",
+}
 """Operations with Triton kernels, and their modules in `timm_deconv.kernels.gpu`."""
 
 for _operation, _module in GPU_MODULES.items():

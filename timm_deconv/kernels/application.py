@@ -4,8 +4,6 @@ They are multiplied by a 1x1 convolution where that is much work, in the precisi
 these are): on a CPU this was up to 3 times as fast as matrix products.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -96,23 +94,13 @@ def _fake_backward(grad: Tensor, images: Tensor, whitener: Tensor) -> tuple[Tens
     return _fake_application(images, whitener), whitener.new_empty(whitener.shape)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    images, whitener = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
-        wanted = [tensor for tensor, need in zip((images, whitener), ctx.needs_input_grad, strict=True) if need]
-        grads = iter(torch.autograd.grad(plain_application(images, whitener), wanted, grad, create_graph=True))
-        return tuple(next(grads) if need else None for need in ctx.needs_input_grad)
-    grads_: tuple[Tensor, Tensor] = apply_whitener_backward(grad, images, whitener)
-    return grads_
+def _backward(grads: tuple[Tensor], kept: list[Tensor], images: Tensor, whitener: Tensor) -> tuple[Tensor, Tensor]:
+    return apply_whitener_backward(*grads, images, whitener)
 
 
 apply_whitener = Operation(_apply_whitener, "(Tensor images, Tensor whitener) -> Tensor")
 apply_whitener.register_fake(_fake_application)
-apply_whitener.register_autograd(_backward, setup_context=_remember)
+apply_whitener.register_autograd(_backward, plain_application, keep=lambda whitened: [])
 
 apply_whitener_backward = Operation(
     _apply_whitener_backward, "(Tensor grad, Tensor images, Tensor whitener) -> (Tensor, Tensor)"

@@ -211,25 +211,32 @@ def _fake_backward(
     return own, [value.new_empty(value.shape) for value in (mean, whitener)] if with_statistics else []
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.blocks, ctx.dtype, _ = inputs
-    ctx.save_for_backward(*tensors)
+def _plain_folding(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    whitener: Tensor,
+    blocks: Blocks,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> list[Tensor]:
+    with full_precision(weight):
+        return [value.to(dtype) for value in fold(weight, bias, mean, whitener, blocks)]
 
 
-def _backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
-    weight, bias, mean, whitener = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
-        needs = ctx.needs_input_grad[:4]
-        wanted = [tensor for tensor, need in zip(ctx.saved_tensors, needs, strict=True) if need]
-        with full_precision(weight):
-            plain = [value.to(ctx.dtype) for value in fold(weight, bias, mean, whitener, ctx.blocks)]
-        grads = iter(torch.autograd.grad(plain, wanted, (grad_weight, grad_bias), create_graph=True))
-        return *(next(grads) if need else None for need in needs), None, None, None
-    with_statistics = any(ctx.needs_input_grad[2:4])
-    tensors = (grad_weight, grad_bias, weight, mean, whitener)
-    own, of_statistics = fold_whitening_backward(*tensors, ctx.blocks, with_statistics)
-    own_bias = None if bias is None else grad_bias.to(bias.dtype)
-    return own, own_bias, *(of_statistics or (None, None)), None, None, None
+def _backward(
+    grads: tuple[Tensor, Tensor],
+    kept: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    whitener: Tensor,
+    blocks: Blocks,
+    *_: Any,
+) -> list[Tensor]:
+    own, of_statistics = fold_whitening_backward(*grads, weight, mean, whitener, blocks, True)
+    of_bias = [] if bias is None else [grads[1].to(bias.dtype)]
+    return [own, *of_bias, *of_statistics]
 
 
 fold_whitening = Operation(
@@ -238,7 +245,7 @@ fold_whitening = Operation(
     " bool channels_last) -> (Tensor, Tensor)",
 )
 fold_whitening.register_fake(_fake_folding)
-fold_whitening.register_autograd(_backward, setup_context=_remember)
+fold_whitening.register_autograd(_backward, _plain_folding, keep=lambda folded, folded_bias: [])
 
 fold_whitening_backward = Operation(
     _fold_whitening_backward,

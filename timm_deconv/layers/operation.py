@@ -15,13 +15,14 @@ from timm_deconv.kernels import (
     apply_whitener_backward,
     fold_whitening,
     fold_whitening_backward,
+    inverse_root_backward,
 )
 from timm_deconv.kernels.folding import shift_bias, shift_bias_backward_
 from timm_deconv.kernels.formats import is_channels_last
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .functional import Statistics, estimate_backward
+from .functional import Statistics, root_of
 from .geometry import ConvGeometry
 
 __all__ = ["Setting", "computing_dtype", "convolve", "whitened_conv", "whitens_input"]
@@ -82,7 +83,7 @@ def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: St
         RuntimeError: in a backward pass through these gradients, which are written by hand.
     """
     live = statistics
-    tensors = (live.mean, live.whitener, live.varies, live.frozen, *live.kept)
+    tensors = (live.mean, live.whitener, live.frozen, *live.kept)
     output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, live.row_count, *tensors)
     return output
 
@@ -104,7 +105,6 @@ class _WhitenedConv(torch.autograd.Function):
         row_count: int,
         mean: Tensor,
         whitener: Tensor,
-        varies: Tensor,
         frozen: Tensor | None,
         *kept: Tensor,
     ) -> Tensor:
@@ -119,7 +119,7 @@ class _WhitenedConv(torch.autograd.Function):
                 folded, folded_bias = _fold(input, weight, bias, mean, whitener, geometry)
             output = convolve(input, folded, folded_bias, geometry)
         kept_weight = None if x.device.type == "cpu" else folded
-        ctx.save_for_backward(x, weight, kept_weight, mean, whitener, varies, frozen, *kept)
+        ctx.save_for_backward(x, weight, kept_weight, mean, whitener, frozen, *kept)
         ctx.setting, ctx.row_count, ctx.has_bias, ctx.dtype = setting, row_count, bias is not None, dtype
         return output
 
@@ -151,7 +151,7 @@ class _OnlyOnce(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, weight and bias, each None where it is not asked for."""
-    x, weight, folded, mean, whitener, varies, frozen, *kept = ctx.saved_tensors
+    x, weight, folded, mean, whitener, frozen, *kept = ctx.saved_tensors
     geometry, cfg, _ = ctx.setting
     blocks, with_x = geometry.blocks, ctx.needs_input_grad[0]
     with full_precision(x):
@@ -163,8 +163,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad_mean, grad_whitener = of_statistics
             if frozen is not None:
                 grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
-            statistics = Statistics(mean, whitener, varies, ctx.row_count, kept)
-            own_mean, *of_moments = estimate_backward(grad_mean, grad_whitener, statistics, geometry.padding, cfg)
+            own_mean, *of_moments = inverse_root_backward(
+                grad_mean, grad_whitener, mean, whitener, kept, ctx.row_count, geometry.padding, root_of(cfg)
+            )
             add_moments_gradient_(grad_x, x, own_mean, *of_moments, geometry.sampling, blocks)
     return grad_x, grad_weight, grad_bias.to(weight.dtype) if ctx.has_bias else None
 

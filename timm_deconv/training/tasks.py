@@ -30,7 +30,10 @@ class Task(Protocol):
         """Create a fresh network."""
 
     def create_loaders(self) -> tuple[DataLoader, DataLoader]:
-        """Create the training and evaluation loaders, of whole batches over all processes."""
+        """Create the training and evaluation loaders, of whole batches over all processes.
+
+        The training loader's `batch_sampler` is an `EpochSampler`: the loop says from where, and for which process.
+        """
 
     def calibrate(self, model: nn.Module) -> None:
         """Calibrate the network by training images before the first step, where the recipe says so."""
@@ -143,6 +146,7 @@ class Classification:
             training=training,
             workers=recipe.workers,
             pin_memory=torch.cuda.is_available(),
+            seed=recipe.seed,
         )
 
 
