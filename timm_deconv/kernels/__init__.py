@@ -1,11 +1,12 @@
-"""The seam between whitening and hardware: three operations, and nothing above knows which kernel runs them.
+"""The seam between whitening and hardware: four operations, and nothing above knows which kernel runs them.
 
 Each is an `Operation`, a `torch.library.custom_op` with a fake form, an autograd formula and a backward pass that is an
 operation too:
 
 - `sampled_moments`: mean and covariance of sampled rows; `add_moments_gradient_` is the way back, in place;
 - `inverse_root`: D of a covariance; `inverse_root_backward`;
-- `apply_whitener`: D times a weight or an activation; `apply_whitener_backward`.
+- `apply_whitener`: D times a weight or an activation; `apply_whitener_backward`;
+- `average_in_`: a batch's statistics into the running ones, in place; nothing is derived through it.
 
 What is computed is written in plain torch; where a CPU is faster by other means, `onednn` knows it, and GPUs have the
 Triton kernels of `gpu`. Another device gets its own by `sampled_moments.register_kernel` and the like. `plain_form` is
@@ -18,10 +19,12 @@ from .gpu.dispatch import GpuForm
 from .moments import add_moments_gradient_, sampled_moments
 from .operation import Operation, plain_form
 from .roots import inverse_root, inverse_root_backward
+from .tracking import Averaging, average_in_
 from .windows import PIXEL, Sampling, Window
 
 __all__ = [
     "PIXEL",
+    "Averaging",
     "Blocks",
     "Operation",
     "Sampling",
@@ -29,6 +32,7 @@ __all__ = [
     "add_moments_gradient_",
     "apply_whitener",
     "apply_whitener_backward",
+    "average_in_",
     "inverse_root",
     "inverse_root_backward",
     "plain_form",

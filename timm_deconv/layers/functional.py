@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Blocks, Window, inverse_root, inverse_root_backward
-from timm_deconv.kernels.blocks import merge_weight, split_rows, split_weight, spread_over_window, sum_over_window
-from timm_deconv.kernels.windows import spread_windows
-from timm_deconv.linalg import eye_like, full_precision, promote, shrink
+from timm_deconv.kernels import Blocks, inverse_root, inverse_root_backward
+from timm_deconv.kernels.blocks import merge_weight, split_weight, spread_over_window, sum_over_window
+from timm_deconv.linalg import eye_like, full_precision, shrink
 
 from .config import DeconvCfg
-from .gain import PROBED_ROWS, probe
 
 __all__ = [
     "Moments",
@@ -28,7 +26,6 @@ __all__ = [
     "fold",
     "fold_bias",
     "fold_bias_backward_",
-    "sample_deviations",
     "zero_constant",
 ]
 
@@ -59,8 +56,6 @@ class Statistics(NamedTuple):
         varies: bool (S,), whether a set's features vary at all.
         row_count: R.
         kept: what the way back through the root needs beside the whitener.
-        deviations: (S, at most PROBED_ROWS, F), some rows less the mean, without gradient; None if nothing asks for
-            them.
         frozen: bool (), or None: where it is true, mean and whitener are not the batch's and pass on no gradient.
     """
 
@@ -69,7 +64,6 @@ class Statistics(NamedTuple):
     varies: Tensor
     row_count: int
     kept: list[Tensor]
-    deviations: Tensor | None = None
     frozen: Tensor | None = None
 
 
@@ -113,24 +107,6 @@ def zero_constant(statistics: Statistics, x: Tensor, cfg: DeconvCfg) -> Statisti
         pixel = x.detach()[(slice(1), slice(None), *[slice(1)] * (x.ndim - 2))]
         varies = ((x.detach() - pixel).square().mean() > LEAST_VARIANCE * cfg.eps).expand_as(varies)
     return statistics._replace(whitener=statistics.whitener * varies[:, None, None], varies=varies)
-
-
-@torch.no_grad()
-def sample_deviations(x: Tensor, window: Window, blocks: Blocks, mean: Tensor) -> Tensor:
-    """Return some rows less the mean, evenly spread over the windows of x, samples or not.
-
-    A whitener fits its own samples better than what lies between them, and the output is made of both.
-
-    Args:
-        x: (N, C, H, W).
-        window, blocks: what the layer sees.
-        mean: (S, F).
-
-    Returns:
-        (S, at most PROBED_ROWS, F), without gradient.
-    """
-    rows = split_rows(spread_windows(x, window, PROBED_ROWS), blocks)
-    return promote(probe(rows)) - mean.unsqueeze(1)
 
 
 def check_rows(row_count: int, name: str, input: Tensor) -> None:
