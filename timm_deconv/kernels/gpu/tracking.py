@@ -1,4 +1,4 @@
-"""A batch averaged into the running statistics in two launches: what whiteners pass on is measured, then all is written.
+"""A batch averaged into the running statistics, in two launches: what whiteners pass on is measured, then all is set.
 
 The first launch only reads buffers, and hands on what the second one's programs must all know; so none of them reads
 what another writes. Of that launch the first program writes gain, power and counter, and each its own part of the rest.
@@ -74,7 +74,7 @@ def average_in_(
     measure, update = (_measure_channels, _update_channels) if single else (_measure, _update)
     grid = [-(-sets // CHANNELS)] if single else [parts, sets]
     pixels = seen.pointwise
-    launch(measure, grid, *place, *tensors, *state, *numbers, ROWS=ROWS, PIXELS=pixels, warps=4, **sized)
+    launch(measure, grid, *place, *tensors, *state, *numbers, ROWS=ROWS, PIXELS=pixels, warps=8, **sized)
     limits = torch.finfo(gain.dtype)
     scale = (row_count + 1) / max(row_count - 1, 1) / features
     judged = [float(scale), min(LARGEST, limits.max), max(LARGEST**-0.5, limits.tiny), averaging.momentum]
