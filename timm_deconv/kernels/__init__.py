@@ -43,6 +43,8 @@ __all__ = [
 GPU_MODULES: dict[Operation, str] = {
     sampled_moments: "moments",
     add_moments_gradient_: "moments",
+    fold_whitening: "folding",
+    fold_whitening_backward: "folding",
 }
 """Operations with Triton kernels, and their modules in `timm_deconv.kernels.gpu`."""
 
