@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Blocks, Root, Window, inverse_root
-from timm_deconv.kernels.blocks import split_rows
+from timm_deconv.kernels import Root, inverse_root
 from timm_deconv.kernels.folding import fold
 from timm_deconv.kernels.roots import LEAST_VARIANCE
-from timm_deconv.kernels.windows import spread_windows
-from timm_deconv.linalg import promote
 
 from .config import DeconvCfg
-from .gain import PROBED_ROWS, probe
 
 __all__ = [
     "Moments",
@@ -28,7 +24,6 @@ __all__ = [
     "estimate_live",
     "fold",
     "root_of",
-    "sample_deviations",
 ]
 
 
@@ -55,8 +50,6 @@ class Statistics(NamedTuple):
         mean: (S, F). whitener: (S, F, F).
         varies: bool (S,), whether a set's features vary at all.
         kept: what the way back through the root needs beside the whitener.
-        deviations: (S, at most PROBED_ROWS, F), some rows less the mean, without gradient; None if nothing asks for
-            them.
         frozen: bool (), or None: where it is true, mean and whitener are not the batch's and pass on no gradient.
     """
 
@@ -65,7 +58,6 @@ class Statistics(NamedTuple):
     whitener: Tensor
     varies: Tensor
     kept: list[Tensor]
-    deviations: Tensor | None = None
     frozen: Tensor | None = None
 
 
@@ -94,24 +86,6 @@ def estimate_live(moments: Moments, x: Tensor, cfg: DeconvCfg) -> Statistics:
     pixel = x.detach()[(slice(1), slice(None), *[slice(1)] * (x.ndim - 2))]
     varies = ((x.detach() - pixel).square().mean() > LEAST_VARIANCE * cfg.eps).expand_as(statistics.varies)
     return statistics._replace(whitener=statistics.whitener * varies[:, None, None], varies=varies)
-
-
-@torch.no_grad()
-def sample_deviations(x: Tensor, window: Window, blocks: Blocks, mean: Tensor) -> Tensor:
-    """Return some rows less the mean, evenly spread over the windows of x, samples or not.
-
-    A whitener fits its own samples better than what lies between them, and the output is made of both.
-
-    Args:
-        x: (N, C, H, W).
-        window, blocks: what the layer sees.
-        mean: (S, F).
-
-    Returns:
-        (S, at most PROBED_ROWS, F), without gradient.
-    """
-    rows = split_rows(spread_windows(x, window, PROBED_ROWS), blocks)
-    return promote(probe(rows)) - mean.unsqueeze(1)
 
 
 def check_rows(row_count: int, name: str, input: Tensor) -> None:

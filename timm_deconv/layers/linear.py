@@ -12,7 +12,7 @@ from timm_deconv.kernels import PIXEL, Sampling, apply_whitener, fold_whitening,
 from timm_deconv.kernels.blocks import spread_over_window
 
 from .config import DeconvCfg
-from .functional import Moments, Statistics, check_rows, estimate_live, fold, sample_deviations
+from .functional import Moments, Statistics, check_rows, estimate_live, fold
 from .geometry import linear_blocks
 from .module import WhiteningMixin, check_dtype
 from .operation import computing_dtype
@@ -78,19 +78,13 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     def _train_forward(self, vectors: Tensor) -> Tensor:
         """Multiply vectors (R, in_features), whitened by their own statistics unless these are frozen."""
         step = self._begin_step()
-        if step.frozen is True:
-            output = F.linear(vectors, *self._frozen_fold())
-        else:
-            found = self.moments(vectors)
-            name = f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
-            check_rows(found.row_count, name, vectors)
-            live = estimate_live(found, vectors, self.cfg)
-            if self.cfg.gain_corrected:
-                deviations = sample_deviations(_as_images(vectors), PIXEL, self.blocks, found.mean.detach())
-                live = live._replace(deviations=deviations)
-            output = self._whitened(vectors, self._average_in(live, step))
-        self._end_step(step)
-        return output
+        if step.frozen:
+            return F.linear(vectors, *self._frozen_fold(step))
+        found = self.moments(vectors)
+        name = f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
+        check_rows(found.row_count, name, vectors)
+        live = estimate_live(found, vectors, self.cfg)
+        return self._whitened(vectors, self._average_in(live, _as_images(vectors), found.mean, PIXEL, step))
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
