@@ -41,18 +41,14 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, warps: int = 4, stages:
     if not isinstance(kernel, JITFunction):  # but the interpreter's
         kernel[tuple(grid)](*args, **constants)
         return
-    device = driver.active.get_current_device()
-    key = (kernel, device, warps, stages, *constants.items(), *map(_kind, args))
+    key = (id(kernel), driver.active.get_current_device(), warps, stages, *constants.items(), *map(_kind, args))
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[tuple(grid)](*args, **constants, num_warps=warps, num_stages=stages)
         _compiled[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
         return
     compiled, values = found
-    rows, columns, layers = (*grid, 1, 1)[:3]
-    stream = driver.active.get_current_stream(device)
-    launched = (compiled.function, compiled.packed_metadata, None, None, None)
-    compiled.run(rows, columns, layers, stream, *launched, *args, *values)
+    compiled[(*grid, 1, 1)[:3]](*args, *values)
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
