@@ -4,7 +4,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ class GpuForm:
 
     def __call__(self, *args: Any) -> Any:
         device = args[0].device
-        if any(tensor.device != device for tensor in _tensors(args)):
-            raise _devices_differ(self.operation.__name__, args)
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.device != device:
+                raise _devices_differ(self.operation.__name__, args)
         reason = self.broken or why_not(device.index)
         if reason is None:
             try:
@@ -91,16 +92,8 @@ def why_not(index: int) -> str | None:
 
 def _devices_differ(name: str, args: Sequence[Any]) -> InputError:
     """Return an error for tensors on different devices: a kernel would read what is not there."""
-    devices = ", ".join(sorted({str(tensor.device) for tensor in _tensors(args)}))
+    devices = ", ".join(sorted({str(arg.device) for arg in args if isinstance(arg, Tensor)}))
     return InputError(f"{name}: tensors on {devices}; move the layer and its input to one device")
-
-
-def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, list):
-            yield from arg
 
 
 def _first_line(error: Exception) -> str:
