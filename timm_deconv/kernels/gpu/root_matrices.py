@@ -5,8 +5,8 @@ import triton.language as tl
 
 __all__ = ["derive_matrix", "derive_numbers", "whiten_matrix", "whiten_numbers"]
 
-DEPTH = tl.constexpr(16)
-"""Columns of a factor that registers hold at a time."""
+WHOLE, PART = tl.constexpr(32), tl.constexpr(16)
+"""Largest factor that registers hold, and the columns of a larger one that they hold at a time."""
 
 WAITING = tl.constexpr(5)
 """Matrices of the scratch before the iterates that wait for the way back."""
@@ -14,8 +14,8 @@ WAITING = tl.constexpr(5)
 
 @triton.jit
 def whiten_numbers(
-    mean, cov, whitened_mean, whitener, varies, norm, first, square, upper, sets, padding, share, eps, least,
-    ZEROES: tl.constexpr, COEFFICIENTS: tl.constexpr, STEPS: tl.constexpr, NUMBERS: tl.constexpr,
+    mean, cov, whitened_mean, whitener, varies, norm, first, square, upper, steps, sets, padding, share, eps,
+    least, ZEROES: tl.constexpr, COEFFICIENTS: tl.constexpr, NUMBERS: tl.constexpr,
 ):
     """Whiten sets of one feature; their covariance is its own shrunk one."""
     index = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
@@ -26,7 +26,7 @@ def whiten_numbers(
     if COEFFICIENTS is None:
         root = 1.5 - 0.5 * a
         y = a * root
-        for _ in range(STEPS - 1):
+        for _ in range(steps - 1):
             t = 1.5 - 0.5 * root * y
             y *= t
             root *= t
@@ -61,8 +61,8 @@ def derive_numbers(
 
 @triton.jit
 def whiten_matrix(
-    mean, cov, whitened_mean, whitener, varies, norm, first, square, upper, scratch, features, padding, share, eps,
-    least, ZEROES: tl.constexpr, COEFFICIENTS: tl.constexpr, STEPS: tl.constexpr, EXTENT: tl.constexpr,
+    mean, cov, whitened_mean, whitener, varies, norm, first, square, upper, scratch, steps, features, padding, share,
+    eps, least, ZEROES: tl.constexpr, COEFFICIENTS: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """Whiten a set: padding, shrinking, eps, norm, and the quartic or the steps.
 
@@ -83,7 +83,7 @@ def whiten_matrix(
     tl.store(varies + matrix, variance > least)
     tl.store(whitened_mean + vector, (1 - padding) * at, real)
     if COEFFICIENTS is None:
-        root = _steps(a, scratch, STEPS, EXTENT)
+        root = _steps(a, scratch, steps, EXTENT)
     else:
         _put(scratch, 0, a, EXTENT)
         of_square = _product(scratch, 0, 0, EXTENT)
@@ -98,15 +98,15 @@ def whiten_matrix(
 
 @triton.jit
 def derive_matrix(
-    grad_mean, grad, mean, whitener, norm, first, square, upper, own_mean, grad_own_mean, grad_cov, scratch, features,
-    padding, share, STEPS: tl.constexpr, COEFFICIENTS: tl.constexpr, EXTENT: tl.constexpr,
+    grad_mean, grad, mean, whitener, norm, first, square, upper, own_mean, grad_own_mean, grad_cov, scratch, steps,
+    features, padding, share, COEFFICIENTS: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """Derive `whiten_matrix`.
 
-    scratch: (S, WAITING + 2 (STEPS - 1), EXTENT, EXTENT); for the quartic STEPS is 1.
+    scratch: (S, WAITING + 2 (steps - 1), EXTENT, EXTENT); for the quartic steps is 1.
     """
     matrix = tl.program_id(0).to(tl.int64)
-    scratch += matrix * (WAITING + 2 * STEPS - 2) * EXTENT * EXTENT
+    scratch += matrix * (WAITING + 2 * steps - 2) * EXTENT * EXTENT
     index = tl.arange(0, EXTENT)
     real, vector, corner = index < features, matrix * features + index, matrix * features * features
     there, place = real[:, None] & real[None, :], index[:, None] * features + index[None, :]
@@ -116,7 +116,7 @@ def derive_matrix(
     _put(scratch, 0, tl.load(first + corner + place, there, other=0), EXTENT)
     _put(scratch, 1, scaled * g, EXTENT)
     if COEFFICIENTS is None:
-        g = _derive_steps(scaled * g, scratch, STEPS, EXTENT)
+        g = _derive_steps(scaled * g, scratch, steps, EXTENT)
     else:
         of_square = tl.load(square + corner + place, there, other=0)
         _put(scratch, 2, of_square, EXTENT)
@@ -139,18 +139,18 @@ def derive_matrix(
 
 
 @triton.jit
-def _steps(a, scratch, STEPS: tl.constexpr, EXTENT: tl.constexpr):
+def _steps(a, scratch, steps, EXTENT: tl.constexpr):
     """Return Z after all steps from Y = A."""
     eye = _eye(EXTENT)
     z = 1.5 * eye - 0.5 * a
-    if STEPS > 1:
+    if steps > 1:
         _put(scratch, 0, a, EXTENT)
         _put(scratch, 1, z, EXTENT)
         _put(scratch, 2, _product(scratch, 0, 1, EXTENT), EXTENT)
-        for step in range(STEPS - 1):
+        for step in range(steps - 1):
             _put(scratch, 3, 1.5 * eye - 0.5 * _product(scratch, 1, 2, EXTENT), EXTENT)
             z = _product(scratch, 3, 1, EXTENT)
-            if step < STEPS - 2:
+            if step < steps - 2:
                 y = _product(scratch, 2, 3, EXTENT)
                 _put(scratch, 1, z, EXTENT)
                 _put(scratch, 2, y, EXTENT)
@@ -158,18 +158,19 @@ def _steps(a, scratch, STEPS: tl.constexpr, EXTENT: tl.constexpr):
 
 
 @triton.jit
-def _derive_steps(g, scratch, STEPS: tl.constexpr, EXTENT: tl.constexpr):
+def _derive_steps(g, scratch, steps, EXTENT: tl.constexpr):
     """Return the cotangent of A from that of the last Z, as `_symmetric_backward` of the plain form does.
 
     A and that cotangent are the first matrices of the scratch. Y and Z of every step are computed again, and wait.
     """
     g *= -0.5
-    if STEPS > 1:
-        eye, last = _eye(EXTENT), WAITING + 2 * STEPS - 4
+    if steps > 1:
+        eye, last = _eye(EXTENT), WAITING + 2 * steps - 4
         tl.debug_barrier()
         _put(scratch, WAITING + 1, 1.5 * eye - 0.5 * _get(scratch, 0, EXTENT), EXTENT)
         _put(scratch, WAITING, _product(scratch, 0, WAITING + 1, EXTENT), EXTENT)
-        for y in range(WAITING, last, 2):
+        for step in range(steps - 2):
+            y = WAITING + 2 * step
             _put(scratch, 2, 1.5 * eye - 0.5 * _product(scratch, y + 1, y, EXTENT), EXTENT)
             _put(scratch, y + 2, _product(scratch, y, 2, EXTENT), EXTENT)
             _put(scratch, y + 3, _product(scratch, 2, y + 1, EXTENT), EXTENT)
@@ -177,7 +178,7 @@ def _derive_steps(g, scratch, STEPS: tl.constexpr, EXTENT: tl.constexpr):
         _put(scratch, 2, -0.5 * _symmetric(_product(scratch, last + 1, 3, EXTENT)), EXTENT)
         to_z = 1.5 * _get(scratch, 1, EXTENT) - _product(scratch, 3, last, EXTENT)
         _put(scratch, 1, _symmetric(to_z), EXTENT)
-        for step in range(STEPS - 2):
+        for step in range(steps - 2):
             y = last - 2 - 2 * step
             p, q = _product(scratch, 1, y + 1, EXTENT), _product(scratch, y, 2, EXTENT)
             _put(scratch, 3, p + 2 * q, EXTENT)
@@ -195,6 +196,7 @@ def _derive_steps(g, scratch, STEPS: tl.constexpr, EXTENT: tl.constexpr):
 def _product(scratch, left, right, EXTENT: tl.constexpr):
     """Multiply two matrices of the scratch: registers do not hold whole factors. It is not read meanwhile or after."""
     tl.debug_barrier()  # threads read what others have put there
+    DEPTH: tl.constexpr = EXTENT if EXTENT <= WHOLE else PART
     index = tl.arange(0, EXTENT)
     product = tl.zeros((EXTENT, EXTENT), tl.float32)
     for k in range(0, EXTENT, DEPTH):

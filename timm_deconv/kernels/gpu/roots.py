@@ -1,8 +1,8 @@
 """The inverse root and its way back, with all that is around it in the same launches.
 
 Sets of one feature are elementwise. Of up to 64 features, a program has the whole matrix and one launch does everything
-(`root_matrices`). More are cut into tiles (`root_tiles`): three launches forward, three backward. The kernels call A the
-regularised covariance over its norm, and U the upper part c2 I + c3 A + c4 A^2 of the quartic c0 I + c1 A + A^2 U.
+(`root_matrices`). More are cut into tiles (`root_tiles`): three launches forward, three backward. To the kernels, A is
+the regularised covariance over its norm, and U the upper part c2 I + c3 A + c4 A^2 of c0 I + c1 A + A^2 U, the quartic.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ COLUMNS = 32
 """Columns of a large gradient that a program finishes."""
 
 WARPS = 8
-"""Of programs that multiply 32 x 32 or more numbers; fewer would have too few registers."""
+"""Of programs that multiply matrices; fewer would have too few registers."""
 
 
 def inverse_root(
@@ -37,49 +37,44 @@ def inverse_root(
     sets, features = mean.shape
     _check_fit(features, root)
     mean, cov = mean.contiguous(), cov.contiguous()
-    found = [torch.empty_like(mean), torch.empty_like(cov), cov.new_empty(sets, dtype=torch.bool)]
-    kept = [cov.new_empty(sets, 1, 1), *(torch.empty_like(cov) for _ in range(3 if root.coefficients else 1))]
-    regularisation = [padding, root.shrinkage(row_count, features), root.eps, LEAST_VARIANCE * root.eps]
-    constants = {"ZEROES": root.zeroes_constant and row_count > 1, "COEFFICIENTS": root.coefficients}
-    if features > TILE:
-        _launch_tiles([mean, cov, *found, *kept], regularisation, **constants)
-        return *found, kept
-    args = [mean, cov, *found, *kept, *[None] * (4 - len(kept))]
-    constants["STEPS"] = root.n_iter
+    whitened_mean, whitener = torch.empty_like(mean), torch.empty_like(cov)
+    varies, norm = cov.new_empty(sets, dtype=torch.bool), cov.new_empty(sets, 1, 1)
+    kept = [norm, *(torch.empty_like(cov) for _ in range(3 if root.coefficients else 1))]
+    tensors = [mean, cov, whitened_mean, whitener, varies, *kept, *[None] * (4 - len(kept))]
+    numbers = [padding, root.shrinkage(row_count, features), root.eps, LEAST_VARIANCE * root.eps]
+    choices: dict[str, Any] = {"ZEROES": root.zeroes_constant and row_count > 1, "COEFFICIENTS": root.coefficients}
     if features == 1:
-        launch(
-            root_matrices.whiten_numbers, [_parts(sets, NUMBERS)], *args, sets, *regularisation, NUMBERS=NUMBERS,
-            **constants,
-        )
+        args = [*tensors, root.n_iter, sets, *numbers]
+        launch(root_matrices.whiten_numbers, [_parts(sets, NUMBERS)], *args, NUMBERS=NUMBERS, **choices)
+    elif features <= TILE:
+        args = [*tensors, _scratch(cov, 4), root.n_iter, features, *numbers]
+        launch(root_matrices.whiten_matrix, [sets], *args, warps=WARPS, EXTENT=padded(features), **choices)
     else:
-        args += [_scratch(cov, 4), features, *regularisation]
-        launch(
-            root_matrices.whiten_matrix, [sets], *args, warps=_warps(features), EXTENT=padded(features), **constants
-        )
-    return *found, kept
+        _launch_tiles(tensors, numbers, **choices)
+    return whitened_mean, whitener, varies, kept
 
 
 def inverse_root_backward(
     grad_mean: Tensor, grad_whitener: Tensor, mean: Tensor, whitener: Tensor, kept: list[Tensor], row_count: int,
     padding: float, root: Root,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of mean and covariance, in one launch for up to 64 features."""
     check_dtypes(grad_mean, grad_whitener, mean, whitener)
     sets, features = mean.shape
     _check_fit(features, root)
-    given = [tensor.contiguous() for tensor in (grad_mean, grad_whitener, mean, whitener, *kept)]
-    found = torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(whitener)
-    regularisation = [padding, root.shrinkage(row_count, features)]
-    if features > TILE:
-        _launch_tiles_backward([*given, *found], regularisation, root.coefficients)
-    elif features == 1:
-        args = [*given[:5], *found, sets, padding]
+    tensors = [tensor.contiguous() for tensor in (grad_mean, grad_whitener, mean, whitener, *kept)]
+    found = torch.empty_like(tensors[2]), torch.empty_like(tensors[2]), torch.empty_like(tensors[3])
+    numbers = [padding, root.shrinkage(row_count, features)]
+    if features == 1:
+        args = [*tensors[:5], *found, sets, padding]
         launch(root_matrices.derive_numbers, [_parts(sets, NUMBERS)], *args, NUMBERS=NUMBERS)
-    else:
+    elif features <= TILE:
         steps = 1 if root.coefficients else root.n_iter
-        args = [*given, *[None] * (8 - len(given)), *found, _scratch(whitener, 3 + 2 * steps), features]
-        constants = {"STEPS": steps, "COEFFICIENTS": root.coefficients, "EXTENT": padded(features)}
-        launch(root_matrices.derive_matrix, [sets], *args, *regularisation, warps=_warps(features), **constants)
+        args = [*tensors, *[None] * (8 - len(tensors)), *found, _scratch(whitener, 3 + 2 * steps), steps, features]
+        choices: dict[str, Any] = {"COEFFICIENTS": root.coefficients, "EXTENT": padded(features)}
+        launch(root_matrices.derive_matrix, [sets], *args, *numbers, warps=WARPS, **choices)
+    else:
+        _launch_tiles_backward(tensors, found, numbers, root.coefficients)
     return found
 
 
@@ -88,10 +83,6 @@ def _check_fit(features: int, root: Root) -> None:
     tiled = features <= MOST_FEATURES and (root.coefficients is not None or root.n_iter == 1)
     if root.n_iter > FEW_STEPS or not (features <= TILE or tiled):
         raise Unfit
-
-
-def _warps(features: int) -> int:
-    return WARPS if padded(features) >= 32 else 4
 
 
 def _parts(number: int, size: int) -> int:
@@ -105,36 +96,35 @@ def _scratch(like: Tensor, matrices: int) -> Tensor:
     return like.new_empty(len(like), matrices, extent, extent)
 
 
-def _launch_tiles(tensors: list[Tensor], regularisation: list[float], ZEROES: bool, COEFFICIENTS: Any) -> None:
-    mean, cov, whitened_mean, whitener, varies, norm, first, *powers = tensors
-    sets, features = mean.shape
-    across, constants = tiles(features), {"TILES": tiles(features), "TILE": TILE}
-    grid, parts = [across**2, sets], cov.new_empty(sets, across**2)
-    wide = powers[1] if powers else first  # until that is written itself
-    args = [mean, cov, whitened_mean, varies, wide, parts, features, *regularisation]
+def _launch_tiles(tensors: list[Any], numbers: list[float], ZEROES: bool, COEFFICIENTS: Any) -> None:
+    mean, cov, whitened_mean, whitener, varies, norm, first, square, upper = tensors
+    (sets, features), across = mean.shape, tiles(mean.shape[1])
+    grid, constants = [across**2, sets], {"TILES": across, "TILE": TILE}
+    parts, wide = cov.new_empty(sets, across**2), first if upper is None else upper  # until that is written itself
+    args = [mean, cov, whitened_mean, varies, wide, parts, features, *numbers]
     launch(root_tiles.regularise_tiles, grid, *args, **constants)
     if COEFFICIENTS is None:
         args = [parts, varies, norm, first, whitener, features]
         launch(root_tiles.one_step_tiles, grid, *args, ZEROES=ZEROES, **constants)
         return
-    square, upper = powers
     args = [wide, parts, varies, norm, first, square, features]
     launch(root_tiles.square_tiles, grid, *args, warps=WARPS, ZEROES=ZEROES, **constants)
     args = [first, square, norm, upper, whitener, features]
     launch(root_tiles.root_tiles, grid, *args, warps=WARPS, COEFFICIENTS=COEFFICIENTS, **constants)
 
 
-def _launch_tiles_backward(tensors: list[Tensor], regularisation: list[float], coefficients: Any) -> None:
-    grad_mean, grad, mean, whitener, norm, first, *powers, own_mean, grad_own_mean, grad_cov = tensors
-    sets, features = mean.shape
-    across, constants = tiles(features), {"TILES": tiles(features), "TILE": TILE}
-    grid, parts = [across**2, sets], mean.new_empty(sets, across**2)
-    of_first, of_square = torch.empty_like(grad_cov), grad_cov  # until that is written itself
+def _launch_tiles_backward(
+    tensors: list[Tensor], found: tuple[Tensor, Tensor, Tensor], numbers: list[float], coefficients: Any
+) -> None:
+    grad_mean, grad, mean, whitener, norm, first, *powers = tensors
+    (sets, features), across = mean.shape, tiles(mean.shape[1])
+    grid, constants = [across**2, sets], {"TILES": across, "TILE": TILE}
+    parts, of_first = mean.new_empty(sets, across**2), torch.empty_like(first)
+    of_square = found[2]  # until that is written itself
     if powers:
         args = [grad, norm, *powers, of_first, of_square, features]
         launch(root_tiles.cotangent_tiles, grid, *args, warps=WARPS, C4=coefficients[4], **constants)
     args = [grad, whitener, norm, first, of_square, of_first, parts, features]
     launch(root_tiles.gradient_tiles, grid, *args, warps=WARPS, COEFFICIENTS=coefficients, **constants)
-    args = [grad_mean, mean, norm, first, of_first, parts, own_mean, grad_own_mean, grad_cov, features]
-    grid = [_parts(features, COLUMNS), sets]
-    launch(root_tiles.finish_gradient, grid, *args, *regularisation, COLUMNS=COLUMNS, **constants)
+    args = [grad_mean, mean, norm, first, of_first, parts, *found, features, *numbers]
+    launch(root_tiles.finish_gradient, [_parts(features, COLUMNS), sets], *args, COLUMNS=COLUMNS, **constants)
