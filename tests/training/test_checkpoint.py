@@ -83,13 +83,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(short_recipe, 
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         export(self, model, progress)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="epoch-0002-.* could not be saved") as full:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"epoch-0002-.* could not be saved") as full:
         patch.setattr(RunFolder, "export", export_on_a_full_disk)
         try:
             train(recipe, tmp_path, cpu=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "epoch-0001-image-00000000 is whole: make room and add --resume" in str(full.value) and "\n" not in str(full.value)
+    said = str(full.value)
+    assert "epoch-0001-image-00000000 is whole: make room and add --resume" in said and "\n" not in said
     left = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert all(torch.isfinite(value).all() for value in left.state_dict().values())
     row = train(recipe, tmp_path, resume=True)
