@@ -17,7 +17,7 @@ from .gain import LARGEST, PROBED_ROWS, first_norm, gain, passed_norm, probe
 from .operation import Operation
 from .windows import Window, spread_windows
 
-__all__ = ["CYCLE", "RECENT", "Averaging", "average_in_", "probed_rows"]
+__all__ = ["CYCLE", "RECENT", "Averaging", "average_in_"]
 
 RECENT = 4
 """Where the gain is corrected an early batch weighs about RECENT times what it would in a plain mean of all batches."""
@@ -96,7 +96,7 @@ def _average_in_(
         weight = moving * _weight(count, averaging, bool(gained))
         of_sets, mean, value = weight * varies, mean.nan_to_num(0, 0, 0), whitener.nan_to_num(0, 0, 0)
         if gained:
-            deviations = probed_rows(x, seen, blocks) - own_mean.unsqueeze(1)
+            deviations = _probed_rows(x, seen, blocks) - own_mean.unsqueeze(1)
             passed = passed_norm(deviations + (mean - of_mean).unsqueeze(1), of_deconv.to(whitener.dtype)) / gained[0]
             passed = torch.where(count == 1, first_norm(deviations, whitener, row_count), passed)
             passed = torch.stack([passed, passed_norm(deviations, whitener)])
@@ -144,7 +144,7 @@ def _weight(count: Tensor, averaging: Averaging, gain_corrected: bool) -> Tensor
     return -momentum / torch.expm1(count * math.log1p(-momentum))
 
 
-def probed_rows(x: Tensor, seen: Window, blocks: Blocks) -> Tensor:
+def _probed_rows(x: Tensor, seen: Window, blocks: Blocks) -> Tensor:
     """Return some rows (S, at most PROBED_ROWS, F), evenly spread over the windows of x (N, C, H, W), samples or not.
 
     A whitener fits its own samples better than what lies between them, and the output is made of both.
@@ -162,7 +162,8 @@ def _corrected(gained: list[Tensor], latest: Tensor, count: Tensor, weight: Tens
     """
     running_gain, running_power = gained
     limits, moving, power = torch.finfo(running_gain.dtype), weight > 0, running_power.to(latest.dtype)
-    latest = torch.where(moving, latest.clamp(max=min(LARGEST, limits.max)), power)
+    measured = moving & (latest >= 0)  # not where a row holds what is no number
+    latest = torch.where(measured, latest.clamp(max=min(LARGEST, limits.max)), power)
     power = torch.lerp(power, latest, weight)
     after = gain(power, latest, count).clamp(min=max(LARGEST**-0.5, limits.tiny)).to(running_gain.dtype)
     return [torch.where(moving, after, running_gain), power]
