@@ -6,7 +6,6 @@ has its adjoint beside it.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from timm_deconv.errors import InputError

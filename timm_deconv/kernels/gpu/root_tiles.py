@@ -4,16 +4,24 @@ Launches follow one another where a tile needs all others: the norm, the product
 symbols are explained.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-__all__ = ["finish_gradient", "gradient_tiles", "cotangent_tiles", "one_step_tiles", "regularise_tiles", "root_tiles",
-           "square_tiles"]
+__all__ = [
+    "cotangent_tiles",
+    "finish_gradient",
+    "gradient_tiles",
+    "one_step_tiles",
+    "regularise_tiles",
+    "root_tiles",
+    "square_tiles",
+]
 
 MOST_PARTS = tl.constexpr(64)
 """Most tiles of a matrix, each with its part of a sum."""
+
+DEPTH = tl.constexpr(16)
+"""Rows of a tile that are multiplied at a time; for more there are too few registers."""
 
 
 @triton.jit
@@ -61,8 +69,8 @@ def square_tiles(
     scale = tl.sqrt(_sum_of_parts(parts, matrix, TILES))
     reciprocal = 1 / scale
     total = tl.zeros([TILE, TILE], tl.float32)
-    for k in range(TILES):
-        between = k * TILE + index
+    for k in range(TILES * (TILE // DEPTH)):
+        between = k * DEPTH + tl.arange(0, DEPTH)
         places, inside = _tile(base, rows, between, features)
         left = tl.load(wide + places, mask=inside, other=0.0) * reciprocal
         places, inside = _tile(base, between, columns, features)
@@ -85,8 +93,8 @@ def root_tiles(
     index = tl.arange(0, TILE)
     rows, columns = i * TILE + index, j * TILE + index
     total = tl.zeros([TILE, TILE], tl.float32)
-    for k in range(TILES):
-        between = k * TILE + index
+    for k in range(TILES * (TILE // DEPTH)):
+        between = k * DEPTH + tl.arange(0, DEPTH)
         places, inside = _tile(base, rows, between, features)
         left = tl.load(square + places, mask=inside, other=0.0)
         total = tl.dot(
@@ -130,8 +138,8 @@ def cotangent_tiles(
     rows, columns = i * TILE + index, j * TILE + index
     total = tl.zeros([TILE, TILE], tl.float32)
     total_of_square = tl.zeros([TILE, TILE], tl.float32)
-    for k in range(TILES):
-        between = k * TILE + index
+    for k in range(TILES * (TILE // DEPTH)):
+        between = k * DEPTH + tl.arange(0, DEPTH)
         cotangent = _symmetric_tile(grad, base, rows, between, features)
         places, inside = _tile(base, between, columns, features)
         right = tl.load(square + places, mask=inside, other=0.0)
@@ -163,8 +171,8 @@ def gradient_tiles(
         total = -0.5 * scaled
     else:
         total = tl.zeros([TILE, TILE], tl.float32)
-        for k in range(TILES):
-            between = k * TILE + index
+        for k in range(TILES * (TILE // DEPTH)):
+            between = k * DEPTH + tl.arange(0, DEPTH)
             left = _symmetric_tile(of_square, base, rows, between, features)
             right_places, right_inside = _tile(base, between, columns, features)
             right = tl.load(first + right_places, mask=right_inside, other=0.0)
