@@ -75,6 +75,7 @@ def on_gpu_path(*, launches: bool = False) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "why_not", lambda index: None))
         stack.enter_context(mock.patch.object(torch.cuda, "device", contextlib.nullcontext))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: None))
         library = stack.enter_context(torch.library._scoped_library("timm_deconv", "IMPL"))
         for operation, name in kernels.GPU_MODULES.items():
             importlib.import_module(f"{MODULES}.{name}")

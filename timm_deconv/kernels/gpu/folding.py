@@ -1,7 +1,7 @@
-"""Whitening folded into weight and bias in one launch; the gradients in one or two.
+"""Whitening folded into weight and bias in one launch, and the gradients of all that went in, in one or two.
 
 An output has N rows of F features each: one for every block of a window, or for every block and kernel position of
-blocks of pixels. The features are cut into T tiles. A weight of single channels, each with a whitener of its own, is
+blocks of pixels. Features are cut into T tiles. A weight of single channels, each with a whitener of its own, is
 multiplied element by element.
 """
 
@@ -22,12 +22,12 @@ FEW_ROWS, ROWS = 16, 32
 """Rows of a weight that a program multiplies at once: few of them where more would take too many registers."""
 
 MOST_FEATURES = 512
-"""Features up to which programs multiply faster than launching the products of large matrices takes."""
+"""Features up to which rows are multiplied here; the product of larger matrices is better left to libraries."""
 
 PROGRAMS = 256
-"""Programs that a GPU is filled with: rows are split among so many."""
+"""Programs that are enough to fill a GPU: rows are split among so many."""
 
-ONE_PROGRAM = 8
+ALONE = 8
 """Tiles of rows that one program takes alone, which saves the launch that adds parts."""
 
 ELEMENTS = 1024
@@ -56,25 +56,23 @@ def fold_whitening(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch one kernel."""
-    rows = _rows(weight, blocks)
+    """Return weight w D and bias b - w D mu, in one launch."""
     check_dtypes(weight, bias, mean, whitener)
-    weight = _dense(weight)
+    rows, weight = _rows(weight, blocks), _dense(weight)
     folded = torch.empty_like(weight, dtype=dtype, memory_format=memory_format(channels_last))
-    folded_bias = weight.new_empty(weight.shape[0], dtype=dtype)
-    tensors = (weight, None if bias is None else bias.contiguous(), mean.contiguous(), whitener.contiguous())
+    folded_bias = weight.new_empty(len(weight), dtype=dtype)
+    given = [weight, None if bias is None else bias.contiguous(), mean.contiguous(), whitener.contiguous()]
     if _of_single_channels(blocks):
-        positions = triton.next_power_of_2(rows.positions)
+        positions = _power_of_two(rows.positions)
         outputs = max(ELEMENTS // positions, 1)
-        grid = (triton.cdiv(weight.shape[0], outputs),)
-        numbers = (weight.shape[0], rows.outputs, rows.positions)
-        launch(_fold_channels, grid, *tensors, folded, folded_bias, *numbers, OUTPUTS=outputs, POSITIONS=positions)
-        return folded, folded_bias
-    constants = {"LAST": is_channels_last(weight), "FOLDED_LAST": channels_last}
-    constants |= {"ROWS": FEW_ROWS if tiles(rows.features) == 1 else ROWS}
-    outputs = max(constants["ROWS"] // rows.of_output, 1)
-    grid = (triton.cdiv(rows.outputs, outputs), blocks.sets)
-    launch(_fold, grid, *tensors, folded, folded_bias, *rows, outputs, **constants, **_constants(blocks))
+        sizes, constants = [len(weight), rows.outputs, rows.positions], {"OUTPUTS": outputs, "POSITIONS": positions}
+        launch(_fold_channels, [_parts(len(weight), outputs)], *given, folded, folded_bias, *sizes, **constants)
+    else:
+        height = FEW_ROWS if tiles(rows.features) == 1 else ROWS
+        outputs = max(height // rows.of_output, 1)
+        grid, results = [_parts(rows.outputs, outputs), blocks.sets], [folded, folded_bias]
+        formats = {"LAST": is_channels_last(weight), "FOLDED_LAST": channels_last}
+        launch(_fold, grid, *given, *results, *rows, outputs, ROWS=height, **formats, **_tiling(blocks))
     return folded, folded_bias
 
 
@@ -87,44 +85,44 @@ def fold_whitening_backward(
     blocks: Blocks,
     with_statistics: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Launch one kernel or, where rows of a set are split and the gradients of its statistics are wanted, two."""
-    rows = _rows(weight, blocks)
-    check_dtypes(grad_weight, weight, mean, whitener)
-    own = torch.empty_like(weight, memory_format=memory_format(is_channels_last(weight)))
-    weight, grad_weight = _dense(weight), _dense(grad_weight)
+    """Return the gradients of weight, mean and whitener, in two launches; in one if rows are few, or one gradient."""
+    check_dtypes(grad_weight, grad_bias, weight, mean, whitener)
+    rows, grad_weight, weight = _rows(weight, blocks), _dense(grad_weight), _dense(weight)
+    own = torch.empty_like(weight)
     of_statistics = [mean.new_empty(mean.shape), whitener.new_empty(whitener.shape)]
-    tensors = (grad_weight, grad_bias.contiguous(), weight, mean.contiguous(), whitener.contiguous(), own)
+    given = [grad_weight, grad_bias.contiguous(), weight, mean.contiguous(), whitener.contiguous(), own]
     if _of_single_channels(blocks):
-        numbers = (blocks.sets, rows.outputs, rows.positions)
-        elements = min(triton.next_power_of_2(rows.outputs * rows.positions), ELEMENTS)
+        elements = min(_power_of_two(rows.outputs * rows.positions), ELEMENTS)
+        grid, sizes = [_parts(blocks.sets, ELEMENTS // elements)], [blocks.sets, rows.outputs, rows.positions]
         constants = {"STATISTICS": with_statistics, "SETS": ELEMENTS // elements, "ELEMENTS": elements}
-        grid = (triton.cdiv(blocks.sets, ELEMENTS // elements),)
-        launch(_fold_channels_backward, grid, *tensors, *of_statistics, *numbers, **constants)
-        return own, of_statistics if with_statistics else []
-    splits, tiles_each = _splits(rows, blocks)
-    alone = splits == 1 and tiles(rows.features) == 1
-    in_parts = with_statistics and not alone
-    parts = [value.new_empty(blocks.sets, splits, *value.shape[1:]) for value in of_statistics] if in_parts else []
-    grid = (splits, (1 + with_statistics) * tiles(rows.features) ** 2, blocks.sets)
-    constants = {"GRAD_LAST": is_channels_last(grad_weight), "LAST": is_channels_last(weight)}
-    constants |= {"ROWS": FEW_ROWS, "ALONE": alone} | _constants(blocks)
-    launch(_fold_backward, grid, *tensors, *(parts or of_statistics), *rows, tiles_each, **constants)
-    if parts:
-        _add_parts(parts, whitener, of_statistics)
+        launch(_fold_channels_backward, grid, *given, *of_statistics, *sizes, **constants)
+    else:
+        _launch_backward(given, of_statistics, rows, blocks, with_statistics)
     return own, of_statistics if with_statistics else []
 
 
-def _add_parts(parts: list[Tensor], whitener: Tensor, of_statistics: list[Tensor]) -> None:
-    sets, splits, features = parts[0].shape
-    constants = {"TILE": padded(features), "TILES": tiles(features), "CHUNK": CHUNK, "PARTS": PARTS}
-    grid = (triton.cdiv(features * features, CHUNK) + tiles(features), sets)
-    launch(_add, grid, *parts, whitener.contiguous(), *of_statistics, splits, features, **constants)
+def _launch_backward(
+    given: list[Tensor], of_statistics: list[Tensor], rows: _Rows, blocks: Blocks, with_statistics: bool
+) -> None:
+    """Launch the kernel for rows and, if several programs make parts of the statistics' gradients, their addition."""
+    count, (splits, length) = tiles(rows.features), _splits(rows, blocks)
+    alone, (grad_weight, _, weight, _, whitener, _) = splits == count == 1, given
+    results, tiling = of_statistics, _tiling(blocks)
+    if with_statistics and not alone:
+        results = [value.new_empty(len(value), splits, *value.shape[1:]) for value in of_statistics]
+    grid = [splits, (1 + with_statistics) * count**2, blocks.sets]
+    formats = {"GRAD_LAST": is_channels_last(grad_weight), "LAST": is_channels_last(weight)}
+    launch(_fold_backward, grid, *given, *results, *rows, length, ROWS=FEW_ROWS, ALONE=alone, **formats, **tiling)
+    if results is not of_statistics:
+        grid = [_parts(rows.features**2, CHUNK) + count, blocks.sets]
+        constants = {"TILE": padded(rows.features), "TILES": count, "CHUNK": CHUNK, "PARTS": PARTS}
+        launch(_add_parts, grid, *results, whitener, *of_statistics, splits, rows.features, **constants)
 
 
 def _rows(weight: Tensor, blocks: Blocks) -> _Rows:
-    """Describe the rows of a weight; `Unfit` where they are interleaved, as in published layers, or very long."""
+    """Describe the rows of a weight; `Unfit` where they are interleaved, as in published layers, or too long."""
     if blocks.interleaved or blocks.features > MOST_FEATURES or weight.numel() >= 2**31:
-        raise Unfit()
+        raise Unfit
     outputs, channels, height, width = weight.shape
     positions = height * width
     of_output = channels * positions // blocks.features
@@ -132,28 +130,39 @@ def _rows(weight: Tensor, blocks: Blocks) -> _Rows:
 
 
 def _splits(rows: _Rows, blocks: Blocks) -> tuple[int, int]:
-    """Return into how many parts the rows of a set are split, and how many tiles of rows each part has."""
-    row_tiles = triton.cdiv(rows.outputs * rows.of_output, FEW_ROWS)
-    if row_tiles <= ONE_PROGRAM:
-        return 1, row_tiles
-    wanted = max(PROGRAMS // (tiles(rows.features) ** 2 * blocks.sets), 1)
-    tiles_each = triton.cdiv(row_tiles, wanted)
-    return triton.cdiv(row_tiles, tiles_each), tiles_each
+    """Return into how many parts the rows of a set are split, and how many tiles of rows each has."""
+    number = _parts(rows.outputs * rows.of_output, FEW_ROWS)
+    if number <= ALONE:
+        return 1, number
+    length = _parts(number, max(PROGRAMS // (tiles(rows.features) ** 2 * blocks.sets), 1))
+    return _parts(number, length), length
 
 
 def _of_single_channels(blocks: Blocks) -> bool:
     return blocks.features == 1 and blocks.groups > 1
 
 
-def _constants(blocks: Blocks) -> dict[str, Any]:
-    """Return what kernels of rows are compiled for; other warps or stages spill registers."""
-    constants = {"PIXELS": blocks.pixels, "TILE": padded(blocks.features), "TILES": tiles(blocks.features)}
-    return constants | ({"warps": 4, "stages": 2} if constants["TILES"] == 1 else {"warps": 8, "stages": 1})
+def _tiling(blocks: Blocks) -> dict[str, Any]:
+    """Return how kernels of rows cut features, and the warps and stages for which there are registers enough."""
+    count = tiles(blocks.features)
+    warps, stages = (4, 2) if count == 1 else (8, 1)
+    constants = {"PIXELS": blocks.pixels, "TILE": padded(blocks.features), "TILES": count}
+    return {"warps": warps, "stages": stages, **constants}
 
 
 def _dense(weight: Tensor) -> Tensor:
-    """Return a weight contiguous or in channels_last."""
+    """Return a weight in channels_last, or contiguous."""
     return weight if is_channels_last(weight) else weight.contiguous()
+
+
+def _parts(number: int, size: int) -> int:
+    """Return in how many parts of a size a number comes; Triton's own function takes 4 us."""
+    return -(-number // size)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the least power of two that is not below a number."""
+    return 1 << (number - 1).bit_length()
 
 
 @triton.jit
@@ -179,23 +188,8 @@ def _tile_of_matrix(matrix, row, column, features):
 
 @triton.jit
 def _fold(
-    weight,
-    bias,
-    mean,
-    whitener,
-    folded,
-    folded_bias,
-    outputs,
-    of_output,
-    positions,
-    channels,
-    features,
-    of_program,
-    PIXELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    LAST: tl.constexpr,
+    weight, bias, mean, whitener, folded, folded_bias, outputs, of_output, positions, channels, features, of_program,
+    PIXELS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, LAST: tl.constexpr,
     FOLDED_LAST: tl.constexpr,
 ):
     """Multiply the rows of some outputs of a set by D, and take the products' means from the bias."""
@@ -251,27 +245,10 @@ def _rows_of_tile(index, first, outputs, of_output, grad_bias, ROWS: tl.constexp
 
 @triton.jit
 def _fold_backward(
-    grad,
-    grad_bias,
-    weight,
-    mean,
-    whitener,
-    own,
-    shifts,
-    matrices,
-    outputs,
-    of_output,
-    positions,
-    channels,
-    features,
+    grad, grad_bias, weight, mean, whitener, own, shifts, matrices, outputs, of_output, positions, channels, features,
     tiles_each,
-    PIXELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    GRAD_LAST: tl.constexpr,
-    LAST: tl.constexpr,
-    ALONE: tl.constexpr,
+    PIXELS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, GRAD_LAST: tl.constexpr,
+    LAST: tl.constexpr, ALONE: tl.constexpr,
 ):
     """Compute for some rows of a set, in the first T^2 programs, tile i of the gradient G D^T of the weight in every
     T-th tile of rows; in others the part w_i^T G_k of tile (i, k) of D's gradient, and that of D mu, negated."""
@@ -316,18 +293,9 @@ def _fold_backward(
 
 
 @triton.jit
-def _add(
-    shifts,
-    matrices,
-    whitener,
-    grad_mean,
-    grad_whitener,
-    parts,
-    features,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
+def _add_parts(
+    shifts, matrices, whitener, grad_mean, grad_whitener, parts, features,
+    TILE: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Add parts of the gradient of D, some elements of it; the last programs those of D mu, times D for that of mu."""
     chunk, set_index = tl.program_id(0), tl.program_id(1)
@@ -360,17 +328,8 @@ def _add(
 
 @triton.jit
 def _fold_channels(
-    weight,
-    bias,
-    mean,
-    whitener,
-    folded,
-    folded_bias,
-    outputs,
-    of_set,
-    positions,
-    OUTPUTS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    weight, bias, mean, whitener, folded, folded_bias, outputs, of_set, positions,
+    OUTPUTS: tl.constexpr, POSITIONS: tl.constexpr,
 ):
     """Multiply some outputs of a weight of single channels by their whiteners, and take the means from the bias."""
     output, position = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, POSITIONS)
@@ -389,20 +348,8 @@ def _fold_channels(
 
 @triton.jit
 def _fold_channels_backward(
-    grad,
-    grad_bias,
-    weight,
-    mean,
-    whitener,
-    own,
-    grad_mean,
-    grad_whitener,
-    sets,
-    outputs,
-    positions,
-    STATISTICS: tl.constexpr,
-    SETS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
+    grad, grad_bias, weight, mean, whitener, own, grad_mean, grad_whitener, sets, outputs, positions,
+    STATISTICS: tl.constexpr, SETS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):
     """Compute all gradients of the outputs of some channels."""
     channel, slot = tl.program_id(0) * SETS + tl.arange(0, SETS), tl.arange(0, ELEMENTS)
