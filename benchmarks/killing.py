@@ -18,6 +18,7 @@ from pathlib import Path
 from timm_deconv.errors import one_line_errors
 from timm_deconv.training.loop import train
 from timm_deconv.training.recipe import Recipe, load_recipe
+from timm_deconv.training.state_files import PARTIAL
 from timm_deconv.training.tasks import Batch, Classification
 
 from .rows import CONDITIONS, Row, conditions
@@ -105,7 +106,7 @@ def kill(plan: Kill, folder: Path, whole: int) -> Row:
     processes = launch(folder, plan.processes)
     while passes(folder) < plan.share * whole and processes[0].poll() is None:
         time.sleep(0.001)
-    while plan.writing and not (folder / "state" / ".partial").exists() and processes[0].poll() is None:
+    while plan.writing and not (folder / "state" / PARTIAL).exists() and processes[0].poll() is None:
         pass
     victims = processes if plan.victim is None else [processes[plan.victim]]
     for victim in victims:
@@ -117,7 +118,7 @@ def kill(plan: Kill, folder: Path, whole: int) -> Row:
     return {
         "processes": plan.processes,
         "victim": "all" if plan.victim is None else plan.victim,
-        "moment": "writing" if plan.writing else "any",
+        "moment": "writing" if (folder / "state" / PARTIAL).exists() else "between",
         "seconds": round(killed - started, 2),
         "state": states[-1] if states else "none",
         "end_seconds": round(time.monotonic() - killed, 2),

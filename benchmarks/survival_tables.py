@@ -18,7 +18,7 @@ def killed_runs(results: Path) -> Table:
         repeated = max(int(row["repeated"]) for row in group)
         waited = f"{max(float(row['end_seconds']) for row in group):.1f}" if victim != "all" else ""
         identical = sum(row["identical"] == "True" for row in group)
-        when = "while writing" if moment == "writing" else "at any moment"
+        when = "while a state was written" if moment == "writing" else "in between"
         body.append([killed, when, str(len(group)), str(repeated), waited, f"{identical} of {len(group)}"])
     head = ["killed", "when", "runs", "repeated, at most", "the other ended within, s", "identical"]
     return Table(head, body, rows, "killing.csv", "python scripts/kill_loop.py")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .atomic_io import flush, flush_folder, remove
 
-__all__ = ["damage", "read_state", "write_state"]
+__all__ = ["PARTIAL", "damage", "read_state", "write_state"]
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
