@@ -18,11 +18,12 @@ from pathlib import Path
 from timm_deconv.errors import one_line_errors
 from timm_deconv.training.loop import train
 from timm_deconv.training.recipe import Recipe, load_recipe
+from timm_deconv.training.state_files import PARTIAL
 from timm_deconv.training.tasks import Batch, Classification
 
 from .rows import CONDITIONS, Row, conditions
 
-__all__ = ["COLUMNS", "RESULT", "Kill", "is_same", "kill", "kill_loop", "kills", "launch", "passes", "wait"]
+__all__ = ["COLUMNS", "RESULT", "Kill", "is_same", "kill", "kill_loop", "kills", "launch", "passes", "start", "wait"]
 
 RESULT = "killed processes victim moment seconds state repeated allowed end_seconds identical".split()
 COLUMNS = [*RESULT, *CONDITIONS]
@@ -105,7 +106,7 @@ def kill(plan: Kill, folder: Path, whole: int) -> Row:
     processes = launch(folder, plan.processes)
     while passes(folder) < plan.share * whole and processes[0].poll() is None:
         time.sleep(0.001)
-    while plan.writing and not (folder / "state" / ".partial").exists() and processes[0].poll() is None:
+    while plan.writing and not (folder / "state" / PARTIAL).exists() and processes[0].poll() is None:
         pass
     victims = processes if plan.victim is None else [processes[plan.victim]]
     for victim in victims:
@@ -117,38 +118,37 @@ def kill(plan: Kill, folder: Path, whole: int) -> Row:
     return {
         "processes": plan.processes,
         "victim": "all" if plan.victim is None else plan.victim,
-        "moment": "writing" if plan.writing else "any",
+        "moment": "writing" if (folder / "state" / PARTIAL).exists() else "between",
         "seconds": round(killed - started, 2),
         "state": states[-1] if states else "none",
         "end_seconds": round(time.monotonic() - killed, 2),
     }
 
 
-def launch(folder: Path, processes: int, **settings: object) -> list[subprocess.Popen[str]]:
-    """Start a run, or resume it, in processes of this machine that meet as torchrun's do.
+def launch(folder: Path, processes: int) -> list[subprocess.Popen[str]]:
+    """Start a run, or resume it, in so many processes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return start([sys.executable, "-m", "benchmarks.killing", str(folder)], processes)
+
+
+def start(command: Sequence[str], processes: int, **environment: str) -> list[subprocess.Popen[str]]:
+    """Start processes of one thread on this machine, which meet as torchrun's do.
 
     Args:
-        folder: of the run.
+        command: of each.
         processes: how many.
-        settings: of the recipe.
+        environment: variables in place of those that are set here.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    recipe = folder.with_suffix(".yaml")
-    recipe.write_text(killable_recipe().merged(settings).yaml())
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.killing", str(recipe), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else shared)},
-        )
-        for rank in range(processes)
-    ]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if processes > 1:
+        number = str(processes)
+        shared |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, env={**shared, **rank, **environment}, **pipes) for rank in ranks]
 
 
 def wait(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
@@ -191,6 +191,6 @@ class _Counting(Classification):
 
 
 if __name__ == "__main__":
-    COUNT = Path(sys.argv[2]).with_suffix(".passes")
+    COUNT = Path(sys.argv[1]).with_suffix(".passes")
     with one_line_errors():
-        train(load_recipe(sys.argv[1]), sys.argv[2], resume=True, cpu=True, task=_Counting)
+        train(killable_recipe(), sys.argv[1], resume=True, cpu=True, task=_Counting)

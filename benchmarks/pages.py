@@ -42,6 +42,7 @@ from .cost_tables import (
     scaling,
     steps,
 )
+from .survival_tables import killed_runs
 from .tables import markdown
 
 __all__ = ["TABLES", "filled", "stale_pages"]
@@ -195,6 +196,7 @@ TEN_THOUSAND += "efficientnet_b0_cifar senet18_cifar pnasnet_a_cifar".split()
 TABLES: dict[str, Maker] = {
     "README: accuracy": readme_accuracy,
     "README: cost": readme_cost,
+    "killed runs": killed_runs,
     "one epoch, full width": networks_by_form(
         ["resnet18_cifar", "mobilenetv2_cifar", "senet18_cifar", "efficientnet_b0_cifar", "pnasnet_a_cifar"],
         FORMS,

@@ -189,7 +189,7 @@ def test_a_run_of_another_recipe_or_model_is_refused_in_the_middle_of_its_first_
 
 
 def test_states_of_earlier_versions_are_refused_and_stay(recipe, tmp_path):
-    RunFolder(tmp_path, recipe).open()
+    RunFolder(tmp_path, recipe).open(size=0)
     (tmp_path / "state" / "epoch-0003").mkdir(parents=True)
     with pytest.raises(InputError, match="no state of this version to resume from"):
         train(recipe, tmp_path, resume=True)
