@@ -33,6 +33,7 @@ from .accuracy_tables import (
 from .cost_tables import (
     blocks,
     evaluation,
+    gpu_goals,
     kernels,
     layers,
     memory,
@@ -233,6 +234,7 @@ TABLES: dict[str, Maker] = {
     "conversions": conversions,
     "steps": steps(device="cpu", compile="", amp=""),
     "compiled steps": steps(device="cpu", compile="default", price=False),
+    "GPU goals": gpu_goals,
     "GPU steps": steps(device="cuda", price=False),
     "published steps": published_steps,
     "evaluation": evaluation,
