@@ -4,7 +4,6 @@ Images leave the loader as bytes; the task scales them on the device, as timm's 
 travels.
 """
 
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torchvision import transforms
 from timm_deconv.errors import InputError
 
 from .sampling import EpochSampler, Seeded
+from .workers import outlive_signals
 
 
 def create_transform(
@@ -114,13 +114,6 @@ def create_loader(
         **batches,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=outlive_signals(),
         generator=torch.Generator(),  # the default one is the network's
     )
-
-
-def _outlive_signals(worker: int) -> None:
-    """Let a worker go on where all processes of a job are told to end: the training process still needs its images."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # not so on Windows
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
