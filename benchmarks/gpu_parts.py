@@ -1,5 +1,6 @@
 """What `gpu_check` measures of a GPU, each part by what the other benchmarks measure with; small on a CPU."""
 
+import functools
 import importlib
 import importlib.util
 import multiprocessing
@@ -194,9 +195,13 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, names in KINDS.items() if re.search(names, kernel, re.IGNORECASE)), "other")
 
 
+@functools.cache
 def _own_kernels() -> set[str]:
-    modules = [importlib.import_module(f"{MODULES}.{name}") for name in set(GPU_MODULES.values())]
-    return {name for module in modules for name in vars(module) if name.startswith("_")}
+    """Return the names of all that Triton compiles of ours, in modules that others import too."""
+    for name in set(GPU_MODULES.values()):
+        importlib.import_module(f"{MODULES}.{name}")
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{MODULES}.")]
+    return {name for module in modules for name, value in vars(module).items() if hasattr(value, "fn")}
 
 
 def kernels_of_a_layer(tiny: bool) -> Iterator[Found]:

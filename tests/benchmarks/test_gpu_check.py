@@ -155,6 +155,9 @@ def test_networks_are_those_of_the_goals() -> None:
         ("void at::native::reduce_kernel<512, 1>", "sum or mean"),
         ("Memcpy DtoD (Device -> Device)", "copy or fill"),
         ("void cudnn::ops::nchwToNhwcKernel<float>", "convolution"),
+        ("_fold_backward", "whitening"),
+        ("whiten_matrix", "whitening"),
+        ("cotangent_tiles", "whitening"),
         ("philox", "other"),
     ],
 )
