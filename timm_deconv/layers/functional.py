@@ -1,7 +1,7 @@
 """Whitening as pure functions: moments -> whitener -> weight and bias of a plain layer.
 
-Ye et al., Network Deconvolution, ICLR 2020, sections 3 and 4 (algorithm 1). Every function that the backward pass needs
-has its adjoint beside it.
+Ye et al., Network Deconvolution, ICLR 2020, sections 3 and 4 (algorithm 1). The operations have their adjoints in
+`timm_deconv.kernels`.
 """
 
 from typing import NamedTuple

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..blocks import Blocks
 from ..formats import is_channels_last, memory_format
-from .launch import Unfit, check_dtypes, launch, padded, tiles
+from .launch import Unfit, check_dtypes, launch, padded, parts_of, tiles
 
 __all__ = ["fold_whitening", "fold_whitening_backward"]
 
@@ -66,11 +66,11 @@ def fold_whitening(
         positions = _power_of_two(rows.positions)
         outputs = max(ELEMENTS // positions, 1)
         sizes, constants = [len(weight), rows.outputs, rows.positions], {"OUTPUTS": outputs, "POSITIONS": positions}
-        launch(_fold_channels, [_parts(len(weight), outputs)], *given, folded, folded_bias, *sizes, **constants)
+        launch(_fold_channels, [parts_of(len(weight), outputs)], *given, folded, folded_bias, *sizes, **constants)
     else:
         height = FEW_ROWS if tiles(rows.features) == 1 else ROWS
         outputs = max(height // rows.of_output, 1)
-        grid, results = [_parts(rows.outputs, outputs), blocks.sets], [folded, folded_bias]
+        grid, results = [parts_of(rows.outputs, outputs), blocks.sets], [folded, folded_bias]
         formats = {"LAST": is_channels_last(weight), "FOLDED_LAST": channels_last}
         launch(_fold, grid, *given, *results, *rows, outputs, ROWS=height, **formats, **_tiling(blocks))
     return folded, folded_bias
@@ -93,7 +93,7 @@ def fold_whitening_backward(
     given = [grad_weight, grad_bias.contiguous(), weight, mean.contiguous(), whitener.contiguous(), own]
     if _of_single_channels(blocks):
         elements = min(_power_of_two(rows.outputs * rows.positions), ELEMENTS)
-        grid, sizes = [_parts(blocks.sets, ELEMENTS // elements)], [blocks.sets, rows.outputs, rows.positions]
+        grid, sizes = [parts_of(blocks.sets, ELEMENTS // elements)], [blocks.sets, rows.outputs, rows.positions]
         constants = {"STATISTICS": with_statistics, "SETS": ELEMENTS // elements, "ELEMENTS": elements}
         launch(_fold_channels_backward, grid, *given, *of_statistics, *sizes, **constants)
     else:
@@ -114,7 +114,7 @@ def _launch_backward(
     formats = {"GRAD_LAST": is_channels_last(grad_weight), "LAST": is_channels_last(weight)}
     launch(_fold_backward, grid, *given, *results, *rows, length, ROWS=FEW_ROWS, ALONE=alone, **formats, **tiling)
     if results is not of_statistics:
-        grid = [_parts(rows.features**2, CHUNK) + count, blocks.sets]
+        grid = [parts_of(rows.features**2, CHUNK) + count, blocks.sets]
         constants = {"TILE": padded(rows.features), "TILES": count, "CHUNK": CHUNK, "PARTS": PARTS}
         launch(_add_parts, grid, *results, whitener, *of_statistics, splits, rows.features, **constants)
 
@@ -131,11 +131,11 @@ def _rows(weight: Tensor, blocks: Blocks) -> _Rows:
 
 def _splits(rows: _Rows, blocks: Blocks) -> tuple[int, int]:
     """Return into how many parts the rows of a set are split, and how many tiles of rows each has."""
-    number = _parts(rows.outputs * rows.of_output, FEW_ROWS)
+    number = parts_of(rows.outputs * rows.of_output, FEW_ROWS)
     if number <= ALONE:
         return 1, number
-    length = _parts(number, max(PROGRAMS // (tiles(rows.features) ** 2 * blocks.sets), 1))
-    return _parts(number, length), length
+    length = parts_of(number, max(PROGRAMS // (tiles(rows.features) ** 2 * blocks.sets), 1))
+    return parts_of(number, length), length
 
 
 def _of_single_channels(blocks: Blocks) -> bool:
@@ -153,11 +153,6 @@ def _tiling(blocks: Blocks) -> dict[str, Any]:
 def _dense(weight: Tensor) -> Tensor:
     """Return a weight in channels_last, or contiguous."""
     return weight if is_channels_last(weight) else weight.contiguous()
-
-
-def _parts(number: int, size: int) -> int:
-    """Return in how many parts of a size a number comes; Triton's own function takes 4 us."""
-    return -(-number // size)
 
 
 def _power_of_two(number: int) -> int:

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction, driver
 
-__all__ = ["TILE", "Unfit", "launch", "padded", "tiles"]
+__all__ = ["TILE", "Unfit", "check_dtypes", "launch", "padded", "parts_of", "tiles"]
 
 TILE = 64
 """Features in a tile of a matrix; a program holds one or a few tiles."""
 
 LEAST_TILE = 16
 """Least extent that `tl.dot` multiplies."""
-
 
 ALIGNMENT = 16
 """Bytes, and numbers, whose multiples Triton compiles kernels for."""
@@ -71,7 +70,12 @@ def padded(features: int) -> int:
 
 def tiles(features: int) -> int:
     """Return the number of tiles that features are cut into."""
-    return -(-features // TILE)
+    return parts_of(features, TILE)
+
+
+def parts_of(number: int, size: int) -> int:
+    """Return in how many parts of a size a number comes; Triton's own function takes 2 to 4 microseconds."""
+    return -(-number // size)
 
 
 def check_dtypes(*tensors: Tensor | None) -> None:

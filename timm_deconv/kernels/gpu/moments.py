@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..blocks import Blocks
 from ..windows import Sampling
-from .launch import Unfit, check_dtypes, launch, padded, tiles
+from .launch import Unfit, check_dtypes, launch, padded, parts_of, tiles
 
 __all__ = ["add_moments_gradient_", "sampled_moments"]
 
@@ -83,11 +83,11 @@ def add_moments_gradient_(
     moments = [mean.contiguous(), grad_mean.contiguous(), grad_cov.contiguous()]
     sets, features = blocks.sets, blocks.features
     if _standardises(blocks):
-        grid = [_parts(rows.number, ROWS), _parts(sets, CHANNELS)]
+        grid = [parts_of(rows.number, ROWS), parts_of(sets, CHANNELS)]
         launch(_add_to_channels, grid, *images, *moments, *rows, sets, ROWS=ROWS, WIDTH=CHANNELS)
     else:
         width, height = padded(features), GRADIENT // padded(features)
-        grid, arguments = [_parts(rows.number, height), tiles(features), sets], [*images, *moments, *rows, features]
+        grid, arguments = [parts_of(rows.number, height), tiles(features), sets], [*images, *moments, *rows, features]
         launch(_add_to_blocks, grid, *arguments, warps=WARPS[width], ROWS=height, WIDTH=width)
 
 
@@ -98,9 +98,9 @@ def _rows(x: Tensor, sampling: Sampling, blocks: Blocks) -> _Rows:
     if not window.pointwise or sampling.flat or not blocks.pixels or blocks.interleaved:
         raise Unfit
     of_set = blocks.number // blocks.sets
-    columns = max(_parts(width - left, window.stride[1]), 0)
-    pixels = max(_parts(height - top, window.stride[0]), 0) * columns
-    number = _parts(count, sampling.images) * pixels * of_set
+    columns = max(parts_of(width - left, window.stride[1]), 0)
+    pixels = max(parts_of(height - top, window.stride[0]), 0) * columns
+    number = parts_of(count, sampling.images) * pixels * of_set
     if not 0 < number < 2**30 or blocks.number * blocks.features != channels:
         raise Unfit
     return _Rows(number, of_set, pixels, columns)
@@ -129,11 +129,6 @@ def _overlaps(images: Tensor) -> bool:
     return False
 
 
-def _parts(number: int, size: int) -> int:
-    """Return in how many parts of a size a number comes; Triton's own function takes 4 us."""
-    return -(-number // size)
-
-
 def _chunks(rows: _Rows, programs: int, numbers: int) -> tuple[int, int]:
     """Divide rows into chunks that take so many programs and hold so many numbers each.
 
@@ -141,8 +136,8 @@ def _chunks(rows: _Rows, programs: int, numbers: int) -> tuple[int, int]:
         how many chunks, and how many rows each has; the last may have fewer.
     """
     most = max(min(PROGRAMS // programs, SCRATCH // numbers), 1)
-    length = max(_parts(rows.number, most * ROWS), TURNS) * ROWS
-    return _parts(rows.number, length), length
+    length = max(parts_of(rows.number, most * ROWS), TURNS) * ROWS
+    return parts_of(rows.number, length), length
 
 
 def _launch_blocks(x: Tensor, mean: Tensor, cov: Tensor, rows: _Rows, steps: tuple[int, ...]) -> None:
@@ -153,13 +148,13 @@ def _launch_blocks(x: Tensor, mean: Tensor, cov: Tensor, rows: _Rows, steps: tup
     grid, numbers = [chunks, across, across * sets], [*rows, features, length]
     constants = {"ROWS": ROWS, "WIDTH": width, "ONE": across == 1}
     launch(_blocks_of_chunk, grid, x, *steps, mean, parts, *numbers, warps=WARPS[width], **constants)
-    across, numbers = _parts(features, PATCH), [rows.number, features, chunks, length]
+    across, numbers = parts_of(features, PATCH), [rows.number, features, chunks, length]
     launch(_join_blocks, [across, across, sets], parts, mean, cov, *numbers, warps=8, CHUNKS=JOINED, WIDTH=PATCH)
 
 
 def _launch_channels(x: Tensor, mean: Tensor, cov: Tensor, rows: _Rows, steps: tuple[int, ...]) -> None:
     channels = len(mean)
-    across = _parts(channels, CHANNELS)
+    across = parts_of(channels, CHANNELS)
     chunks, length = _chunks(rows, across, 2 * channels)
     parts = torch.empty((chunks, 2, channels), dtype=torch.float32, device=x.device)
     numbers = [*rows, channels, length]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..roots import FEW_STEPS, LEAST_VARIANCE, Root
 from . import root_matrices, root_tiles
-from .launch import TILE, Unfit, check_dtypes, launch, padded, tiles
+from .launch import TILE, Unfit, check_dtypes, launch, padded, parts_of, tiles
 
 __all__ = ["inverse_root", "inverse_root_backward"]
 
@@ -44,7 +44,7 @@ def inverse_root(
     choices: dict[str, Any] = {"ZEROES": root.zeroes_constant and row_count > 1, "COEFFICIENTS": root.coefficients}
     if features == 1:
         args = [*tensors, root.n_iter, sets, *numbers]
-        launch(root_matrices.whiten_numbers, [_parts(sets, NUMBERS)], *args, NUMBERS=NUMBERS, **choices)
+        launch(root_matrices.whiten_numbers, [parts_of(sets, NUMBERS)], *args, NUMBERS=NUMBERS, **choices)
     elif features <= TILE:
         args = [*tensors, _scratch(cov, 4), root.n_iter, features, *numbers]
         launch(root_matrices.whiten_matrix, [sets], *args, warps=WARPS, EXTENT=padded(features), **choices)
@@ -71,7 +71,7 @@ def inverse_root_backward(
     numbers = [padding, root.shrinkage(row_count, features)]
     if features == 1:
         args = [*tensors[:5], *found, sets, padding]
-        launch(root_matrices.derive_numbers, [_parts(sets, NUMBERS)], *args, NUMBERS=NUMBERS)
+        launch(root_matrices.derive_numbers, [parts_of(sets, NUMBERS)], *args, NUMBERS=NUMBERS)
     elif features <= TILE:
         steps = 1 if root.coefficients else root.n_iter
         args = [*tensors, *[None] * (8 - len(tensors)), *found, _scratch(whitener, 3 + 2 * steps), steps, features]
@@ -89,11 +89,6 @@ def _check_fit(features: int, root: Root, *tensors: Tensor) -> None:
     single = all(tensor.dtype == torch.float32 for tensor in tensors) and root.n_iter <= FEW_STEPS
     if not single or not (features <= TILE or tiled):
         raise Unfit
-
-
-def _parts(number: int, size: int) -> int:
-    """Return in how many parts of a size a number comes."""
-    return -(-number // size)
 
 
 def _scratch(like: Tensor, matrices: int) -> Tensor:
@@ -133,4 +128,4 @@ def _launch_tiles_backward(
     args = [grad, whitener, norm, first, of_square, of_first, parts, features]
     launch(root_tiles.gradient_tiles, grid, *args, warps=WARPS, COEFFICIENTS=coefficients, **constants)
     args = [grad_mean, mean, norm, first, of_first, parts, *found, features, *numbers]
-    launch(root_tiles.finish_gradient, [_parts(features, COLUMNS), sets], *args, COLUMNS=COLUMNS, **constants)
+    launch(root_tiles.finish_gradient, [parts_of(features, COLUMNS), sets], *args, COLUMNS=COLUMNS, **constants)

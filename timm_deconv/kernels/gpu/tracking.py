@@ -18,7 +18,7 @@ from ..gain import LARGEST, PROBED_ROWS
 from ..tracking import Averaging
 from ..windows import PIXEL, Window
 from .gain import CONSTANT, CUMULATIVE, FROM_RECENT, FROM_START, count_live, judge
-from .launch import Unfit, check_dtypes, launch, padded, tiles
+from .launch import Unfit, check_dtypes, launch, padded, parts_of, tiles
 
 __all__ = ["average_in_"]
 
@@ -112,9 +112,9 @@ def _planned(
         raise Unfit
     alone, standardises = sets == across == 1, features == 1 and sets > 1
     probed = min(PROBED_ROWS, windows) * of_set if dtype else 1
-    rows = -(-probed // -(-probed // PROBED_ROWS))
-    turns = -(-rows // ROWS) if alone or standardises else 1
-    parts, channels = across * -(-rows // (ROWS * turns)), -(-sets // CHANNELS)
+    rows = parts_of(probed, parts_of(probed, PROBED_ROWS))
+    turns = parts_of(rows, ROWS) if alone or standardises else 1
+    parts, channels = across * parts_of(rows, ROWS * turns), parts_of(sets, CHANNELS)
     shared = {"WIDTH": CHANNELS if standardises else padded(features), "GAINED": dtype is not None}
     shared["RECOMPUTING"] = averaging.recomputing
     measuring = shared | {"ROWS": ROWS, "TURNS": turns, "FREEZE_ITER": averaging.freeze_iter}
@@ -331,7 +331,7 @@ def _probe(
     FAR_DOWN: tl.constexpr, FAR_RIGHT: tl.constexpr, ABOVE: tl.constexpr, BESIDE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Load features of probed rows, in `_probed`'s order of windows and blocks; zero where not `there`."""
+    """Load features of probed rows, in `_probed_rows`'s order of windows and blocks; zero where not `there`."""
     columns = (width + 2 * BESIDE - FAR_RIGHT * (WIDE - 1) - 1) // STEP_RIGHT + 1
     in_image = ((height + 2 * ABOVE - FAR_DOWN * (HIGH - 1) - 1) // STEP_DOWN + 1) * columns
     total = count * in_image
