@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 from timm_deconv.errors import InputError, unknown_name
 
 from .digits import Digits
+from .images import UNREADABLE, as_mode, mode_of
 
 TORCHVISION = "cifar10 cifar100 mnist kmnist fashion_mnist qmnist imagenet places365 inaturalist".split()
 TRAIN_NAMES = ("train", "training")
@@ -32,8 +33,8 @@ class StrictImageDataset(timm.data.ImageDataset):
         try:
             file, target = self.reader[index]
             with file, Image.open(file) as image:
-                image = image.convert(self.input_img_mode)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                image = as_mode(image, self.input_img_mode)
+        except UNREADABLE as error:
             path = self.filename(index, absolute=True)
             raise OSError(f"unreadable image {path} (index {index}): {error}; replace or remove it") from None
         image = self.transform(image) if self.transform else image
@@ -68,7 +69,7 @@ def create_dataset(
         return Digits(train=split in TRAIN_NAMES)
     if root is None:
         raise InputError(f"data set {name or 'of folders'!r} needs a folder: give --data-dir (or data_dir=...)")
-    mode = "RGB" if channels == 3 else "L"
+    mode = mode_of(channels)
     if name.startswith("hfds/"):
         return StrictImageDataset(root, reader=name, split=split, input_img_mode=mode)
     if not download and not Path(root).exists():

@@ -14,6 +14,8 @@ from torchvision import transforms
 
 from timm_deconv.errors import InputError
 
+from .images import as_mode, mode_of
+
 
 def create_transform(
     input_size: tuple[int, int, int],
@@ -37,7 +39,7 @@ def create_transform(
         interpolation: of resizing.
     """
     channels, *size = input_size
-    steps: list[Callable[[Any], Any]] = [_Convert("RGB" if channels == 3 else "L")]
+    steps: list[Callable[[Any], Any]] = [_Convert(mode_of(channels))]
     if augmentation == "pad_crop":
         steps += [
             transforms.RandomCrop(size, padding=crop_padding, pad_if_needed=True),
@@ -67,7 +69,7 @@ class _Convert:
         self.mode = mode
 
     def __call__(self, image: Any) -> Any:
-        return image.convert(self.mode)
+        return as_mode(image, self.mode)
 
 
 def create_loader(
@@ -78,16 +80,18 @@ def create_loader(
     training: bool,
     workers: int = 0,
     pin_memory: bool = False,
+    collate: Callable[[Any], Any] | None = None,
 ) -> DataLoader:
-    """Create timm's loader of (uint8 images (B, C, H, W), class indices (B,)).
+    """Create timm's loader of (uint8 images (B, C, H, W), targets): class indices (B,) or masks (B, H, W).
 
     Args:
-        dataset: of PIL images and class indices.
-        transform: of an image into a tensor; the data set keeps it.
+        dataset: of PIL images and class indices, or of images and masks.
+        transform: of an image (and mask) into tensors; the data set keeps it.
         batch_size: images a batch, over all processes.
         training: draw in random order, and leave out what does not fill a batch.
         workers: processes that load images; 0 loads in this one.
         pin_memory: copy batches to memory from which a GPU reads without waiting.
+        collate: makes a batch of a list of samples; None stacks them.
 
     Raises:
         InputError: fewer training images than a batch.
@@ -104,6 +108,7 @@ def create_loader(
         # workers that start afresh take their seeds from the epoch's, so a resumed run sees the same augmentation
         persistent_workers=False,
         pin_memory=pin_memory,
+        collate_fn=collate,
     )
     whole = dataset
     while isinstance(whole, Subset):

@@ -46,7 +46,8 @@ class Recipe(BaseModel):
         freeze_backbone: train the classifier alone; the statistics of norms and whiteners stay too (see
             `timm_deconv.freeze`).
         freeze_bn: keep statistics, scale and shift of batch norms, as `timm.utils.freeze_batch_norm_2d` does.
-        dataset: `digits` (embedded), `torch/cifar10` and others of torchvision, `hfds/...`, or '' for folders and tars.
+        dataset: `digits` (embedded), `torch/cifar10` and others of torchvision, `hfds/...`, or '' for folders and tars;
+            for segmentation `cityscapes`, `camvid`, or `masks` for folders and tars of images/ and masks/.
         data_dir: where the data set lies or is downloaded to. A folder with train/ or train.tar is read as it is.
         train_split, val_split: as `timm.data.create_dataset` calls them.
         dataset_download: let torchvision download what is missing.
@@ -55,11 +56,12 @@ class Recipe(BaseModel):
         input_size: channels, height, width.
         mean, std: per channel, of values in 0..1.
         augmentation: `pad_crop` (zero padding of `crop_padding` pixels, then a random crop), `rrc` (RandomResizedCrop),
-            or `none`.
+            or `none`; for masks `scale_crop` (resized at random, then a random window) or `none`.
         crop_padding: pixels on each side, for `pad_crop`.
-        scale: range of the area that `rrc` keeps.
+        scale: range of the area that `rrc` keeps, or of the factor that `scale_crop` resizes by.
         hflip: probability of a mirror image in training.
-        crop_pct: in evaluation, the input's side over the side resized to.
+        crop_pct: in evaluation, the input's side over the side resized to; with `scale_crop` in training too, before
+            `scale`, and evaluation keeps the whole image.
         interpolation: in resizing.
         batch_size: images in one forward and backward pass, over all processes together.
         grad_accum_steps: passes to one update.
@@ -69,10 +71,13 @@ class Recipe(BaseModel):
         layer_rates: multiply the rate of each whitened layer by the mean squared norm of its rows at the start;
             for going on from pretrained weights with SGD; the classifier's otherwise (see `lr_scale.layer_lr_scales`).
         filter_bias_and_bn: keep biases and other vectors out of weight decay. The published recipes decay everything.
+        aux_weight: of the loss of a network's auxiliary head (`model_kwargs.aux_head=true`).
+        aux_lr_scale: multiplies the rate of that head.
         clip_grad: largest norm of the gradient, or what `clip_mode` makes of it; None leaves it.
         clip_mode: timm's: 'norm', 'value' (of every element), 'agc' (of every output's gradient, in norms of its
             weights, and as multiplied by `layer_rates`; not in the classifier).
         sched: timm's schedule, stepped at every update.
+        decay_rate: of the schedule `step`, or the power of `poly`.
         warmup_epochs, warmup_lr, min_lr: of the schedule; min_lr where it ends.
         smoothing: label smoothing in the training loss.
         model_ema: average the weights; what is evaluated and saved is then the average.
@@ -106,7 +111,7 @@ class Recipe(BaseModel):
     input_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 32, 32)
     mean: Triple | tuple[float]
     std: Triple | tuple[float]
-    augmentation: Literal["pad_crop", "rrc", "none"] = "pad_crop"
+    augmentation: Literal["pad_crop", "rrc", "scale_crop", "none"] = "pad_crop"
     crop_padding: int = Field(4, ge=0)
     scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = Field(0.5, ge=0, le=1)
@@ -121,9 +126,12 @@ class Recipe(BaseModel):
     weight_decay: float = Field(ge=0, allow_inf_nan=False)
     layer_rates: bool = False
     filter_bias_and_bn: bool = False
+    aux_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
+    aux_lr_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
     clip_grad: float | None = Field(None, gt=0)
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     sched: Literal["cosine", "tanh", "poly", "step", "constant"] = "cosine"
+    decay_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
     warmup_epochs: int = Field(0, ge=0)
     warmup_lr: float = Field(1e-5, ge=0, allow_inf_nan=False)
     min_lr: float = Field(0.0, ge=0, allow_inf_nan=False)

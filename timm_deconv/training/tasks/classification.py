@@ -1,0 +1,121 @@
+"""Classification: one class for each image."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from timm_deconv import data
+from timm_deconv.errors import InputError
+from timm_deconv.linalg import to_double
+from timm_deconv.training.drawing import captioned
+from timm_deconv.training.recipe import Recipe
+
+from .base import Batch, RecipeTask
+
+
+class Classification(RecipeTask):
+    """Cross entropy, top-1 and top-5 accuracy; a `Task`.
+
+    Raises:
+        InputError: the recipe has an augmentation that is for images with masks.
+    """
+
+    columns = ("loss", "top1", "top5")
+    headline = "top1"
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        super().__init__(recipe, device)
+        if recipe.augmentation == "scale_crop":
+            raise InputError("augmentation='scale_crop' is for masks; pad_crop, rrc and none are for classes")
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mean smoothed cross entropy (a scalar) and the figures (B, 3)."""
+        images, target = batch
+        output = model(self.normalise(images))
+        losses = F.cross_entropy(output.float(), target, reduction="none", label_smoothing=self.recipe.smoothing)
+        return losses.mean(), _figures(losses.detach(), output.detach(), target)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the figures (B, 3): cross entropy without smoothing, 1 where top-1 is right, 1 where top-5 is."""
+        images, target = batch
+        output = model(self.normalise(images))
+        return _figures(F.cross_entropy(output.float(), target, reduction="none"), output, target)
+
+    def summarise(self, total: Tensor, images: int) -> Mapping[str, float]:
+        """Turn the sums (3,) over `images` into a mean loss and percentages."""
+        loss, top1, top5 = (to_double(total) / images).tolist()
+        return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
+
+    def said(self, figures: Mapping[str, float]) -> str:
+        """Say both accuracies."""
+        return f"top-1 {figures['top1']:.3f} %, top-5 {figures['top5']:.3f} %"
+
+    def drawn(self, model: nn.Module, batch: Batch) -> list[Image.Image]:
+        """Write under each image which class it was taken for, how surely, and which it is where that is another."""
+        images, target = batch
+        shares, named = model(self.normalise(images)).softmax(1).max(1)
+        names = self.class_names or [str(index) for index in range(self.recipe.num_classes)]
+        captions = (
+            f"{names[guess]}, {share:.0%}" + ("" if guess == true else f" (is {names[true]})")
+            for share, guess, true in zip(shares.tolist(), named.tolist(), target.tolist(), strict=True)
+        )
+        return [captioned(image, caption) for image, caption in zip(images.cpu(), captions, strict=True)]
+
+    def check(self, train: Dataset, val: Dataset) -> None:
+        """Check that training and evaluation images have the recipe's number of classes, and the same."""
+        names, val_names = data.class_names(train), data.class_names(val)
+        if names is not None and len(names) != self.recipe.num_classes:
+            raise InputError(
+                f"num_classes={self.recipe.num_classes}, but the training images have {len(names)} classes"
+            )
+        if names != val_names:
+            differing = sorted(set(names or ()) ^ set(val_names or ())) or ["their order"]
+            raise InputError(f"training and evaluation images differ in their classes: {', '.join(differing[:5])}")
+
+    def check_evaluation(self, val: Dataset) -> None:
+        """Check that the images have as many classes as the network."""
+        recipe, names = self.recipe, data.class_names(val)
+        if names is not None and len(names) != recipe.num_classes:
+            raise InputError(
+                f"the network has {recipe.num_classes} classes, the images of {recipe.data_dir or recipe.dataset} have"
+                f" {len(names)}"
+            )
+        self.class_names = names
+
+    def dataset(self, split: str) -> Dataset:
+        """Create one split, of images and class indices."""
+        recipe = self.recipe
+        channels = recipe.input_size[0]
+        return data.create_dataset(
+            recipe.dataset, recipe.data_dir, split, download=recipe.dataset_download, channels=channels
+        )
+
+    def loader(self, dataset: Dataset, training: bool) -> DataLoader:
+        """Create a loader, with the recipe's augmentation in training."""
+        recipe = self.recipe
+        transform = data.create_transform(
+            recipe.input_size,
+            augmentation=recipe.augmentation if training else "none",
+            crop_padding=recipe.crop_padding,
+            scale=recipe.scale,
+            hflip=recipe.hflip,
+            crop_pct=1.0 if training else recipe.crop_pct,
+            interpolation=recipe.interpolation,
+        )
+        return data.create_loader(
+            dataset,
+            transform,
+            batch_size=recipe.batch_size,
+            training=training,
+            workers=recipe.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _figures(losses: Tensor, output: Tensor, target: Tensor) -> Tensor:
+    best = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
+    return torch.stack([losses.float(), best[:, 0].float(), best.any(dim=1).float()], dim=1)
