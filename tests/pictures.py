@@ -1,5 +1,7 @@
 """Real pictures laid out as data sets of the field are."""
 
+import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -38,3 +40,60 @@ def write_cityscapes(camvid: Path, folder: Path) -> Path:
             mask = np.asarray(Image.open(camvid / part / "masks" / f"{image.stem}.png"))
             Image.fromarray(CAMVID_AS_CITYSCAPES[mask]).save(labels)
     return folder
+
+
+def read_photographs(data_dir: Path, count: int) -> list[tuple[str, bytes]]:
+    """Read the first photographs of the ImageNet sample, each of another class: the class's name, and the file."""
+    found: list[tuple[str, bytes]] = []
+    with tarfile.open(data_dir / "imagenet-sample" / "images.tar.gz") as tar:
+        for member in tar:
+            if member.isfile():
+                found.append((Path(member.name).parent.name, tar.extractfile(member).read()))
+            if len(found) == count:
+                break
+    return found
+
+
+def write_folders(photographs: list[tuple[str, bytes]], folder: Path) -> None:
+    """Write photographs as CLASS/INDEX.jpg."""
+    for index, (name, content) in enumerate(photographs):
+        file = folder / name / f"{index:04d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+def write_shards(photographs: list[tuple[str, bytes]], folder: Path, split: str, shards: int) -> None:
+    """Write photographs as shards of WebDataset, with classes numbered in their order, and what timm reads of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {name: str(number) for number, name in enumerate(sorted({name for name, _ in photographs}))}
+    names, lengths = [], []
+    for shard in range(shards):
+        names.append(f"{split}-{shard:04d}.tar")
+        own = range(shard, len(photographs), shards)
+        lengths.append(len(own))
+        with tarfile.open(folder / names[-1], "w") as tar:
+            for index in own:
+                name, content = photographs[index]
+                for ending, part in (("jpg", content), ("cls", numbers[name].encode())):
+                    member = tarfile.TarInfo(f"{index:04d}.{ending}")
+                    member.size = len(part)
+                    tar.addfile(member, io.BytesIO(part))
+    file = folder / "_info.json"
+    info = json.loads(file.read_text()) if file.exists() else {"splits": {}}
+    told = {"name": split, "num_samples": len(photographs), "filenames": names, "shard_lengths": lengths}
+    file.write_text(json.dumps({"splits": {**info["splits"], split: told}}))
+
+
+def write_parquet(photographs: list[tuple[str, bytes]], folder: Path, split: str) -> None:
+    """Write photographs as a local data set of the Hub's form."""
+    import datasets
+
+    names = sorted({name for name, _ in photographs})
+    columns = {
+        "image": [{"bytes": content, "path": None} for _, content in photographs],
+        "label": [names.index(name) for name, _ in photographs],
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")

@@ -1,18 +1,26 @@
 """Data sets and loaders: timm's and torchvision's, the embedded digits, and images with masks."""
 
-from .datasets import StrictImageDataset, chosen_images, class_names, create_dataset
+from .datasets import StrictImageDataset, check_labels, chosen_images, class_names, create_dataset
 from .digits import Digits
 from .joint_transforms import PaddedBatch, create_joint_transform
 from .loaders import create_loader, create_transform
 from .segmentation import IGNORED, SEGMENTATION, SegmentationDataset, class_labels, create_segmentation
+from .streams import STREAMS, ImageStream, StreamLoader, create_stream
+from .unreadable import NO_CLASS, Unreadable
 
 __all__ = [
     "IGNORED",
+    "NO_CLASS",
     "SEGMENTATION",
+    "STREAMS",
     "Digits",
+    "ImageStream",
     "PaddedBatch",
     "SegmentationDataset",
+    "StreamLoader",
     "StrictImageDataset",
+    "Unreadable",
+    "check_labels",
     "chosen_images",
     "class_labels",
     "class_names",
@@ -20,5 +28,6 @@ __all__ = [
     "create_joint_transform",
     "create_loader",
     "create_segmentation",
+    "create_stream",
     "create_transform",
 ]

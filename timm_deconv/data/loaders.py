@@ -15,6 +15,7 @@ from torchvision import transforms
 from timm_deconv.errors import InputError
 
 from .images import as_mode, mode_of
+from .streams import ImageStream, StreamLoader, evaluation_loader
 
 
 def create_transform(
@@ -81,7 +82,8 @@ def create_loader(
     workers: int = 0,
     pin_memory: bool = False,
     collate: Callable[[Any], Any] | None = None,
-) -> DataLoader:
+    seed: int = 0,
+) -> DataLoader | StreamLoader:
     """Create timm's loader of (uint8 images (B, C, H, W), targets): class indices (B,) or masks (B, H, W).
 
     Args:
@@ -92,10 +94,17 @@ def create_loader(
         workers: processes that load images; 0 loads in this one.
         pin_memory: copy batches to memory from which a GPU reads without waiting.
         collate: makes a batch of a list of samples; None stacks them.
+        seed: of the order of a stream.
 
     Raises:
         InputError: fewer training images than a batch.
     """
+    if isinstance(dataset, ImageStream):
+        dataset.transform = transform
+        settings: dict[str, Any] = {"workers": workers, "pin_memory": pin_memory}
+        if training:
+            return StreamLoader(dataset, batch_size, seed=seed, **settings)
+        return evaluation_loader(dataset, batch_size, **settings)
     if training and len(dataset) < batch_size:
         raise InputError(f"batch_size={batch_size}: there are only {len(dataset)} training images; lower it")
     loader = timm.data.create_loader(

@@ -22,7 +22,8 @@ from torchvision.datasets import Cityscapes
 from timm_deconv.errors import InputError
 
 from .datasets import VALIDATION_NAMES, find_split
-from .images import UNREADABLE, as_mode, mode_of
+from .images import as_mode, mode_of
+from .unreadable import Unreadable
 
 __all__ = ["IGNORED", "SEGMENTATION", "SegmentationDataset", "class_labels", "create_segmentation"]
 
@@ -120,14 +121,13 @@ class SegmentationDataset(Dataset):
     def __init__(self, files: Files, pairs: Sequence[tuple[str, str]], labels: Labels, channels: int = 3) -> None:
         self.files, self.pairs, self.labels, self.channels = files, list(pairs), labels, channels
         self.transform: Callable[[Image.Image, Image.Image], Any] | None = None
+        self.unreadable = Unreadable()
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Any:
-        image = as_mode(self._open(self.pairs[index][0]), mode_of(self.channels))
-        mask = self._mask(index)
-        self._check_size(index, image, mask)
+        image, mask = self.unreadable.readable(self._read, index, len(self), self.filename, self._empty)
         return self.transform(image, mask) if self.transform else (image, mask)
 
     def check(self) -> None:
@@ -142,17 +142,28 @@ class SegmentationDataset(Dataset):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             list(pool.map(self._check, range(len(self))))
 
-    def filename(self, index: int) -> str:
-        """Return the path of an image."""
-        return str(self.files.path / self.pairs[index][0])
-
     def _check(self, index: int) -> None:
-        self._check_size(index, self._open(self.pairs[index][0], decode=False), self._mask(index))
+        self.unreadable.readable(self._compare, index, len(self), self.filename, self._empty)
 
-    def _check_size(self, index: int, image: Image.Image, mask: Image.Image) -> None:
+    def filename(self, index: int) -> str:
+        """Return the paths of an image and its mask."""
+        image, mask = self.pairs[index]
+        return f"{self.files.path / image} with mask {mask}"
+
+    def _read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        image, mask = self._compare(index)
+        return as_mode(image, mode_of(self.channels)), mask
+
+    def _empty(self) -> tuple[Image.Image, Image.Image]:
+        return Image.new(mode_of(self.channels), (1, 1)), Image.new("L", (1, 1), IGNORED)
+
+    def _compare(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """Open an image, which is not decoded yet, and its mask, and check that they are of one size."""
+        image, mask = self._open(self.pairs[index][0]), self._mask(index)
         if image.size != mask.size:
             sizes = ("{}x{}".format(*each.size) for each in (mask, image))
             raise InputError(f"mask {self._path(index)} is {' and its image '.join(sizes)}; both need one size")
+        return image, mask
 
     def _mask(self, index: int) -> Image.Image:
         numbers = np.asarray(self._open(self.pairs[index][1]))
@@ -177,14 +188,8 @@ class SegmentationDataset(Dataset):
     def _path(self, index: int) -> Path:
         return self.files.path / self.pairs[index][1]
 
-    def _open(self, name: str, decode: bool = True) -> Image.Image:
-        try:
-            image = Image.open(io.BytesIO(self.files.read(name)))
-            if decode:
-                image.load()
-        except UNREADABLE as error:
-            raise OSError(f"unreadable image {self.files.path / name}: {error}; replace or remove it") from None
-        return image
+    def _open(self, name: str) -> Image.Image:
+        return Image.open(io.BytesIO(self.files.read(name)))
 
 
 def create_segmentation(

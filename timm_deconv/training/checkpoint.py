@@ -25,7 +25,7 @@ from .atomic_io import flush, remove, write_text, write_whole
 from .recipe import Recipe, load_recipe
 
 # may differ between a run and its continuation
-FREE = {"name", "data_dir", "pretrained_path", "dataset_download", "workers", "log_interval"}
+FREE = {"name", "data_dir", "pretrained_path", "dataset_download", "workers", "log_interval", "max_unreadable"}
 
 
 @dataclass

@@ -39,13 +39,15 @@ def evaluate(task: Task, model: nn.Module, loader: DataLoader, accelerator: Acce
     """
     model.eval()
     total = torch.zeros(len(task.columns), device=accelerator.device, dtype=widest(accelerator.device))
-    images = 0
+    images = torch.zeros((), dtype=torch.long, device=accelerator.device)
     with torch.no_grad(), accelerator.autocast():
         for batch in loader:
             figures = accelerator.gather_for_metrics(task.evaluate(model, batch))
-            total += figures.sum(0)
-            images += len(figures)
-    return {**task.summarise(total, images), "images": images}
+            counted = ~(figures[:, 0] < 0)  # what is NaN counts
+            total += torch.where(counted[:, None], figures, 0).sum(0)
+            images += counted.sum()
+    count = int(images)
+    return {**task.summarise(total, count), "images": count}
 
 
 def validate(

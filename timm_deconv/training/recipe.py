@@ -23,7 +23,10 @@ from timm_deconv.resources import recipe_files
 Triple = tuple[float, float, float]
 
 # result rows have columns of their own for the first four; the others change nothing that is learned
-NOT_IN_HASH = {"name", "model", "model_kwargs", "seed", "data_dir", "dataset_download", "workers", "log_interval"}
+NOT_IN_HASH = {
+    *("name", "model", "model_kwargs", "seed", "data_dir", "dataset_download", "workers", "log_interval"),
+    "max_unreadable",
+}
 
 SGD = ("momentum", "sgd")
 OWN_KEYS = {"num_classes": "num_classes", "in_chans": "input_size", "pretrained": "pretrained"}
@@ -46,11 +49,16 @@ class Recipe(BaseModel):
         freeze_backbone: train the classifier alone; the statistics of norms and whiteners stay too (see
             `timm_deconv.freeze`).
         freeze_bn: keep statistics, scale and shift of batch norms, as `timm.utils.freeze_batch_norm_2d` does.
-        dataset: `digits` (embedded), `torch/cifar10` and others of torchvision, `hfds/...`, or '' for folders and tars;
-            for segmentation `cityscapes`, `camvid`, or `masks` for folders and tars of images/ and masks/.
+        dataset: `digits` (embedded), `torch/cifar10` and others of torchvision, '' for folders and tars, `hfds/NAME` of
+            the Hub, or a stream, `hfids/NAME` of the Hub or `wds/` for shards; for segmentation `cityscapes`, `camvid`,
+            or `masks` for folders and tars of images/ and masks/.
         data_dir: where the data set lies or is downloaded to. A folder with train/ or train.tar is read as it is.
         train_split, val_split: as `timm.data.create_dataset` calls them.
         dataset_download: let torchvision download what is missing.
+        input_key, target_key: as timm's scripts call the columns of images and classes, of `hfds`, `hfids` and `wds`.
+        max_unreadable: so many different images that cannot be read are left out, in each process, before the run
+            stops; they are named. In training the next one stands in for such an image, in evaluation it does not
+            count.
         train_images, val_images: use so many images only, always the same ones; None for all.
         num_classes: outputs of the classifier.
         input_size: channels, height, width.
@@ -105,6 +113,9 @@ class Recipe(BaseModel):
     train_split: str = "train"
     val_split: str = "validation"
     dataset_download: bool = False
+    input_key: str | None = None
+    target_key: str | None = None
+    max_unreadable: int = Field(0, ge=0)
     train_images: PositiveInt | None = None
     val_images: PositiveInt | None = None
     num_classes: PositiveInt

@@ -18,8 +18,15 @@ Batch = tuple[Tensor, Tensor]
 """Images (B, C, H, W) of bytes, and their targets: class indices, (B,) in classification, (B, H, W) in segmentation."""
 
 
+NOT_COUNTED = -1.0
+"""First of the figures of an image that does not count, as it could not be read or has no labels."""
+
+
 class Task(Protocol):
-    """What the loop asks of a task. Figures of a batch are (B, columns): they add over batches and processes."""
+    """What the loop asks of a task.
+
+    Figures of a batch are (B, columns): they add over batches and processes, but for images that are NOT_COUNTED.
+    """
 
     columns: tuple[str, ...]
     headline: str

@@ -1,6 +1,7 @@
 """Classification: one class for each image."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_deconv import data
+from timm_deconv.data import NO_CLASS
 from timm_deconv.errors import InputError
 from timm_deconv.linalg import to_double
 from timm_deconv.training.drawing import captioned
 from timm_deconv.training.recipe import Recipe
 
-from .base import Batch, RecipeTask
+from .base import NOT_COUNTED, Batch, RecipeTask
 
 
 class Classification(RecipeTask):
@@ -43,7 +45,8 @@ class Classification(RecipeTask):
         """Return the figures (B, 3): cross entropy without smoothing, 1 where top-1 is right, 1 where top-5 is."""
         images, target = batch
         output = model(self.normalise(images))
-        return _figures(F.cross_entropy(output.float(), target, reduction="none"), output, target)
+        losses = F.cross_entropy(output.float(), target, reduction="none", ignore_index=NO_CLASS)
+        return _figures(torch.where(target == NO_CLASS, NOT_COUNTED, losses), output, target)
 
     def summarise(self, total: Tensor, images: int) -> Mapping[str, float]:
         """Turn the sums (3,) over `images` into a mean loss and percentages."""
@@ -88,11 +91,19 @@ class Classification(RecipeTask):
 
     def dataset(self, split: str) -> Dataset:
         """Create one split, of images and class indices."""
-        recipe = self.recipe
-        channels = recipe.input_size[0]
-        return data.create_dataset(
-            recipe.dataset, recipe.data_dir, split, download=recipe.dataset_download, channels=channels
-        )
+        recipe, training = self.recipe, split == self.recipe.train_split
+        keys: dict[str, Any] = {"input_key": recipe.input_key, "target_key": recipe.target_key}
+        keys["channels"] = recipe.input_size[0]
+        if recipe.dataset.startswith(data.STREAMS):
+            chosen = {"num_classes": recipe.num_classes, "training": training, "seed": recipe.seed}
+            stream = data.create_stream(recipe.dataset, recipe.data_dir, split, **chosen, **keys)
+            stream.max_unreadable = recipe.max_unreadable
+            return stream
+        dataset = data.create_dataset(recipe.dataset, recipe.data_dir, split, download=recipe.dataset_download, **keys)
+        data.check_labels(dataset, recipe.num_classes)
+        if isinstance(dataset, data.StrictImageDataset):
+            dataset.unreadable = data.Unreadable(recipe.max_unreadable, replaced=training)
+        return dataset
 
     def loader(self, dataset: Dataset, training: bool) -> DataLoader:
         """Create a loader, with the recipe's augmentation in training."""
@@ -113,6 +124,7 @@ class Classification(RecipeTask):
             training=training,
             workers=recipe.workers,
             pin_memory=torch.cuda.is_available(),
+            seed=recipe.seed,
         )
 
 

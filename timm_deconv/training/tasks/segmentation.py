@@ -20,7 +20,7 @@ from timm_deconv.training.drawing import coloured
 from timm_deconv.training.network import create_segmentation_model
 from timm_deconv.training.recipe import Recipe
 
-from .base import Batch, RecipeTask
+from .base import NOT_COUNTED, Batch, RecipeTask
 
 FOR_CLASSES = ("pad_crop", "rrc")
 
@@ -78,7 +78,8 @@ class Segmentation(RecipeTask):
         logits = model(self.normalise(images))
         losses = F.cross_entropy(logits.float(), masks.long(), ignore_index=IGNORED, reduction="none")
         labelled = (masks != IGNORED).flatten(1).sum(1)
-        return self._figures(losses.flatten(1).sum(1) / labelled.clamp(min=1), logits, masks)
+        means = losses.flatten(1).sum(1) / labelled.clamp(min=1)
+        return self._figures(torch.where(labelled == 0, NOT_COUNTED, means), logits, masks)
 
     def summarise(self, total: Tensor, images: int) -> Mapping[str, float]:
         """Turn the sums (columns,) over `images` into a mean loss and percentages; `iou_NAME` is a class's.
@@ -118,9 +119,11 @@ class Segmentation(RecipeTask):
     def dataset(self, split: str) -> SegmentationDataset:
         """Create one split, of images and masks."""
         recipe = self.recipe
-        return data.create_segmentation(
+        dataset = data.create_segmentation(
             recipe.dataset, recipe.data_dir, split, recipe.num_classes, channels=recipe.input_size[0]
         )
+        dataset.unreadable = data.Unreadable(recipe.max_unreadable, replaced=split == recipe.train_split)
+        return dataset
 
     def loader(self, dataset: Dataset, training: bool) -> DataLoader:
         """Create a loader, with the recipe's augmentation in training."""
