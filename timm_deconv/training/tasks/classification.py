@@ -78,6 +78,8 @@ class Classification(RecipeTask):
         if names != val_names:
             differing = sorted(set(names or ()) ^ set(val_names or ())) or ["their order"]
             raise InputError(f"training and evaluation images differ in their classes: {', '.join(differing[:5])}")
+        for part in (train, val):
+            data.check_labels(part, self.recipe.num_classes)
 
     def check_evaluation(self, val: Dataset) -> None:
         """Check that the images have as many classes as the network."""
@@ -87,6 +89,7 @@ class Classification(RecipeTask):
                 f"the network has {recipe.num_classes} classes, the images of {recipe.data_dir or recipe.dataset} have"
                 f" {len(names)}"
             )
+        data.check_labels(val, recipe.num_classes)
         self.class_names = names
 
     def dataset(self, split: str) -> Dataset:
@@ -100,7 +103,6 @@ class Classification(RecipeTask):
             stream.max_unreadable = recipe.max_unreadable
             return stream
         dataset = data.create_dataset(recipe.dataset, recipe.data_dir, split, download=recipe.dataset_download, **keys)
-        data.check_labels(dataset, recipe.num_classes)
         if isinstance(dataset, data.StrictImageDataset):
             dataset.unreadable = data.Unreadable(recipe.max_unreadable, replaced=training)
         return dataset
