@@ -97,3 +97,13 @@ def write_parquet(photographs: list[tuple[str, bytes]], folder: Path, split: str
     folder.mkdir(parents=True, exist_ok=True)
     datasets.disable_progress_bars()
     datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def read_cifar(data_dir: Path, count: int) -> list[tuple[str, bytes]]:
+    """Read the first test images of each class of CIFAR-10: the class's name, and the file."""
+    found: dict[str, list[bytes]] = {}
+    with tarfile.open(data_dir / "cifar10" / "jpeg75" / "test.tar.gz") as tar:
+        for member in tar:
+            if member.isfile() and len(own := found.setdefault(Path(member.name).parent.name, [])) < count:
+                own.append(tar.extractfile(member).read())
+    return [(name, content) for name, contents in sorted(found.items()) for content in contents]

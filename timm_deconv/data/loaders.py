@@ -4,10 +4,11 @@ Images leave the loader as bytes; the task scales them on the device, as timm's 
 travels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm.data
+from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms import MaybePILToTensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
@@ -22,6 +23,8 @@ def create_transform(
     input_size: tuple[int, int, int],
     *,
     augmentation: str = "none",
+    aa: str | None = None,
+    mean: Sequence[float] = (0.5,),
     crop_padding: int = 4,
     scale: tuple[float, float] = (0.08, 1.0),
     hflip: float = 0.0,
@@ -33,18 +36,25 @@ def create_transform(
     Args:
         input_size: channels, height, width.
         augmentation: `pad_crop`, `rrc`, or `none`, which resizes and crops the centre.
+        aa: RandAugment by timm, as in 'rand-m9-mstd0.5', for `pad_crop` and `rrc`.
+        mean: of the channels, 0..1: the colour that RandAugment fills with.
         crop_padding: pixels of zeros on each side, for `pad_crop`.
         scale: range of the area kept, for `rrc`.
         hflip: probability of a mirror image, with `pad_crop` and `rrc`.
         crop_pct: side of the crop over side resized to, for `none`.
         interpolation: of resizing.
+
+    Raises:
+        InputError: what `aa` says is not known.
     """
     channels, *size = input_size
+    rand_augment = _rand_augment(aa, min(size), mean) if aa else None
     steps: list[Callable[[Any], Any]] = [_Convert(mode_of(channels))]
     if augmentation == "pad_crop":
         steps += [
             transforms.RandomCrop(size, padding=crop_padding, pad_if_needed=True),
             transforms.RandomHorizontalFlip(hflip),
+            *([rand_augment] if rand_augment else []),
             MaybePILToTensor(),
         ]
     else:
@@ -56,11 +66,23 @@ def create_transform(
             scale=scale if training else None,
             hflip=hflip,
             color_jitter=None,
+            auto_augment=aa,
+            mean=mean,
             crop_pct=crop_pct,
             interpolation=interpolation,
         )
         steps.append(timms)
     return transforms.Compose(steps)
+
+
+def _rand_augment(aa: str, side: int, mean: Sequence[float]) -> Callable[[Any], Any]:
+    """Make timm's RandAugment with the settings of timm's own transforms."""
+    settings = {"translate_const": int(side * 0.45), "img_mean": tuple(round(255 * value) for value in mean)}
+    try:
+        return rand_augment_transform(aa, settings)
+    except (AssertionError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"aa={aa!r} is none of timm's RandAugment, as in 'rand-m9-mstd0.5-inc1' ({reason})") from None
 
 
 class _Convert:

@@ -182,6 +182,7 @@ class Trainer:
         # order and augmentation depend on seed and epoch alone, so a resumed run continues as if it had never stopped
         random_seed((self.recipe.seed + 1_000_003 * (epoch + 1)) % 2**31, self.accelerator.process_index)
         self.train_loader.set_epoch(epoch)
+        self.task.begin_epoch(epoch)
         self.model.train()
         total = torch.zeros(len(self.task.columns), device=device, dtype=widest(device))
         images = 0

@@ -65,6 +65,11 @@ class Recipe(BaseModel):
         mean, std: per channel, of values in 0..1.
         augmentation: `pad_crop` (zero padding of `crop_padding` pixels, then a random crop), `rrc` (RandomResizedCrop),
             or `none`; for masks `scale_crop` (resized at random, then a random window) or `none`.
+        aa: RandAugment by timm, as in 'rand-m9-mstd0.5-inc1', with `pad_crop` and `rrc`.
+        mixup, cutmix: alpha of the beta distribution by which timm mixes the images of a batch; 0 leaves them. With
+            both, each batch is mixed in one of the two ways.
+        progressive_sizes: heights of training images (widths in proportion) in equal parts of the epochs: images that
+            were cut out at `input_size` are resized on the device. None of them, and all are of `input_size`.
         crop_padding: pixels on each side, for `pad_crop`.
         scale: range of the area that `rrc` keeps, or of the factor that `scale_crop` resizes by.
         hflip: probability of a mirror image in training.
@@ -123,6 +128,10 @@ class Recipe(BaseModel):
     mean: Triple | tuple[float]
     std: Triple | tuple[float]
     augmentation: Literal["pad_crop", "rrc", "scale_crop", "none"] = "pad_crop"
+    aa: str | None = None
+    mixup: float = Field(0.0, ge=0, allow_inf_nan=False)
+    cutmix: float = Field(0.0, ge=0, allow_inf_nan=False)
+    progressive_sizes: tuple[PositiveInt, ...] = ()
     crop_padding: int = Field(4, ge=0)
     scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = Field(0.5, ge=0, le=1)
@@ -178,6 +187,12 @@ class Recipe(BaseModel):
         for argument, key in OWN_KEYS.items():
             if argument in self.model_kwargs:
                 raise ValueError(f"model_kwargs.{argument} is decided by {key}; set that")
+        if self.aa is not None and (not self.aa.startswith("rand-") or self.augmentation not in ("pad_crop", "rrc")):
+            raise ValueError(f"aa={self.aa!r}: it is RandAugment ('rand-m9-mstd0.5-inc1') with pad_crop or rrc")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size={self.batch_size}: mixup and cutmix pair the images of a batch; make it even")
+        if len(self.progressive_sizes) > self.epochs:
+            raise ValueError(f"progressive_sizes={self.progressive_sizes} are more than epochs={self.epochs}")
         if self.calibration_images and not (self.pretrained or self.pretrained_path):
             raise ValueError("calibration_images are for weights to start from; give pretrained or pretrained_path")
         if self.layer_rates and self.opt not in SGD:

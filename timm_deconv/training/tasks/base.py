@@ -40,6 +40,9 @@ class Task(Protocol):
     def calibrate(self, model: nn.Module) -> None:
         """Calibrate the network by training images before the first step, where the recipe says so."""
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare for the training steps of an epoch, counted from 0."""
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the training loss (a scalar with a graph) and the figures (B, columns) without one."""
 
@@ -64,6 +67,7 @@ class RecipeTask(ABC):
     def __init__(self, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
         self.normalise = Normalise(recipe, device)
+        self.epoch = 0
 
     def create_model(self) -> nn.Module:
         """Create the recipe's network; see `network.create_model`."""
@@ -100,6 +104,10 @@ class RecipeTask(ABC):
         images = data.chosen_images(train, min(recipe.calibration_images, len(train)))
         batches = self.loader(images, training=False)
         calibrate(self.pretrained_part(model), (self.normalise(batch.to(self.device)) for batch, _ in batches))
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Note the epoch, which the size of training images may depend on."""
+        self.epoch = epoch
 
     def pretrained_part(self, model: nn.Module) -> nn.Module:
         """Return the part of the network whose function is kept in calibration."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,14 +32,22 @@ class Classification(RecipeTask):
 
     def __init__(self, recipe: Recipe, device: torch.device):
         super().__init__(recipe, device)
+        self.class_names: list[str] | None = None
+        self.mixup: Mixup | None = None
+        if recipe.mixup or recipe.cutmix:
+            self.mixup = Mixup(
+                recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=recipe.num_classes
+            )
         if recipe.augmentation == "scale_crop":
             raise InputError("augmentation='scale_crop' is for masks; pad_crop, rrc and none are for classes")
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the mean smoothed cross entropy (a scalar) and the figures (B, 3)."""
         images, target = batch
-        output = model(self.normalise(images))
-        losses = F.cross_entropy(output.float(), target, reduction="none", label_smoothing=self.recipe.smoothing)
+        pixels, expected = self._mixed(self._resized(self.normalise(images)), target)
+        output = model(pixels)
+        smoothing = 0.0 if self.mixup else self.recipe.smoothing  # which mixed classes have already
+        losses = F.cross_entropy(output.float(), expected, reduction="none", label_smoothing=smoothing)
         return losses.mean(), _figures(losses.detach(), output.detach(), target)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -53,6 +62,22 @@ class Classification(RecipeTask):
         loss, top1, top5 = (to_double(total) / images).tolist()
         return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
+    def _resized(self, pixels: Tensor) -> Tensor:
+        """Resize training images to what is due in this epoch."""
+        sizes, (_, height, width) = self.recipe.progressive_sizes, self.recipe.input_size
+        due = sizes[self.epoch * len(sizes) // self.recipe.epochs] if sizes else height
+        if due == height:
+            return pixels
+        return F.interpolate(pixels, (due, round(width * due / height)), mode="bilinear", antialias=True)
+
+    def _mixed(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix training images, and their classes into shares (B, num_classes)."""
+        if self.mixup is None:
+            return pixels, target
+        if len(pixels) % 2:
+            raise InputError(f"{len(pixels)} images a process: mixup and cutmix pair them; make them even")
+        return self.mixup(pixels, target)
+
     def said(self, figures: Mapping[str, float]) -> str:
         """Say both accuracies."""
         return f"top-1 {figures['top1']:.3f} %, top-5 {figures['top5']:.3f} %"
@@ -63,7 +88,7 @@ class Classification(RecipeTask):
         shares, named = model(self.normalise(images)).softmax(1).max(1)
         names = self.class_names or [str(index) for index in range(self.recipe.num_classes)]
         captions = (
-            f"{names[guess]}, {share:.0%}" + ("" if guess == true else f" (is {names[true]})")
+            f"{names[guess]}, {share:.0%}" + ("" if true in (guess, NO_CLASS) else f" (is {names[true]})")
             for share, guess, true in zip(shares.tolist(), named.tolist(), target.tolist(), strict=True)
         )
         return [captioned(image, caption) for image, caption in zip(images.cpu(), captions, strict=True)]
@@ -113,6 +138,8 @@ class Classification(RecipeTask):
         transform = data.create_transform(
             recipe.input_size,
             augmentation=recipe.augmentation if training else "none",
+            aa=recipe.aa if training else None,
+            mean=recipe.mean,
             crop_padding=recipe.crop_padding,
             scale=recipe.scale,
             hflip=recipe.hflip,

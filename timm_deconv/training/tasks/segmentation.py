@@ -50,6 +50,9 @@ class Segmentation(RecipeTask):
         super().__init__(recipe, device)
         if recipe.augmentation in FOR_CLASSES:
             raise InputError(f"augmentation={recipe.augmentation!r} is for classes; scale_crop and none are for masks")
+        for setting in ("mixup", "cutmix", "progressive_sizes"):
+            if value := getattr(recipe, setting):
+                raise InputError(f"{setting}={value} is for classes, not for masks; leave it out")
         classes = range(recipe.num_classes)
         self.columns = ("loss", *(f"{true} as {named}" for true in classes for named in classes))
         self.labels = data.class_labels(recipe.dataset, recipe.num_classes)
