@@ -30,6 +30,8 @@ NETWORKS = (
 )
 """In the order in which tables list them."""
 
+MODES = {"": "", "default": "compiled", "reduce-overhead": "compiled, CUDA graphs", "captured": "one CUDA graph"}
+
 RUN = "task network width batch image_size amp compile device hardware torch date rounds".split()
 
 
@@ -61,7 +63,7 @@ def _name(row: Row) -> str:
     """Name a network with its images, precision and compilation."""
     size = f" of {row['image_size']}x{row['image_size']}" if row["image_size"] else ""
     more = [f"{row['batch']} images{size}", row.get("amp", "")]
-    more.append({"": "", "default": "compiled", "reduce-overhead": "compiled, CUDA graphs"}[row.get("compile", "")])
+    more.append(MODES[row.get("compile", "")])
     return f"`{row['network']}`, " + ", ".join(text for text in more if text)
 
 
@@ -183,12 +185,18 @@ def blocks(results: Path) -> Table:
 
 def kernels(results: Path) -> Table:
     """Make the table of kernels that a layer of `fast` launches, forward and backward: the latest rows."""
-    latest = {row["layer"]: row for row in read_rows(results / "benchmark_kernels.csv") if row["preset"] == "fast"}
-    rows = sorted(latest.values(), key=lambda row: int(row["eager"]))
-    columns = "eager eager_plain compiled compiled_plain".split()
-    body = [[row["layer"], *(row[column] for column in columns)] for row in rows]
-    head = ["launches of a layer", "`fast`", "plain layer", "`fast`, compiled", "plain layer, compiled"]
-    return Table(head, body, rows, "benchmark_kernels.csv", BENCHMARK.format(task="kernels"))
+    rows = select(read_rows(results / "benchmark_kernels.csv"), preset="fast")
+    latest = {(row["path"], row["layer"]): row for row in rows}
+    plain = sorted((row for (path, _), row in latest.items() if path == "plain"), key=lambda row: int(row["eager"]))
+    body, used = [], []
+    for row in plain:
+        on_gpu = latest.get(("triton", row["layer"]))
+        counts = [row[column] for column in "eager_plain compiled compiled_plain".split()]
+        body.append([row["layer"], row["eager"], on_gpu["eager"] if on_gpu else NOTHING, *counts])
+        used += [row, on_gpu] if on_gpu else [row]
+    head = ["launches of a layer", "`fast`, plain form", "`fast`, kernels for GPUs", "plain layer"]
+    head += ["`fast`, plain form, compiled", "plain layer, compiled"]
+    return Table(head, body, used, "benchmark_kernels.csv", BENCHMARK.format(task="kernels"))
 
 
 def layers(results: Path) -> Table:

@@ -16,15 +16,20 @@ from timm_deconv import kernels
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.convert.policy import Role
 from timm_deconv.errors import unknown_name
+from timm_deconv.kernels import plain_form
 from timm_deconv.layers import Deconv2d, DeconvLinear, preset
 
+from .gpu_path import on_gpu_path
 from .rows import CONDITIONS, Row, conditions
 
 __all__ = ["COLUMNS", "LAYERS", "SHOWN", "KernelSettings", "compiled_kernels", "eager_kernels", "kernel_rows"]
 
-COLUMNS = ["layer", "preset", "eager", "eager_plain", "compiled", "compiled_plain", *CONDITIONS]
+COLUMNS = ["layer", "preset", "path", "eager", "eager_plain", "compiled", "compiled_plain", *CONDITIONS]
 
-SHOWN = COLUMNS[:6]
+SHOWN = COLUMNS[:7]
+
+PATHS = ("plain", "triton")
+"""What runs our operations: their plain forms, or the kernels for GPUs, which need none to be counted."""
 
 NO_KERNEL = (
     "_unsafe_view",
@@ -38,11 +43,11 @@ NO_KERNEL = (
 )
 
 OPERATIONS = {
-    operation.overload: operation.of_numbers
+    operation.overload: operation
     for name in kernels.__all__
     if isinstance(operation := getattr(kernels, name), kernels.Operation)
 }
-"""What launches the kernels of an operator of ours."""
+"""Ours by what a dispatch mode sees of them: it is to look into them."""
 
 LAUNCH = re.compile(
     r"^\s+(?:\w+ = )?(?:cpp_fused\w*\(|triton\w*\.run\(|extern_kernels\.\w+\(|torch\.ops\.\w+\.)", re.MULTILINE
@@ -82,6 +87,7 @@ LAYERS = {
 class KernelSettings:
     """What is counted: `layers`, names of LAYERS (all if empty), each under every one of `presets`.
 
+    On a CPU they are counted by each of PATHS, else by the plain forms; those of a GPU itself tells its profiler.
     `compiled`: compile them too, which takes a compiler of the machine and about a minute a layer.
 
     Raises:
@@ -102,7 +108,10 @@ class KernelSettings:
 
 
 def kernel_rows(settings: KernelSettings, progress: Callable[[str], object] = print) -> list[Row]:
-    """Count a row for each layer and preset: kernels of a forward and a backward pass, see `eager_kernels`."""
+    """Count a row for each layer, preset and path: kernels of a forward and a backward pass, see `eager_kernels`.
+
+    Compiled code is counted with the plain forms alone: an operation of ours is one call there.
+    """
     rows = []
     for name in settings.layers or LAYERS:
         example = LAYERS[name]
@@ -113,22 +122,29 @@ def kernel_rows(settings: KernelSettings, progress: Callable[[str], object] = pr
             progress(f"{name}, {chosen}")
             cfg = DeconvPolicy(preset=chosen).over_published(DeconvPolicy()).cfg(name, example.role)
             layer = example.build(**example.arguments, cfg=cfg).to(settings.device)
-            counts = _counts(layer, x, settings)
-            rows.append({"layer": name, "preset": chosen, **counts, **of_plain, **conditions(settings.device)})
+            shared = {"layer": name, "preset": chosen, **of_plain, **conditions(settings.device)}
+            rows.append(shared | {"path": "plain", **_counts(layer, x, settings)})
+            if settings.device == "cpu":
+                rows.append(shared | {"path": "triton", "eager": eager_kernels(layer, x, "triton"), "compiled": ""})
     return rows
 
 
-def eager_kernels(layer: nn.Module, x: Tensor) -> int:
+def eager_kernels(layer: nn.Module, x: Tensor, path: str = "plain") -> int:
     """Count the operators of a training forward and backward that are neither views nor allocations.
 
     Args:
         layer: called with x.
         x: of a shape that the layer takes, with `requires_grad`.
+        path: of PATHS. 'triton' counts the kernels that are launched for GPUs too, and is for a CPU.
     """
-    cotangent = torch.randn_like(layer(x))
-    with _Counting() as counting:
-        layer(x).backward(cotangent)
-    return counting.kernels
+    with on_gpu_path() if path == "triton" else plain_form() as launched:
+        cotangent = torch.randn_like(layer(x))
+        before = len(launched or ())
+        layer.zero_grad()
+        x.grad = None
+        with _Counting() as counting:
+            layer(x).backward(cotangent)
+        return counting.kernels + len(launched or ()) - before
 
 
 def compiled_kernels(layer: nn.Module, x: Tensor) -> int:
@@ -159,8 +175,9 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in OPERATIONS:
-            with self:
-                return OPERATIONS[func](*args, **(kwargs or {}))
+            operation = OPERATIONS[func]
+            with self, torch.no_grad():
+                return operation(*operation._decoded(args))
         if not func.is_view and func.overloadpacket.__name__ not in NO_KERNEL:
             self.kernels += 1
         return func(*args, **(kwargs or {}))

@@ -12,7 +12,7 @@ from .memory import MemorySettings, checked_step
 from .rows import CONDITIONS, Row, rounded
 from .step import Step
 
-__all__ = ["COLUMNS", "OTHER", "SHOWN", "ProfileSettings", "operation_seconds", "profile_rows"]
+__all__ = ["COLUMNS", "OTHER", "SHOWN", "ProfileSettings", "kernel_seconds", "operation_seconds", "profile_rows"]
 
 COLUMNS = [
     *"network width form preset memory_format batch image_size amp operation calls milliseconds".split(),
@@ -67,6 +67,19 @@ def operation_seconds(step: Step, settings: ProfileSettings) -> dict[str, tuple[
         event.key: (event.count / settings.steps, _microseconds(event, on_device) / settings.steps / 1e6)
         for event in profiler.key_averages()
         if event.device_type == DeviceType.CPU  # kernels, listed too, are in the time of what launches them
+    }
+
+
+def kernel_seconds(step: Step, steps: int = 3) -> dict[str, tuple[float, float]]:
+    """Measure launches and seconds of each kernel, copy and fill that a GPU does in a step, means of `steps`."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    return {
+        event.key: (event.count / steps, event.self_device_time_total / steps / 1e6)
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     }
 
 

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from timm_deconv.convert import fuse
 from timm_deconv.convert.policy import DEFAULT_PRESET
-from timm_deconv.errors import NonFiniteError, unknown_name
+from timm_deconv.errors import InputError, NonFiniteError, unknown_name
 
+from .graphs import captured
 from .networks import FORMS, build
 from .rows import CONDITIONS, Row, conditions, rounded
 from .timing import Timings, interleave, synchroniser
 
 __all__ = [
+    "CAPTURED",
     "COLUMNS",
     "MEMORY_FORMATS",
     "SHOWN",
@@ -45,6 +47,11 @@ SHOWN = "form memory_format seconds seconds_lower seconds_upper ratio_to_none ra
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
+CAPTURED = "captured"
+
+LEARNING_RATE = 1e-3
+"""Of updates: small, as all steps are on one batch."""
+
 FEW_ROWS = "if a layer sees fewer rows than features, raise the batch or leave out the form 'published'"
 
 Step = Callable[[], Tensor]
@@ -64,7 +71,8 @@ class StepSettings:
         device: 'cpu', 'cuda'.
         amp: autocast dtype, 'bfloat16' or 'float16'; None for float32.
         compile: mode of `torch.compile`, by which each network is compiled: 'default', 'reduce-overhead' (CUDA graphs)
-            and so on; '' for eager mode.
+            and so on; CAPTURED: not compiled, forward and backward pass one CUDA graph; '' for eager mode.
+        update: a training step ends with the update of SGD with momentum.
         rounds, warmup: see `timing.interleave`.
 
     Raises:
@@ -81,6 +89,7 @@ class StepSettings:
     device: str = "cpu"
     amp: str | None = None
     compile: str = ""
+    update: bool = False
     rounds: int = 7
     warmup: int = 2
 
@@ -92,8 +101,10 @@ class StepSettings:
             for name in names:
                 if name not in known:
                     raise unknown_name(kind, name, known)
-        if self.compile and self.compile not in (modes := torch._inductor.list_mode_options()):
-            raise unknown_name("mode of torch.compile", self.compile, modes)
+        if self.compile not in ("", CAPTURED, *(modes := torch._inductor.list_mode_options())):
+            raise unknown_name("mode of torch.compile", self.compile, (CAPTURED, *modes))
+        if self.compile == CAPTURED and torch.device(self.device).type != "cuda":
+            raise InputError(f"compile='{CAPTURED}': CUDA graphs are of GPUs, and the device is {self.device}")
 
     def labels(self, form: str) -> list[str]:
         """List the labels of a form's timings, one a memory format."""
@@ -110,7 +121,7 @@ class StepSettings:
 
     def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Compile the network, where that is asked for."""
-        return torch.compile(model, mode=self.compile) if self.compile else model
+        return model if self.compile in ("", CAPTURED) else torch.compile(model, mode=self.compile)
 
     def autocast(self) -> torch.autocast:
         """Return the context of a forward pass."""
@@ -239,13 +250,13 @@ def random_batch(settings: StepSettings, model: nn.Module, memory_format: str) -
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor, settings: StepSettings) -> Step:
-    """Make a function of forward pass, cross entropy and backward pass.
+    """Make a function of forward pass, cross entropy and backward pass, and the update if `settings` ask for it.
 
     Args:
         model: the network, which `settings` may ask to compile.
         images: (N, C, H, W).
         labels: (N,), integers.
-        settings: precision and compilation.
+        settings: precision, compilation, update.
 
     Returns:
         A function that drops the gradients of the step before and returns the loss, a scalar.
@@ -253,14 +264,26 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, settings: St
     network = settings.compiled(model)
 
     def step() -> Tensor:
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=settings.compile != CAPTURED)
         with settings.autocast():
             output = network(images)
         loss = F.cross_entropy(output.float(), labels)
         loss.backward()
         return loss.detach()
 
-    return step
+    whole = captured(step, model) if settings.compile == CAPTURED else step
+    return _with_update(whole, model) if settings.update else whole
+
+
+def _with_update(step: Step, model: nn.Module) -> Step:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+
+    def updating() -> Tensor:
+        loss = step()
+        optimizer.step()
+        return loss
+
+    return updating
 
 
 def check_training(label: str, model: nn.Module, loss: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from timm_deconv.convert.policy import DEFAULT_PRESET
 
-from . import conversion, kernels, layer, memory, plots, profiling, rows, scaling, step, transfer
+from . import conversion, host, kernels, layer, memory, plots, profiling, rows, scaling, step, transfer
 
 __all__ = ["OPTIONS", "TASKS", "Task", "run"]
 
@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "what it takes; default 16 ... 1024, 32 ... 224, 0.5 ... 2, 2 ... 128",
     },
     "rows": {"nargs": "+", "type": int, "help": "numbers of rows of the table, from 1; default all"},
-    "layers": {"nargs": "+", "help": f"of {', '.join(kernels.LAYERS)}; default all"},
+    "layers": {"nargs": "+", "help": f"of {', '.join(kernels.LAYERS)}; of host {', '.join(host.LAYERS)}; default all"},
     "network": {"help": "a registered pair, without _deconv; of transfer a batch-norm network of timm"},
     "networks": {"nargs": "+", "help": "shell patterns of timm's names, in the order to go; default all"},
     "time-limit": {"type": int, "help": "seconds of processor time for a network; default 600"},
@@ -116,6 +116,15 @@ TASKS = {
         kernels.SHOWN,
         "benchmark_kernels.csv",
         {"layers": ("pointwise",), "compiled": False},
+    ),
+    "host": Task(
+        host.HostSettings,
+        host.host_rows,
+        "threads layers rounds warmup",
+        host.COLUMNS,
+        host.SHOWN,
+        "benchmark_host.csv",
+        {"layers": ("pointwise",), "rounds": 20},
     ),
     "memory": Task(
         memory.MemorySettings,

@@ -5,6 +5,7 @@
     python scripts/benchmark.py inference --quick                             evaluation steps
     python scripts/benchmark.py layer --rows 1 5 16                           layers of the paper's table 3, forward
     python scripts/benchmark.py kernels                                       launches of a layer, eager and compiled
+    python scripts/benchmark.py host                                          host's time for a layer, by GPUs' kernels
     python scripts/benchmark.py memory --batch 32                             peak memory of a training step
     python scripts/benchmark.py profile --network resnet18_cifar              operations of a training step
     python scripts/benchmark.py scaling --axis batch --values 16 32 64        share of whitening, with a picture

@@ -13,6 +13,14 @@ class NonFiniteError(FloatingPointError):
     """Training met NaN or infinity; the message names where it was first seen."""
 
 
+class Stopped(Exception):
+    """A run was told to end by a signal and has saved itself, to be resumed."""
+
+
+EXIT_STOPPED = 75
+"""Exit code of a script whose run has `Stopped`: that which BSD calls a temporary failure, to be tried again."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """Make the error for a name that is not known, with the nearest known ones.
 
@@ -34,10 +42,12 @@ def one_line_errors() -> Iterator[None]:
     """End a script with one line where the input, the disk or the numbers are at fault.
 
     Raises:
-        SystemExit: the line, which goes to stderr, and status 1.
+        SystemExit: the line, which goes to stderr, and status 1; EXIT_STOPPED where a run stopped and said so.
     """
     try:
         yield
+    except Stopped:
+        raise SystemExit(EXIT_STOPPED) from None
     except (InputError, NonFiniteError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {last_line(error)}") from None
 

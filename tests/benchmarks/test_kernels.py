@@ -29,12 +29,14 @@ def test_views_and_allocations_launch_nothing() -> None:
 
 def test_pointwise_whitening_launches_at_most_110_kernels() -> None:
     example = LAYERS["pointwise"]
-    (row,) = kernel_rows(KernelSettings(layers=["pointwise"], presets=["fast"], compiled=False), lambda message: None)
-    assert set(row) == set(COLUMNS)
+    settings = KernelSettings(layers=["pointwise"], presets=["fast"], compiled=False)
+    row, on_gpu = kernel_rows(settings, lambda message: None)
+    assert set(row) == set(on_gpu) == set(COLUMNS)
     assert row["eager_plain"] == eager_kernels(
         example.plain(**example.arguments), torch.randn(example.shape, requires_grad=True)
     )
     assert row["eager_plain"] < row["eager"] <= 110
+    assert [row["path"], on_gpu["path"]] == ["plain", "triton"]
 
 
 @pytest.mark.slow

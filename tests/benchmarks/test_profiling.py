@@ -9,7 +9,14 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks import profiling
-from benchmarks.profiling import COLUMNS, OTHER, ProfileSettings, operation_seconds, profile_rows
+from benchmarks.profiling import (
+    COLUMNS,
+    OTHER,
+    ProfileSettings,
+    kernel_seconds,
+    operation_seconds,
+    profile_rows,
+)
 from benchmarks.rows import Row
 
 
@@ -43,16 +50,30 @@ def test_rows_are_the_operations_of_each_form(profiled: list[Row]) -> None:
     assert {row["preset"] for row in by_form["deconv"].values()} == {"fast"}
 
 
-def test_a_kernels_time_counts_once(monkeypatch) -> None:
-    def event(key: str, device_type: DeviceType) -> SimpleNamespace:
-        return SimpleNamespace(key=key, device_type=device_type, count=2, self_device_time_total=100.0)
+@pytest.fixture
+def events_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a profiler would tell of a product on a GPU, within a region that has a name."""
 
-    events = [event("aten::mm", DeviceType.CPU), event("sgemm", DeviceType.CUDA)]
+    def event(key: str, device_type: DeviceType, named: bool = False) -> SimpleNamespace:
+        time = {"count": 2, "self_device_time_total": 100.0}
+        return SimpleNamespace(key=key, device_type=device_type, is_user_annotation=named, **time)
+
+    events = [event("aten::mm", DeviceType.CPU), event("sgemm", DeviceType.CUDA), event("step", DeviceType.CUDA, True)]
     profiler = MagicMock()
     profiler.return_value.__enter__.return_value.key_averages.return_value = events
     monkeypatch.setattr(profiling, "profile", profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.usefixtures("events_of_a_gpu")
+def test_a_kernels_time_counts_once() -> None:
     found = operation_seconds(lambda: torch.zeros(()), ProfileSettings(device="cuda", steps=2))
     assert found == {"aten::mm": (1.0, 50e-6)}
+
+
+@pytest.mark.usefixtures("events_of_a_gpu")
+def test_kernels_are_what_the_gpu_did() -> None:
+    assert kernel_seconds(lambda: torch.zeros(()), steps=2) == {"sgemm": (1.0, 50e-6)}
 
 
 def test_short_operations_are_summed_up(profiled: list[Row]) -> None:

@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conversion, kernels, layer, memory, profiling, rows, scaling, step, study, transfer
+from benchmarks import (
+    conversion,
+    gpu_check,
+    host,
+    kernels,
+    layer,
+    memory,
+    profiling,
+    rows,
+    scaling,
+    step,
+    study,
+    transfer,
+)
 from timm_deconv.errors import InputError
 from timm_deconv.resources import checkout_configs
 from timm_deconv.training import results
@@ -17,6 +30,7 @@ from timm_deconv.training import results
         ("cifar10.csv", results.COLUMNS),
         ("benchmark.csv", step.COLUMNS),
         ("benchmark_layer.csv", layer.COLUMNS),
+        ("benchmark_host.csv", host.COLUMNS),
         ("benchmark_kernels.csv", kernels.COLUMNS),
         ("benchmark_memory.csv", memory.COLUMNS),
         ("benchmark_profile.csv", profiling.COLUMNS),
@@ -25,6 +39,7 @@ from timm_deconv.training import results
         ("finetune.csv", study.COLUMNS),
         ("study.csv", study.COLUMNS),
         ("study_pareto.csv", study.PARETO_COLUMNS),
+        ("gpu_check.csv", gpu_check.COLUMNS),
         ("transfer.csv", transfer.COLUMNS),
     ],
 )

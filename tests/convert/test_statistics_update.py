@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from timm_deconv import Deconv2d, freeze, update_statistics
+from timm_deconv import Deconv2d, freeze, kept_buffers, update_statistics
 from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv, DeconvLinear
 
@@ -126,3 +126,27 @@ def test_bad_batches_leave_the_statistics_as_they_were(loader, message: str) -> 
 def test_a_network_without_live_statistics_is_refused() -> None:
     with pytest.raises(InputError, match="no live statistics in Sequential"):
         update_statistics(nn.Sequential(nn.Conv2d(3, 8, 3)), batches())
+
+
+@pytest.mark.parametrize("cfg", ["fast", "paper"])
+def test_what_is_trained_while_buffers_are_kept_does_not_count(cfg: str) -> None:
+    model, first, *others = network(cfg), *batches()
+    model(first)
+    expected, kept = copy.deepcopy(model), list(model.buffers())
+    with kept_buffers(model):
+        for images in others:
+            model(images).sum().backward()
+        assert not torch.equal(model[0].running_deconv, expected[0].running_deconv)
+    assert all(buffer is before for buffer, before in zip(model.buffers(), kept, strict=True))
+    for images in (first, *others):
+        torch.testing.assert_close(model(images), expected(images), rtol=0, atol=0)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_buffers_are_put_back_after_an_error_too() -> None:
+    model = network()
+    with pytest.raises(KeyboardInterrupt), kept_buffers(model):
+        model(batches()[0])
+        raise KeyboardInterrupt
+    assert model[0].num_batches_tracked == model[2].num_batches_tracked == 0

@@ -10,6 +10,7 @@ from timm_deconv.kernels import (
     PIXEL,
     Blocks,
     Operation,
+    Root,
     Sampling,
     Window,
     add_moments_gradient_,
@@ -71,10 +72,11 @@ def test_moments_are_a_sound_operation(
 
 @pytest.mark.parametrize(("n_iter", "quartic"), [(1, False), (3, True), (5, False), (9, False)])
 def test_roots_are_a_sound_operation(n_iter: int, quartic: bool) -> None:
-    cov = covariances(dtype=torch.float32)
-    check_operator(inverse_root, cov.clone().requires_grad_(), n_iter, quartic)
-    root, kept = inverse_root(cov, n_iter, quartic)
-    check_operator(inverse_root_backward, root, root, kept, n_iter, quartic)
+    mean, cov = torch.randn(2, 5), covariances(dtype=torch.float32)
+    settings = (30, 0.01, Root(n_iter, quartic, 1e-2, 10.0, True))
+    check_operator(inverse_root, mean.requires_grad_(), cov.clone().requires_grad_(), *settings)
+    mean, whitener, _, kept = inverse_root(mean.detach(), cov, *settings)
+    check_operator(inverse_root_backward, mean, whitener, mean, whitener, kept, *settings)
 
 
 @FEW
@@ -135,10 +137,11 @@ def test_each_operation_can_be_derived_twice() -> None:
     x = torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     sampling, blocks = Sampling(PIXEL), Blocks(2, 2)
     assert torch.autograd.gradgradcheck(lambda x: sampled_moments(x, sampling, blocks), (x,))
-    cov = covariances(1, 3).requires_grad_()
+    mean, cov = torch.randn(1, 3, dtype=torch.float64, requires_grad=True), covariances(1, 3).requires_grad_()
     for n_iter, quartic in ((2, False), (3, True)):
-        symmetric = lambda cov, n=n_iter, q=quartic: inverse_root((cov + cov.mT) / 2, n, q)[0]  # noqa: E731
-        assert torch.autograd.gradgradcheck(symmetric, (cov,))
+        settings = (10, 0.01, Root(n_iter, quartic, 1e-2, 5.0, True))
+        symmetric = lambda mean, cov, s=settings: inverse_root(mean, (cov + cov.mT) / 2, *s)[:2]  # noqa: E731
+        assert torch.autograd.gradgradcheck(symmetric, (mean, cov))
     whitener = covariances(1, 2).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x, d: apply_whitener(x, d, blocks), (x, whitener))
 

@@ -3,13 +3,18 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import timm_deconv  # noqa: F401  registers the networks
+from benchmarks.graphs import captured
 from tests.layers.test_host import LAYERS as OF_HOST
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, preset
 
@@ -110,3 +115,132 @@ def test_a_compiled_step_is_the_eager_one(name: str, monkeypatch: pytest.MonkeyP
             result.square().mean().backward()
         for parameter, other in zip(compiled.parameters(), eager.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-2, atol=1e-4)
+
+
+Batch = tuple[Tensor, Tensor]
+Train = Callable[[Batch], Tensor]
+
+
+def network_and_batches(steps: int = 6) -> tuple[nn.Module, list[Batch]]:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18_cifar_deconv", width=0.25).cuda().to(memory_format=torch.channels_last)
+    images = [torch.randn(64, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last) for _ in range(steps)]
+    return model, [(batch, torch.randint(10, (64,), device="cuda")) for batch in images]
+
+
+def losses_of(train: Train, model: nn.Module, batches: list[Batch]) -> Tensor:
+    """Losses of steps with an update each."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for batch in batches:
+        losses.append(train(batch).clone())
+        optimizer.step()
+    return torch.stack(losses)
+
+
+def eagerly(model: nn.Module, amp: torch.dtype | None = None) -> Train:
+    def train(batch: Batch) -> Tensor:
+        model.zero_grad(set_to_none=False)
+        with torch.autocast("cuda", amp, enabled=amp is not None):
+            output = model(batch[0])
+        loss = F.cross_entropy(output.float(), batch[1])
+        loss.backward()
+        return loss.detach()
+
+    return train
+
+
+def by_replays(model: nn.Module, like: Batch, amp: torch.dtype | None = None, warmup: int = 3) -> Train:
+    """Steps that are replays of one CUDA graph, captured on the first batch."""
+    images, labels = like[0].clone(), like[1].clone()
+    train = eagerly(model, amp)
+    replay = captured(lambda: train((images, labels)), model, warmup)
+
+    def copy_and_replay(batch: Batch) -> Tensor:
+        images.copy_(batch[0])
+        labels.copy_(batch[1])
+        return replay()
+
+    return copy_and_replay
+
+
+@pytest.fixture
+def precise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
+def test_replays_of_a_captured_step_train_as_the_eager_one(amp: torch.dtype | None) -> None:
+    eager, batches = network_and_batches()
+    graphed = copy.deepcopy(eager)
+    expected = losses_of(eagerly(eager, amp), eager, batches)
+    found = losses_of(by_replays(graphed, batches[0], amp), graphed, batches)
+    tolerance = 1e-3 if amp is None else 2e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    for (name, buffer), other in zip(graphed.named_buffers(), eager.buffers(), strict=True):
+        if name.endswith("num_batches_tracked"):
+            assert buffer == other == len(batches), name
+        else:
+            difference = (buffer - other).norm() / other.norm()
+            assert difference <= 10 * tolerance, f"{name} {difference}"
+
+
+@pytest.mark.usefixtures("precise")
+def test_eager_steps_go_on_where_replays_ended() -> None:
+    eager, batches = network_and_batches()
+    graphed = copy.deepcopy(eager)
+    expected = losses_of(eagerly(eager), eager, batches)
+    replayed, train = by_replays(graphed, batches[0]), eagerly(graphed)
+    turns = iter([replayed, replayed, train, replayed, train, train])
+    found = losses_of(lambda batch: next(turns)(batch), graphed, batches)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    for buffer, other in zip(graphed.buffers(), eager.buffers(), strict=True):
+        if buffer.dtype == torch.int64:
+            assert buffer == other == len(batches)
+
+
+def test_a_capture_of_a_layer_that_saw_nothing_leaves_its_buffers_as_they_were() -> None:
+    model, batches = network_and_batches(1)
+    before = copy.deepcopy(model)
+    by_replays(model, batches[0])
+    for (name, buffer), other in zip(model.named_buffers(), before.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.filterwarnings("ignore")  # of torch's own modules, raised while it compiles
+def test_compiled_into_cuda_graphs_a_network_trains_as_the_eager_one() -> None:
+    torch._dynamo.reset()
+    eager, batches = network_and_batches()
+    compiled = copy.deepcopy(eager)
+    expected = losses_of(eagerly(eager), eager, batches)
+    train = eagerly(torch.compile(compiled, mode="reduce-overhead"))
+    found = losses_of(train, compiled, batches)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert all(b == len(batches) for n, b in compiled.named_buffers() if n.endswith("num_batches_tracked"))
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of one process."""
+    if not dist.is_nccl_available():
+        pytest.skip("there is no NCCL")
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("precise", "alone")
+@pytest.mark.filterwarnings("ignore")  # of what torch calls deprecated itself
+def test_a_step_under_distributed_data_parallel_is_captured_too() -> None:
+    eager, batches = network_and_batches()
+    graphed = copy.deepcopy(eager)
+    expected = losses_of(eagerly(eager), eager, batches)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        parallel = DistributedDataParallel(graphed, broadcast_buffers=False)
+    torch.cuda.current_stream().wait_stream(side)
+    found = losses_of(by_replays(parallel, batches[0], warmup=11), graphed, batches)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -57,6 +57,25 @@ def test_training_and_evaluation_follow_changed_geometry_alike(changes: dict) ->
     torch.testing.assert_close(layer.fuse()(x), plain)
 
 
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_geometry_set_between_two_steps_holds_in_the_second(changes: dict) -> None:
+    layer = Deconv2d(8, 6, 3, stride=2, padding=1, cfg=DeconvCfg(block=4, momentum=1.0)).double()
+    x = torch.randn(4, 8, 16, 16, dtype=torch.float64)
+    layer(x)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    trained = layer(x)
+    torch.testing.assert_close(layer.eval()(x), trained)
+
+
+def test_geometry_held_in_a_list_is_read_at_each_step() -> None:
+    layer = Deconv2d(8, 6, 3, padding=1, cfg=DeconvCfg(block=4))
+    layer.stride = [1, 1]
+    assert layer(torch.randn(4, 8, 16, 16)).shape[2:] == (16, 16)
+    layer.stride[0] = 2
+    assert layer(torch.randn(4, 8, 16, 16)).shape[2:] == (8, 16)
+
+
 def test_dilating_every_convolution_of_an_encoder_dilates_ours() -> None:
     encoder = nn.Sequential(Deconv2d(3, 8, 3, 2, 1), nn.ReLU(), Deconv2d(8, 8, 3, 2, 1))
     dilated = copy.deepcopy(encoder)

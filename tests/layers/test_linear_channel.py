@@ -7,7 +7,7 @@ from torch import nn
 from tests.layers.sampled import sampled_rows
 from timm_deconv.layers import ChannelDeconv, DeconvCfg, DeconvLinear, compat
 from timm_deconv.layers import linear as layers_linear
-from timm_deconv.layers.functional import Moments, estimate, fold
+from timm_deconv.layers.functional import Moments, estimate, fold, root_of
 from timm_deconv.linalg import covariance
 
 
@@ -28,7 +28,7 @@ def test_fewer_vectors_than_features_are_whitened_by_their_covariance(options: d
     layer = DeconvLinear(24, outputs, dtype=torch.float64, cfg=DeconvCfg(block=24, n_iter=3).override(options))
     x = (torch.randn(5, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64) + 1).requires_grad_()
     rows = sampled_rows(layer, x)
-    statistics = estimate(Moments(*covariance(rows), rows.shape[1]), layer.cfg)
+    statistics = estimate(Moments(*covariance(rows), rows.shape[1]), root_of(layer.cfg))
     folded = fold(layer.weight, layer.bias, statistics.mean, statistics.whitener, layer.blocks)
     output, expected = layer(x), nn.functional.linear(x, *folded)
     torch.testing.assert_close(output, expected)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tests.layers.sampled import sampled_rows
 from timm_deconv.kernels.onednn import FEW_PRODUCTS
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear
-from timm_deconv.layers.functional import Moments, estimate, fold
+from timm_deconv.layers.functional import Moments, estimate, fold, root_of
 from timm_deconv.layers.notices import share_notices
 from timm_deconv.linalg import covariance
 
@@ -51,7 +51,7 @@ CASES = {
 def by_chain_rule(layer: Deconv2d, x: Tensor) -> Tensor:
     rows = sampled_rows(layer, x)
     moments = Moments(*covariance(rows), rows.shape[1], layer.moments(x.detach()).padding)
-    statistics = estimate(moments, layer.cfg)
+    statistics = estimate(moments, root_of(layer.cfg))
     folded = fold(layer.weight, layer.bias, statistics.mean, statistics.whitener, layer.blocks)
     return layer._conv_forward(x, *folded)
 

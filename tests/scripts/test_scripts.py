@@ -20,7 +20,7 @@ def _run(monkeypatch, name, *arguments):
     runpy.run_path(str(SCRIPTS / name), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", ["train.py", "validate.py", "quickstart.py"])
+@pytest.mark.parametrize("name", ["train.py", "validate.py", "quickstart.py", "gpu_check.py"])
 def test_scripts_stay_thin(name):
     assert len((SCRIPTS / name).read_text().splitlines()) < 60
 
@@ -73,6 +73,7 @@ def test_validate_takes_another_data_set_and_settings(monkeypatch, tmp_path, cap
         ("quickstart.py", ["lr=-1"], "lr=-1: "),
         ("benchmark.py", ["layer", "--rows", 23], "no row 23 in the paper's table 3"),
         ("benchmark.py", ["memory", "--presets", "fasst"], "no preset 'fasst'; nearest: fast"),
+        ("gpu_check.py", ["--tiny", "--parts", "resnet19"], "no part 'resnet19'; nearest: .*resnet18"),
         ("benchmark.py", ["scaling", "--values", -1], "batch=-1: must be a positive whole number"),
     ],
 )

@@ -79,20 +79,20 @@ def test_a_finished_run_resumed_trains_no_further_and_has_one_row(run):
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(short_recipe, tmp_path, monkeypatch):
     recipe = short_recipe.merged({"epochs": 2})
-    save, (soft, hard) = RunFolder.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    export, (soft, hard) = RunFolder.export, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_on_a_full_disk(self, accelerator, model, ema, progress):
+    def export_on_a_full_disk(self, model, progress):
         if progress.epoch == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        save(self, accelerator, model, ema, progress)
+        export(self, model, progress)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="epoch 2 could not be saved") as full:
-        patch.setattr(RunFolder, "save", save_on_a_full_disk)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="epoch-0002-.* could not be saved") as full:
+        patch.setattr(RunFolder, "export", export_on_a_full_disk)
         try:
             train(recipe, tmp_path, cpu=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "epoch-0001 is whole: make room and add --resume" in str(full.value) and "\n" not in str(full.value)
+    assert "epoch-0001-image-00000000 is whole: make room and add --resume" in str(full.value) and "\n" not in str(full.value)
     left = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert all(torch.isfinite(value).all() for value in left.state_dict().values())
     row = train(recipe, tmp_path, resume=True)

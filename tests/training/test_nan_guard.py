@@ -8,7 +8,8 @@ from torch import nn
 from timm_deconv.errors import NonFiniteError
 from timm_deconv.training.checkpoint import read_curve
 from timm_deconv.training.loop import train
-from timm_deconv.training.nan_guard import NanGuard, check_state, first_nonfinite
+from timm_deconv.training.nan_guard import NanGuard, first_nonfinite, first_nonfinite_value
+from timm_deconv.training.processes import Processes
 
 
 def _two_layers() -> nn.Sequential:
@@ -22,7 +23,7 @@ def test_the_first_whitening_layer_with_nonfinite_statistics_is_named():
         model.get_submodule(layers[2]).weight[0, 0, 0, 0] = torch.nan
     loss = model(torch.randn(8, 3, 32, 32)).sum()
     with pytest.raises(NonFiniteError, match=rf"at epoch 3, update 7, first seen by {layers[3]} \(Deconv2d"):
-        NanGuard(model).step(loss, lambda: None, "epoch 3, update 7")
+        NanGuard(model, Processes()).step(loss, lambda: None, "epoch 3, update 7")
 
 
 def test_without_whitening_layers_the_batch_is_repeated():
@@ -31,7 +32,7 @@ def test_without_whitening_layers_the_batch_is_repeated():
         model[2].bias[1] = torch.inf
     images = torch.randn(2, 4)
     with pytest.raises(NonFiniteError, match=r"first seen by 2 \(Linear, its output\)"):
-        NanGuard(model).step(model(images).sum(), lambda: model(images), "epoch 1, update 1")
+        NanGuard(model, Processes()).step(model(images).sum(), lambda: model(images), "epoch 1, update 1")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -42,11 +43,11 @@ def test_a_nonfinite_image_is_seen_at_the_first_layers_input():
 
 def test_a_weight_spoilt_by_the_last_update_is_named():
     model = _two_layers()
-    NanGuard(model).finish()
+    NanGuard(model, Processes()).finish()
     with torch.no_grad():
         model[0].weight[0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"^0.weight is non-finite"):
-        check_state(model)
+        NanGuard(model, Processes()).finish()
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(recipe, tmp_path, monkeypatch):
@@ -57,7 +58,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(recipe, tm
     ):
         train(recipe, tmp_path)
     assert len(read_curve(tmp_path)) == 1
-    check_state(timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+    assert first_nonfinite_value(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict()) is None
     assert not (tmp_path / "results.csv").exists()
 
 

@@ -29,13 +29,13 @@ def run(recipe: Recipe, folder: str) -> None:
 def main(folder: str, normed: str, plain: str) -> None:
     report = {}
     differences = []
-    save = loop.RunFolder.save
+    evaluate_epoch = loop.evaluate
 
-    def save_and_compare(self, accelerator, model, ema, progress):
+    def compare_and_evaluate(task, model, loader, accelerator):
         differences.append(largest_difference(accelerator, model))
-        save(self, accelerator, model, ema, progress)
+        return evaluate_epoch(task, model, loader, accelerator)
 
-    loop.RunFolder.save = save_and_compare
+    loop.evaluate = compare_and_evaluate
     run(load_recipe(normed), f"{folder}/normed")
     run(load_recipe(plain), f"{folder}/plain")
     report["differences"] = differences

@@ -5,7 +5,7 @@ from .calibrate import calibrate
 from .converter import ConversionReport, convert_deconv_model
 from .fuse import fuse
 from .policy import DeconvPolicy, resolve_policy
-from .statistics import freeze, unfreeze, update_statistics
+from .statistics import freeze, kept_buffers, unfreeze, update_statistics
 from .transfer import transfer
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "convert_deconv_model",
     "freeze",
     "fuse",
+    "kept_buffers",
     "resolve_policy",
     "transfer",
     "unfreeze",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import WhiteningMixin
-from timm_deconv.layers.functional import Moments, estimate, fold
+from timm_deconv.layers.functional import Moments, estimate, fold, root_of
 from timm_deconv.layers.notices import share_notices
 from timm_deconv.linalg import to_double
 
@@ -168,7 +168,7 @@ def _values(name: str, layer: WhiteningMixin, moments: Moments) -> Values:
     if not (moments.mean.isfinite().all() and moments.cov.isfinite().all()):
         raise InputError(f"the input of {name} is not finite: look for NaN or infinity in the images and the weights")
     weight, bias = (to_double(value) for value in layer.folded())
-    statistics = estimate(moments, layer.cfg)
+    statistics = estimate(moments, root_of(layer.cfg, zeroes_constant=False))
     mean, matrix = statistics.mean, statistics.whitener
     # Folding with D^-1 and -D mu undoes folding with D and mu.
     shift = -(matrix @ mean.unsqueeze(-1)).squeeze(-1)

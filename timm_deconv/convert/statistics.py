@@ -15,7 +15,7 @@ from timm_deconv.layers import WhiteningMixin
 
 from .module_types import WHITENING_TYPES
 
-__all__ = ["freeze", "freeze_statistics", "images_of", "unfreeze", "update_statistics"]
+__all__ = ["freeze", "freeze_statistics", "images_of", "kept_buffers", "unfreeze", "update_statistics"]
 
 
 def freeze(root_module: nn.Module, submodules: str | Iterable[str] = (), include_bn_running_stats: bool = True) -> None:
@@ -92,6 +92,25 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, batches: int |
             seen += 1
         if not seen:
             raise InputError("no batches to estimate from: the loader is empty, or its iterator was used up before")
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of a network back, in place, when the context is left: what is trained within does not count.
+
+    A CUDA graph of a training step is captured after a few steps that warm up, on a batch that is trained on again.
+    Weights move only by an optimiser, but running statistics would.
+
+    Args:
+        model: a network on any device.
+    """
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def images_of(loader: Iterable[Any], batches: int | None, like: Tensor) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from .datasets import StrictImageDataset, check_labels, chosen_images, class_nam
 from .digits import Digits
 from .joint_transforms import PaddedBatch, create_joint_transform
 from .loaders import create_loader, create_transform
+from .sampling import EpochSampler, Seeded
 from .segmentation import IGNORED, SEGMENTATION, SegmentationDataset, class_labels, create_segmentation
 from .streams import STREAMS, ImageStream, StreamLoader, create_stream
 from .unreadable import NO_CLASS, Unreadable
@@ -14,8 +15,10 @@ __all__ = [
     "SEGMENTATION",
     "STREAMS",
     "Digits",
+    "EpochSampler",
     "ImageStream",
     "PaddedBatch",
+    "Seeded",
     "SegmentationDataset",
     "StreamLoader",
     "StrictImageDataset",

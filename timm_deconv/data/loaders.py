@@ -1,13 +1,15 @@
-"""timm's transforms and loaders, plus the padded random crop of the CIFAR recipes.
+"""timm's transforms, plus the padded random crop of the CIFAR recipes, and loaders in an order of our own.
 
 Images leave the loader as bytes; the task scales them on the device, as timm's prefetcher does: a quarter of the memory
 travels.
 """
 
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm.data
+import torch
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms import MaybePILToTensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -16,6 +18,7 @@ from torchvision import transforms
 from timm_deconv.errors import InputError
 
 from .images import as_mode, mode_of
+from .sampling import EpochSampler, Seeded
 from .streams import ImageStream, StreamLoader, evaluation_loader
 
 
@@ -103,46 +106,47 @@ def create_loader(
     training: bool,
     workers: int = 0,
     pin_memory: bool = False,
-    collate: Callable[[Any], Any] | None = None,
     seed: int = 0,
+    collate: Callable[[Any], Any] | None = None,
 ) -> DataLoader | StreamLoader:
-    """Create timm's loader of (uint8 images (B, C, H, W), targets): class indices (B,) or masks (B, H, W).
+    """Create a loader of (uint8 images (B, C, H, W), targets): class indices (B,) or masks (B, H, W).
 
     Args:
         dataset: of PIL images and class indices, or of images and masks.
         transform: of an image (and mask) into tensors; the data set keeps it.
         batch_size: images a batch, over all processes.
-        training: draw in random order, and leave out what does not fill a batch.
+        training: draw from where and for whom the loader's `batch_sampler`, an `EpochSampler`, says; images are
+            augmented as seed, epoch and index have it (but for streams, see `StreamLoader`). Else all images in their
+            order.
         workers: processes that load images; 0 loads in this one.
         pin_memory: copy batches to memory from which a GPU reads without waiting.
+        seed: of order and augmentation.
         collate: makes a batch of a list of samples; None stacks them.
-        seed: of the order of a stream.
 
     Raises:
         InputError: fewer training images than a batch.
     """
-    if isinstance(dataset, ImageStream):
-        dataset.transform = transform
-        settings: dict[str, Any] = {"workers": workers, "pin_memory": pin_memory}
-        if training:
-            return StreamLoader(dataset, batch_size, seed=seed, **settings)
-        return evaluation_loader(dataset, batch_size, **settings)
     if training and len(dataset) < batch_size:
         raise InputError(f"batch_size={batch_size}: there are only {len(dataset)} training images; lower it")
-    loader = timm.data.create_loader(
-        dataset,
-        input_size=(3, 32, 32),  # only for timm's own transform, replaced below
-        batch_size=batch_size,
-        is_training=training,
-        use_prefetcher=False,
-        num_workers=workers,
-        # workers that start afresh take their seeds from the epoch's, so a resumed run sees the same augmentation
-        persistent_workers=False,
-        pin_memory=pin_memory,
-        collate_fn=collate,
-    )
     whole = dataset
     while isinstance(whole, Subset):
         whole = whole.dataset
     whole.transform = transform
-    return loader
+    settings = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": _outlive_signals}
+    if isinstance(dataset, ImageStream):
+        if training:
+            return StreamLoader(dataset, batch_size, seed, **settings)
+        return evaluation_loader(dataset, batch_size, **settings)
+    batches: dict[str, Any] = {"batch_size": batch_size}
+    if training:
+        batches = {"batch_sampler": EpochSampler(len(dataset), batch_size, seed)}
+        dataset = Seeded(dataset, seed)
+    # the default generator is the network's
+    return DataLoader(dataset, **batches, **settings, collate_fn=collate, generator=torch.Generator())
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker go on where all processes of a job are told to end: the training process still needs its images."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # not so on Windows
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

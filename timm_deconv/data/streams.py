@@ -161,25 +161,16 @@ class StreamLoader:
     Args:
         stream: made for training.
         batch_size: images a batch, over all processes.
-        workers: processes that load images; 0 loads in this one.
-        pin_memory: copy batches to memory from which a GPU reads without waiting.
         seed: of the order.
+        settings: of torch's loader; `num_workers` among them.
 
     Attributes:
-        batch_sampler: where iteration begins; set by who resumes.
-
-    Raises:
-        InputError: fewer images than a batch.
+        batch_sampler: where iteration begins, and for which process.
     """
 
-    def __init__(self, stream: ImageStream, batch_size: int, *, workers: int, pin_memory: bool, seed: int) -> None:
-        self.stream, self.batch_size, self.seed = stream, batch_size, seed
+    def __init__(self, stream: ImageStream, batch_size: int, seed: int, **settings: Any) -> None:
+        self.stream, self.batch_size, self.seed, self.settings = stream, batch_size, seed, settings
         self.batch_sampler = Place()
-        self.settings: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory, "drop_last": True}
-        if len(self) < 1:
-            raise InputError(
-                f"batch_size={batch_size}: there are only {stream.reader.num_samples} training images; lower it"
-            )
 
     def __len__(self) -> int:
         return self.stream.reader.num_samples // self.batch_size
@@ -193,9 +184,8 @@ class StreamLoader:
         reader.worker_seed, reader.ds = drawn, None  # of workers torch draws it, from the generator
         self.stream.set_loader_cfg(num_workers=workers)
         self.stream.set_epoch(drawn)
-        loader = DataLoader(
-            self.stream, reader.batch_size, generator=torch.Generator().manual_seed(drawn), **self.settings
-        )
+        generator = torch.Generator().manual_seed(drawn)
+        loader = DataLoader(self.stream, reader.batch_size, drop_last=True, generator=generator, **self.settings)
         try:
             yield from islice(loader, len(self) - begun)
         except RuntimeError as error:
@@ -209,13 +199,13 @@ class StreamLoader:
             raise InputError(f"{len(shards)} shards for {readers} processes that load images; lower workers")
 
 
-def evaluation_loader(stream: ImageStream, batch_size: int, *, workers: int, pin_memory: bool) -> DataLoader:
+def evaluation_loader(stream: ImageStream, batch_size: int, *, num_workers: int, **settings: Any) -> DataLoader:
     """Create a loader of every image of a stream once, in its order, as (uint8 images (B, C, H, W), classes (B,)).
 
     Every process reads the whole stream, and accelerate lets it keep its share. One worker at most reads it, as the
     shares of a batch are taken where it is read.
     """
-    reader, workers = stream.reader, min(workers, 1)
+    reader, workers = stream.reader, min(num_workers, 1)
     reader.dist_rank, reader.dist_num_replicas = 0, 1
     stream.set_loader_cfg(num_workers=workers)
-    return DataLoader(stream, batch_size, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(stream, batch_size, num_workers=workers, generator=torch.Generator(), **settings)

@@ -4,7 +4,7 @@ Each is an `Operation`, a `torch.library.custom_op` with a fake form, an autogra
 operation too:
 
 - `sampled_moments`: mean and covariance of sampled rows; `add_moments_gradient_` is the way back, in place;
-- `inverse_root`: D of a covariance; `inverse_root_backward`;
+- `inverse_root`: mean and D from the moments, as a `Root` says; `inverse_root_backward`;
 - `apply_whitener`: D times a weight or an activation; `apply_whitener_backward`.
 
 What is computed is written in plain torch; where a CPU is faster by other means, `onednn` knows it, and GPUs have the
@@ -17,13 +17,14 @@ from .blocks import Blocks
 from .gpu.dispatch import GpuForm
 from .moments import add_moments_gradient_, sampled_moments
 from .operation import Operation, plain_form
-from .roots import inverse_root, inverse_root_backward
+from .roots import Root, inverse_root, inverse_root_backward
 from .windows import PIXEL, Sampling, Window
 
 __all__ = [
     "PIXEL",
     "Blocks",
     "Operation",
+    "Root",
     "Sampling",
     "Window",
     "add_moments_gradient_",
@@ -35,7 +36,10 @@ __all__ = [
     "sampled_moments",
 ]
 
-GPU_MODULES: dict[Operation, str] = {}
+GPU_MODULES: dict[Operation, str] = {
+    sampled_moments: "moments",
+    add_moments_gradient_: "moments",
+}
 """Operations with Triton kernels, and their modules in `timm_deconv.kernels.gpu`."""
 
 for _operation, _module in GPU_MODULES.items():

@@ -4,8 +4,6 @@ Runs of channels are multiplied by a 1x1 convolution where that is much work, in
 GPUs, where these are): on a CPU this was up to 3 times as fast as matrix products.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -130,24 +128,15 @@ def _fake_backward(grad: Tensor, values: Tensor, whitener: Tensor, blocks: Block
     return _formatted(torch.empty_like(values), values), whitener.new_empty(whitener.shape)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, whitener, ctx.blocks = inputs
-    ctx.save_for_backward(values, whitener)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, whitener = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
-        wanted = [tensor for tensor, need in zip((values, whitener), ctx.needs_input_grad, strict=False) if need]
-        plain = plain_application(values, whitener, ctx.blocks)
-        grads = iter(torch.autograd.grad(plain, wanted, grad, create_graph=True))
-        return *(next(grads) if need else None for need in ctx.needs_input_grad[:2]), None
-    return *apply_whitener_backward(grad, values, whitener, ctx.blocks), None
+def _backward(
+    grads: tuple[Tensor], kept: list[Tensor], values: Tensor, whitener: Tensor, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    return apply_whitener_backward(*grads, values, whitener, blocks)
 
 
 apply_whitener = Operation(_apply_whitener, "(Tensor values, Tensor whitener, SymInt[] blocks) -> Tensor")
 apply_whitener.register_fake(_fake_application)
-apply_whitener.register_autograd(_backward, setup_context=_remember)
+apply_whitener.register_autograd(_backward, plain_application, keep=lambda whitened: [])
 
 apply_whitener_backward = Operation(
     _apply_whitener_backward, "(Tensor grad, Tensor values, Tensor whitener, SymInt[] blocks) -> (Tensor, Tensor)"

@@ -4,8 +4,6 @@ Rows are gathered again in the backward pass, so that nothing of the size of an 
 gradient lands in place in that of the input.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -89,25 +87,19 @@ def _fake_moments(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tensor
     return mean, x.new_empty(blocks.sets, blocks.features, blocks.features, dtype=dtype)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, ctx.sampling, ctx.blocks = inputs
-    ctx.save_for_backward(x, output[0])
-
-
-def _backward(ctx: Any, grad_mean: Tensor, grad_cov: Tensor) -> tuple[Tensor, None, None]:
-    x, mean = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
-        plain = plain_moments(x, ctx.sampling, ctx.blocks)
-        (grad_x,) = torch.autograd.grad(plain, x, (grad_mean, grad_cov), create_graph=True)
-        return grad_x, None, None
+def _backward(
+    grads: tuple[Tensor, Tensor], kept: list[Tensor], x: Tensor, sampling: Sampling, blocks: Blocks
+) -> tuple[Tensor]:
+    grad_mean, grad_cov = grads
+    (mean,) = kept
     grad_x = torch.zeros_like(x)
-    add_moments_gradient_(grad_x, x, mean, grad_mean, symmetric_part(grad_cov), ctx.sampling, ctx.blocks)
-    return grad_x, None, None
+    add_moments_gradient_(grad_x, x, mean, grad_mean, symmetric_part(grad_cov), sampling, blocks)
+    return (grad_x,)
 
 
 sampled_moments = Operation(_sampled_moments, "(Tensor x, SymInt[] sampling, SymInt[] blocks) -> (Tensor, Tensor)")
 sampled_moments.register_fake(_fake_moments)
-sampled_moments.register_autograd(_backward, setup_context=_remember)
+sampled_moments.register_autograd(_backward, plain_moments, keep=lambda mean, cov: [mean])
 
 add_moments_gradient_ = Operation(
     _add_moments_gradient_,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["Operation", "plain_form", "wants_plain_form"]
 
@@ -14,7 +15,7 @@ Function = Callable[..., Any]
 
 _plain_forms_wanted = int(os.environ.get("TIMM_DECONV_PLAIN", "") not in ("", "0"))
 
-PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 """Types of tensors that compute; others, such as fake ones, are there to be traced."""
 
 
@@ -100,16 +101,50 @@ class Operation:
         """Say by a function of the same arguments what shapes, dtypes and strides come out."""
         self.op.register_fake(self._of_numbers(function))
 
-    def register_autograd(self, backward: Function, setup_context: Function) -> None:
-        """Give the autograd formula, as `torch.library.custom_op` takes it; contexts get settings as they are."""
+    def register_autograd(self, backward: Function, plain: Function, keep: Function) -> None:
+        """Give the gradient of the operation's tensors, and the plain form from which gradients of gradients come.
+
+        Args:
+            backward: takes the gradients of the outputs, what is kept, and the arguments; it returns a gradient for
+                each tensor among these.
+            plain: takes the arguments, uses what autograd can derive twice, and returns the first of the outputs: those
+                that have a gradient.
+            keep: takes the outputs, and returns the tensors among them that `backward` wants.
+        """
 
         def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, self._decoded(inputs), output)
+            ctx.args = [None if isinstance(arg, Tensor) else arg for arg in self._decoded(inputs)]
+            ctx.places = [index for index, arg in enumerate(inputs) if isinstance(arg, Tensor)]
+            kept = keep(*output) if isinstance(output, tuple) else keep(output)
+            ctx.save_for_backward(*(inputs[index] for index in ctx.places), *kept)
 
-        self.op.register_autograd(backward, setup_context=remember)
+        def derive(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+            args, kept = list(ctx.args), list(ctx.saved_tensors)
+            for index in ctx.places:
+                args[index] = kept.pop(0)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
+                return _plain_gradients(plain, args, ctx.needs_input_grad, grads)
+            found: list[Tensor | None] = [None] * len(args)
+            for index, grad in zip(ctx.places, backward(grads, kept, *args), strict=True):
+                found[index] = grad
+            return tuple(found)
+
+        self.op.register_autograd(derive, setup_context=remember)
 
     def _of_numbers(self, function: Function) -> Function:
         return lambda *args: function(*self._decoded(args))
 
     def _decoded(self, args: Sequence[Any]) -> list[Any]:
         return [arg if of is None else of(arg) for arg, of in zip(args, self._settings, strict=True)]
+
+
+def _plain_gradients(
+    plain: Function, args: Sequence[Any], wanted: Sequence[bool], grads: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of the arguments that are wanted through a plain form, with a graph of their own."""
+    outputs = plain(*args)
+    pairs = zip((outputs,) if isinstance(outputs, Tensor) else outputs, grads, strict=False)
+    derived, of_outputs = zip(*((output, grad) for output, grad in pairs if output.requires_grad), strict=True)
+    inputs = [arg for arg, need in zip(args, wanted, strict=True) if need]
+    found = iter(torch.autograd.grad(derived, inputs, of_outputs, create_graph=True, allow_unused=True))
+    return tuple(next(found) if need else None for need in wanted)

@@ -1,9 +1,11 @@
-"""Inverse roots of covariances by coupled Newton-Schulz steps or their quartic, and the gradient by hand.
+"""Whiteners: inverse roots of regularised covariances by coupled Newton-Schulz steps or their quartic, and the gradient
+by hand.
 
 Ye et al., Network Deconvolution, ICLR 2020, section 4.5.3. `timm_deconv.linalg` has the same as plain formulae.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from timm_deconv.linalg import (
     full_precision,
     isqrt_newton_schulz,
     isqrt_quartic,
-    promote,
+    shrink,
     symmetric_part,
     widest,
 )
@@ -23,68 +25,172 @@ from timm_deconv.linalg import (
 from .onednn import rows_times, rows_times_plus
 from .operation import Operation
 
-__all__ = ["inverse_root", "inverse_root_backward"]
+__all__ = ["LEAST_VARIANCE", "Root", "inverse_root", "inverse_root_backward"]
 
 FEW_STEPS = 6
 """Newton-Schulz steps run in float32: they amplify weak directions at most 1.5 ** 6 times, harmless even in TF32."""
 
+LEAST_VARIANCE = 1e-5
+"""Part of eps below which a set of features is taken not to vary at all."""
 
-def _inverse_root(cov: Tensor, n_iter: int, quartic: bool) -> tuple[Tensor, list[Tensor]]:
-    """Approximate the inverse square root of covariances, and keep what `inverse_root_backward` needs beside it.
 
-    Args:
-        cov: (S, F, F), symmetric, positive definite; computed in float32 or better, in float64 beyond 6 steps.
+class Root(NamedTuple):
+    """How a whitener is made of a covariance.
+
+    Attributes:
         n_iter: Newton-Schulz steps, at 3 (n_iter - 1) products of F^3.
         quartic: take the polynomial nearest to 2 or 3 steps instead, at 2 products.
+        eps: added to the diagonal.
+        min_rows: rows, in multiples of F, below which the covariance is shrunk towards its mean variance.
+        zeroes_constant: zero the whiteners of sets whose features do not vary. There is nothing to whiten there, and
+            only eps would be inverted: deviations stay zero, but each layer would multiply gradients by eps ** -0.5.
+            No output changes by more than LEAST_VARIANCE ** 0.5 of a deviation.
+    """
+
+    n_iter: int
+    quartic: bool
+    eps: float
+    min_rows: float
+    zeroes_constant: bool
+
+    @property
+    def numbers(self) -> list[float]:
+        """The choices as an operator takes them."""
+        return [float(value) for value in self]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> "Root":
+        """Return the choices that `numbers` was made of."""
+        n_iter, quartic, eps, min_rows, zeroes_constant = numbers
+        return cls(int(n_iter), bool(quartic), eps, min_rows, bool(zeroes_constant))
+
+    @property
+    def coefficients(self) -> Quartic | None:
+        """Those of the polynomial that is computed in place of the steps; None for the steps."""
+        return QUARTICS.get(self.n_iter) if self.quartic else None
+
+    def shrinkage(self, row_count: int, features: int) -> float:
+        """Return the share of the mean variance in the covariance of so many rows and features."""
+        wanted = self.min_rows * features
+        return 1 - row_count / wanted if row_count < wanted else 0.0
+
+
+def _inverse_root(
+    mean: Tensor, cov: Tensor, row_count: int, padding: float, root: Root
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Estimate mean and whitener from the moments of rows, and keep what `inverse_root_backward` needs beside these.
+
+    Args:
+        mean: (S, F). cov: (S, F, F), divided by the rows; in float32 or float64. Computed in that, or in float64 beyond
+            6 steps.
+        row_count: R. One row has no variance, but others may differ from it: then no whitener is zeroed.
+        padding: the weight of zeros that are not among the rows.
+        root: how.
 
     Returns:
-        root (S, F, F), and [norms (S, 1, 1), cov / norms, ...]. The iterates of the steps are not among them: they are
-        computed again, as they can be more than a network's activations.
+        mean (S, F) and whitener (S, F, F) with padding counted; bool (S,), whether a set's features vary at all; and
+        [norms (S, 1, 1) of the regularised covariances, these / norms, ...]. The iterates of the steps are not among
+        them: they are computed again, as they can be more than a network's activations.
     """
     with full_precision(cov):
-        wide = _widen(promote(cov), n_iter)
+        mean, cov = _count_padding(mean, cov, padding)
+        varies = cov.diagonal(dim1=-2, dim2=-1).mean(-1) > LEAST_VARIANCE * root.eps
+        wide = _widen(_regularise(cov, row_count, root), root.n_iter)
         scale = torch.linalg.matrix_norm(wide, keepdim=True)
         first = wide / scale
         kept: list[Tensor] = []
-        if coefficients := _coefficients(n_iter, quartic):
-            *kept, root = _quartic_iterates(first, coefficients)
+        if root.coefficients:
+            *kept, whitener = _quartic_iterates(first, root.coefficients)
         else:
-            root = _newton_schulz_root(first, n_iter)
-        return (root / scale.sqrt()).to(promote(cov).dtype).contiguous(), [scale, first, *kept]
+            whitener = _newton_schulz_root(first, root.n_iter)
+        divisor = scale.sqrt()
+        if root.zeroes_constant and row_count > 1:
+            divisor = divisor / varies[:, None, None]  # infinite where the whitener is to be zero
+        return mean, (whitener / divisor).to(cov.dtype).contiguous(), varies, [scale, first, *kept]
 
 
-def _inverse_root_backward(grad: Tensor, root: Tensor, kept: list[Tensor], n_iter: int, quartic: bool) -> Tensor:
-    """Compute the gradient (S, F, F) with respect to the covariances, symmetric, from that of the roots.
+def _inverse_root_backward(
+    grad_mean: Tensor,
+    grad_whitener: Tensor,
+    mean: Tensor,
+    whitener: Tensor,
+    kept: list[Tensor],
+    row_count: int,
+    padding: float,
+    root: Root,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of the moments, the covariance's symmetric, from those of what `inverse_root` gave.
 
     The quartic costs 3 products, and up to 6 steps cost 7 (n_iter - 1) - 2. More steps cost 9 (n_iter - 1) - 2: the
     cheaper form would let rounding errors grow.
 
     Args:
-        grad: (S, F, F), of the roots.
-        root, kept: what `inverse_root` gave.
-        n_iter, quartic: those of the forward pass.
+        grad_mean: (S, F). grad_whitener: (S, F, F).
+        mean, whitener, kept: what `inverse_root` gave; whiteners that are zero get no gradient.
+        row_count, padding, root: what it was given.
+
+    Returns:
+        the mean that it was given (S, F), and the gradients of that mean and of the covariance (S, F, F).
     """
     scale, first, *powers = kept
-    with full_precision(root):
-        wide = grad.to(scale.dtype)
+    with full_precision(whitener):
+        wide = grad_whitener.to(scale.dtype)
         scaled = wide / scale.sqrt()
-        if coefficients := _coefficients(n_iter, quartic):
-            grad_first = _quartic_backward(scaled, first, powers, coefficients)
+        if root.coefficients:
+            grad_first = _quartic_backward(scaled, first, powers, root.coefficients)
         else:
-            backward = _symmetric_backward if n_iter <= FEW_STEPS else _chain_rule_backward
-            grad_first = backward(scaled, first, _coupled_pairs(first, n_iter)[::-1])
-        through_scale = (grad_first * first).addcmul(wide, root.to(wide.dtype), value=0.5).sum((1, 2), keepdim=True)
-        return (torch.addcmul(grad_first, first, through_scale, value=-1) / scale).to(root.dtype).contiguous()
+            backward = _symmetric_backward if root.n_iter <= FEW_STEPS else _chain_rule_backward
+            grad_first = backward(scaled, first, _coupled_pairs(first, root.n_iter)[::-1])
+        through_scale = (grad_first * first).addcmul(wide, whitener.to(wide.dtype), value=0.5)
+        grad_cov = grad_first.addcmul(first, through_scale.sum((1, 2), keepdim=True), value=-1)
+        if root.zeroes_constant:
+            scale = scale / (whitener[:, :1, :1] != 0)  # others have no zeros on the diagonal
+        grad_cov = (grad_cov / scale).to(whitener.dtype)
+        if share := root.shrinkage(row_count, whitener.shape[-1]):  # is its own adjoint
+            grad_cov = shrink(grad_cov, share)
+        return _count_padding_backward(mean, grad_mean, grad_cov.contiguous(), padding)
+
+
+def plain_root(mean: Tensor, cov: Tensor, row_count: int, padding: float, root: Root) -> tuple[Tensor, Tensor]:
+    """Do what `inverse_root` does, for mean and whitener, by operations that can be derived twice."""
+    with full_precision(cov):
+        mean, cov = _count_padding(mean, cov, padding)
+        isqrt = isqrt_quartic if root.quartic else isqrt_newton_schulz
+        whitener = isqrt(_regularise(cov, row_count, root), root.n_iter)
+        if root.zeroes_constant and row_count > 1:
+            whitener = whitener * (cov.diagonal(dim1=-2, dim2=-1).mean(-1) > LEAST_VARIANCE * root.eps)[:, None, None]
+        return mean, whitener
+
+
+def _count_padding(mean: Tensor, cov: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Compute mean (S, F) and covariance (S, F, F) of pixels of which a share is zero padding, from the image's own."""
+    if share:
+        outer = (mean.unsqueeze(-1), mean.unsqueeze(-2))
+        cov = torch.baddbmm(cov, *outer, beta=1 - share, alpha=share * (1 - share))
+    return (1 - share) * mean, cov  # never the mean itself, as no operator may return its argument
+
+
+def _count_padding_backward(
+    mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the image's own mean (S, F), and its and the covariance's gradients, from what `_count_padding` gave."""
+    if not share:
+        return mean.clone(), grad_mean.clone(), grad_cov
+    rows, grads = mean.unsqueeze(1), grad_mean.unsqueeze(1)
+    grad_mean = torch.baddbmm(grads, rows, grad_cov, beta=1 - share, alpha=2 * share).squeeze(1)
+    return mean / (1 - share), grad_mean, (1 - share) * grad_cov
+
+
+def _regularise(cov: Tensor, row_count: int, root: Root) -> Tensor:
+    """Shrink covariances (S, F, F) where the rows are too few, and add eps to the diagonal."""
+    if share := root.shrinkage(row_count, cov.shape[-1]):
+        cov = shrink(cov, share)
+    return torch.add(cov, eye_like(cov), alpha=root.eps)
 
 
 def _widen(cov: Tensor, n_iter: int) -> Tensor:
     """Convert to float64 for more steps than FEW_STEPS, where the device has it: in TF32 these can diverge."""
     return cov if n_iter <= FEW_STEPS else cov.to(widest(cov.device))
-
-
-def _coefficients(n_iter: int, quartic: bool) -> Quartic | None:
-    """Return those of the polynomial that is computed in place of the steps; None for the steps."""
-    return QUARTICS.get(n_iter) if quartic else None
 
 
 def _quartic_iterates(a: Tensor, coefficients: Quartic) -> list[Tensor]:
@@ -178,37 +284,55 @@ def _chain_rule_backward(grad: Tensor, first: Tensor, pairs: list[tuple[Tensor, 
     return symmetric_part(grad_y @ t - 0.5 * (grad_z + first @ grad_y))
 
 
-def _fake_root(cov: Tensor, n_iter: int, quartic: bool) -> tuple[Tensor, list[Tensor]]:
-    root = promote(cov).new_empty(cov.shape)
-    wide = _widen(root, n_iter)
-    powers = [torch.empty_like(wide) for _ in range(3 if _coefficients(n_iter, quartic) else 1)]
-    return root, [wide.new_empty(cov.shape[0], 1, 1), *powers]
+def _fake_root(
+    mean: Tensor, cov: Tensor, row_count: int, padding: float, root: Root
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    wide = _widen(cov, root.n_iter)
+    kept = [wide.new_empty(cov.shape) for _ in range(3 if root.coefficients else 1)]
+    varies = cov.new_empty(cov.shape[:1], dtype=torch.bool)
+    norms = wide.new_empty(cov.shape[0], 1, 1)
+    return mean.new_empty(mean.shape), cov.new_empty(cov.shape), varies, [norms, *kept]
 
 
-def _fake_backward(grad: Tensor, root: Tensor, kept: list[Tensor], n_iter: int, quartic: bool) -> Tensor:
-    return root.new_empty(root.shape)
+def _fake_backward(
+    grad_mean: Tensor,
+    grad_whitener: Tensor,
+    mean: Tensor,
+    whitener: Tensor,
+    kept: list[Tensor],
+    row_count: int,
+    padding: float,
+    root: Root,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return mean.new_empty(mean.shape), mean.new_empty(mean.shape), whitener.new_empty(whitener.shape)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    cov, ctx.n_iter, ctx.quartic = inputs
-    root, kept = output
-    ctx.save_for_backward(cov, root, *kept)
+def _backward(
+    grads: Sequence[Tensor],
+    kept: list[Tensor],
+    mean: Tensor,
+    cov: Tensor,
+    row_count: int,
+    padding: float,
+    root: Root,
+) -> tuple[Tensor, Tensor]:
+    whitened_mean, whitener, *kept = kept
+    _, *of_moments = inverse_root_backward(*grads[:2], whitened_mean, whitener, kept, row_count, padding, root)
+    return of_moments[0], of_moments[1]
 
 
-def _backward(ctx: Any, grad: Tensor, _: list[Tensor | None]) -> tuple[Tensor, None, None]:
-    cov, root, *kept = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
-        plain = (isqrt_quartic if ctx.quartic else isqrt_newton_schulz)(cov, ctx.n_iter)
-        (grad_cov,) = torch.autograd.grad(plain, cov, grad, create_graph=True)
-        return grad_cov, None, None
-    return inverse_root_backward(grad, root, kept, ctx.n_iter, ctx.quartic).to(cov.dtype), None, None
-
-
-inverse_root = Operation(_inverse_root, "(Tensor cov, SymInt n_iter, bool quartic) -> (Tensor, Tensor[])")
+inverse_root = Operation(
+    _inverse_root,
+    "(Tensor mean, Tensor cov, SymInt row_count, float padding, float[] root) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
 inverse_root.register_fake(_fake_root)
-inverse_root.register_autograd(_backward, setup_context=_remember)
+inverse_root.register_autograd(
+    _backward, plain_root, keep=lambda mean, whitener, varies, kept: [mean, whitener, *kept]
+)
 
 inverse_root_backward = Operation(
-    _inverse_root_backward, "(Tensor grad, Tensor root, Tensor[] kept, SymInt n_iter, bool quartic) -> Tensor"
+    _inverse_root_backward,
+    "(Tensor grad_mean, Tensor grad_whitener, Tensor mean, Tensor whitener, Tensor[] kept, SymInt row_count,"
+    " float padding, float[] root) -> (Tensor, Tensor, Tensor)",
 )
 inverse_root_backward.register_fake(_fake_backward)

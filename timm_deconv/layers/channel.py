@@ -12,7 +12,7 @@ from timm_deconv.kernels import PIXEL, Blocks, Sampling, sampled_moments
 from timm_deconv.linalg import full_precision, promote, widest
 
 from .config import DeconvCfg
-from .functional import Moments, check_rows, estimate
+from .functional import Moments, check_rows, estimate, root_of
 from .module import MANY_BATCHES, be_leaf, in_recomputation
 from .notices import Notices
 from .presets import resolve_cfg
@@ -154,7 +154,8 @@ class ChannelDeconv(nn.Module):
             vectors = samples.mT[:, :, None, None]
             mean, cov = sampled_moments(vectors, Sampling(PIXEL), Blocks(1, self.cfg.block))
             uncentred = cov + mean.unsqueeze(-1) * mean.unsqueeze(-2)
-            matrix = estimate(Moments(mean, uncentred, len(vectors)), self.cfg).whitener.squeeze(0)
+            root = root_of(self.cfg, zeroes_constant=False)
+            matrix = estimate(Moments(mean, uncentred, len(vectors)), root).whitener.squeeze(0)
             mean1 = mean.mT
         if split < x.shape[1]:
             samples = self._sample(x, x[:, split:].flatten(1)).reshape(1, -1)

@@ -1,7 +1,7 @@
 """Deconv2d: a convolution that whitens its input windows (Ye et al., Network Deconvolution, ICLR 2020)."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from timm_deconv.kernels import Window, sampled_moments
 from timm_deconv.kernels.windows import as_pair
 
 from .config import DeconvCfg, conv_kind
-from .functional import Moments, check_rows, estimate, fold, sample_deviations, zero_constant
+from .functional import Moments, check_rows, estimate_live, fold, sample_deviations
 from .geometry import ConvGeometry, conv_blocks, conv_geometry
 from .module import WhiteningMixin, check_dtype
 from .operation import Setting, convolve, whitened_conv
@@ -45,6 +45,9 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     plain = nn.Conv2d
     __jit_unused_properties__ = ("window",)
 
+    if TYPE_CHECKING:
+        _known: tuple[tuple[Any, ...], ConvGeometry | None] | None
+
     def __init__(
         self,
         in_channels: int,
@@ -69,6 +72,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         )
         cfg = resolve_cfg(cfg, conv_kind(in_channels, self.kernel_size, groups))  # type: ignore[arg-type]
         positions = self.kernel_size[0] * self.kernel_size[1]
+        self._known = None
         self._init_statistics(cfg, conv_blocks(in_channels, positions, groups, cfg), device)
 
     @classmethod
@@ -99,24 +103,25 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
             weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.blocks)
             return self._conv_forward(input, weight, bias)
         else:
-            if self.training and self._is_trainable(input):
-                output = self._train_forward(self._padded_batch(input))
+            geometry = self._checked_geometry(input) if self.training else None
+            if geometry is not None:
+                output = self._train_forward(self._padded_batch(input), geometry)
                 return output if input.ndim == 4 else output.squeeze(0)
             weight, bias = self.folded()
             return self._conv_forward(input, weight, bias)
 
     @torch.jit.unused
-    def _train_forward(self, x: Tensor) -> Tensor:
+    def _train_forward(self, x: Tensor, geometry: ConvGeometry) -> Tensor:
         """Convolve x (N, C, H, W), padded, whitened by its own statistics unless they are frozen."""
-        step, geometry = self._begin_step(), self._geometry(x)
+        step = self._begin_step()
         if step.frozen is True:
             output = convolve(x, *self._frozen_fold(), geometry)
         else:
             name = f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
-            check_rows(geometry.most_rows(x.shape), name, x)
+            check_rows(geometry.most_rows, name, x)
             with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
                 found = self._moments(x, geometry)
-                live = zero_constant(estimate(found, self.cfg), x, self.cfg)
+                live = estimate_live(found, x, self.cfg)
             if self.cfg.gain_corrected:
                 live = live._replace(deviations=sample_deviations(x, geometry.seen, self.blocks, found.mean))
             statistics = self._average_in(live, step)
@@ -133,7 +138,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     @torch.jit.unused
     def _moments(self, x: Tensor, geometry: ConvGeometry) -> Moments:
         mean, cov = sampled_moments(x, geometry.sampling, self.blocks)
-        return Moments(mean, cov, geometry.row_count(x.shape), geometry.padding)
+        return Moments(mean, cov, geometry.row_count, geometry.padding)
 
     @torch.jit.unused
     def _geometry(self, x: Tensor) -> ConvGeometry:
@@ -157,8 +162,8 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         not with zeros; empty if there is none."""
         if self.padding_mode != "zeros":
             return list(self._reversed_padding_repeated_twice)
-        extents = self._extents()
-        if self.padding != "same" or not any(extent % 2 for extent in extents):
+        extents = self._extents() if self.padding == "same" else (0, 0)
+        if not any(extent % 2 for extent in extents):
             return []
         return [side for extent in reversed(extents) for side in (extent // 2, extent - extent // 2)]
 
@@ -198,8 +203,26 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         return plain.train(self.training)
 
     @torch.jit.unused
-    def _is_trainable(self, input: Tensor) -> bool:
-        """Tell whether there is anything to whiten; InputError for what the layer cannot take."""
+    def _checked_geometry(self, input: Tensor) -> ConvGeometry | None:
+        """Return what the layer does with an input in training; None if there is nothing to whiten.
+
+        In eager mode it is found once for all inputs of a shape, until an attribute changes: it takes as long as ten
+        operators.
+
+        Raises:
+            InputError: the layer cannot take the input.
+        """
+        check_dtype(input, self.weight)
+        if torch.compiler.is_compiling() or type(input) is not Tensor:  # a size may be a symbol
+            return self._found_geometry(input)
+        sizes = (self.kernel_size, _fixed(self.stride), _fixed(self.padding), _fixed(self.dilation))
+        key = (input.shape, *sizes, self.groups, self.padding_mode, self.in_channels, self.blocks, self.cfg)
+        if self._known is None or self._known[0] != key:
+            self._known = (key, self._found_geometry(input))
+        return self._known[1]
+
+    @torch.jit.unused
+    def _found_geometry(self, input: Tensor) -> ConvGeometry | None:
         _check_positive(stride=self.stride, dilation=self.dilation)
         _check_padding(self.padding)
         if self.padding == "same" and as_pair(self.stride) != (1, 1):
@@ -215,16 +238,22 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
                 f"input of shape {tuple(input.shape)}: expected (N, {self.in_channels}, H, W)"
                 f" or ({self.in_channels}, H, W)"
             )
-        check_dtype(input, self.weight)
-        size = (input.shape[-2], input.shape[-1])
+        if not input.numel():
+            return None
+        images, (height, width) = 1 if input.ndim == 3 else input.shape[0], input.shape[-2:]
         left, right, top, bottom = self._pads() or (0, 0, 0, 0)
-        padded = (size[0] + top + bottom, size[1] + left + right)
-        if input.numel() and not self.window.positions(padded):
+        padded = (images, self.in_channels, height + top + bottom, width + left + right)
+        if not self.window.positions(padded[2:]):
             raise InputError(
-                f"input of {size[0]}x{size[1]} pixels: smaller than the kernel {self.kernel_size} with dilation"
+                f"input of {height}x{width} pixels: smaller than the kernel {self.kernel_size} with dilation"
                 f" {self.dilation} and padding {self.padding!r}; use larger images or more padding"
             )
-        return input.numel() > 0
+        return conv_geometry(padded, self.window, self.groups, self.blocks, self.cfg)
+
+
+def _fixed(value: Any) -> Any:
+    """Return an attribute as what it is now: a list can change."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_positive(**arguments: Any) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Blocks, Window, inverse_root, inverse_root_backward
+from timm_deconv.kernels import Blocks, Root, Window, inverse_root
 from timm_deconv.kernels.blocks import merge_weight, split_rows, split_weight, spread_over_window, sum_over_window
+from timm_deconv.kernels.roots import LEAST_VARIANCE
 from timm_deconv.kernels.windows import spread_windows
-from timm_deconv.linalg import eye_like, full_precision, promote, shrink
+from timm_deconv.linalg import promote
 
 from .config import DeconvCfg
 from .gain import PROBED_ROWS, probe
@@ -24,16 +25,13 @@ __all__ = [
     "Statistics",
     "check_rows",
     "estimate",
-    "estimate_backward",
+    "estimate_live",
     "fold",
     "fold_bias",
     "fold_bias_backward_",
+    "root_of",
     "sample_deviations",
-    "zero_constant",
 ]
-
-LEAST_VARIANCE = 1e-5
-"""Part of eps below which a set of features is taken not to vary at all."""
 
 
 class Moments(NamedTuple):
@@ -55,63 +53,48 @@ class Statistics(NamedTuple):
     """Mean and whitener of a batch, and what running averages and the way back need.
 
     Attributes:
+        row_count: R.
         mean: (S, F). whitener: (S, F, F).
         varies: bool (S,), whether a set's features vary at all.
-        row_count: R.
         kept: what the way back through the root needs beside the whitener.
         deviations: (S, at most PROBED_ROWS, F), some rows less the mean, without gradient; None if nothing asks for
             them.
         frozen: bool (), or None: where it is true, mean and whitener are not the batch's and pass on no gradient.
     """
 
+    row_count: int
     mean: Tensor
     whitener: Tensor
     varies: Tensor
-    row_count: int
     kept: list[Tensor]
     deviations: Tensor | None = None
     frozen: Tensor | None = None
 
 
-def estimate(moments: Moments, cfg: DeconvCfg) -> Statistics:
-    """Estimate mean and whitener from moments, as configured; differentiable, and by hand by `estimate_backward`."""
-    with full_precision(moments.cov):
-        mean, cov = _count_padding(moments.mean, moments.cov, moments.padding)
-    varies = cov.detach().diagonal(dim1=-2, dim2=-1).mean(-1) > LEAST_VARIANCE * cfg.eps
-    whitener, kept = inverse_root(_regularise(cov, moments.row_count, cfg), cfg.n_iter, cfg.quartic)
-    return Statistics(mean, whitener, varies, moments.row_count, kept)
+def root_of(cfg: DeconvCfg, zeroes_constant: bool = True) -> Root:
+    """Return what a configuration says of the inverse root."""
+    return Root(cfg.n_iter, cfg.quartic, cfg.eps, cfg.min_rows, zeroes_constant)
 
 
-def estimate_backward(
-    grad_mean: Tensor, grad_whitener: Tensor, statistics: Statistics, padding: float, cfg: DeconvCfg
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean of the moments (S, F), and the gradients of mean (S, F) and covariance (S, F, F).
-
-    Args:
-        grad_mean: (S, F). grad_whitener: (S, F, F); of what `estimate` gave.
-        statistics: what it gave.
-        padding, cfg: what it was given.
-    """
-    grad_cov = inverse_root_backward(grad_whitener, statistics.whitener, statistics.kept, cfg.n_iter, cfg.quartic)
-    grad_cov = _regularise_backward(grad_cov, statistics.row_count, cfg)
-    return _count_padding_backward(statistics.mean, grad_mean, grad_cov, padding)
+def estimate(moments: Moments, root: Root) -> Statistics:
+    """Estimate mean and whitener from moments; differentiable, and by hand by `inverse_root_backward`."""
+    mean, cov, row_count, padding = moments
+    return Statistics(row_count, *inverse_root(mean, cov, row_count, padding, root))
 
 
-def zero_constant(statistics: Statistics, x: Tensor, cfg: DeconvCfg) -> Statistics:
-    """Zero the whiteners of sets whose rows are all equal.
-
-    There is nothing to whiten there, and only eps would be inverted: deviations stay zero, but each layer would
-    multiply gradients by eps ** -0.5. No output changes by more than LEAST_VARIANCE ** 0.5 of a deviation.
+def estimate_live(moments: Moments, x: Tensor, cfg: DeconvCfg) -> Statistics:
+    """Estimate what a batch is whitened with, the whiteners of sets whose rows are all equal being zero.
 
     Args:
-        statistics: by `estimate`.
-        x: the batch (N, C, ...) that they are of; one row has no deviation, but others may differ from it.
+        moments: of the batch.
+        x: the batch (N, C, ...); one row has no deviation, but others may differ from it.
         cfg: the layer's.
     """
-    varies = statistics.varies
-    if statistics.row_count == 1:
-        pixel = x.detach()[(slice(1), slice(None), *[slice(1)] * (x.ndim - 2))]
-        varies = ((x.detach() - pixel).square().mean() > LEAST_VARIANCE * cfg.eps).expand_as(varies)
+    statistics = estimate(moments, root_of(cfg))
+    if moments.row_count > 1:
+        return statistics
+    pixel = x.detach()[(slice(1), slice(None), *[slice(1)] * (x.ndim - 2))]
+    varies = ((x.detach() - pixel).square().mean() > LEAST_VARIANCE * cfg.eps).expand_as(statistics.varies)
     return statistics._replace(whitener=statistics.whitener * varies[:, None, None], varies=varies)
 
 
@@ -140,39 +123,6 @@ def check_rows(row_count: int, name: str, input: Tensor) -> None:
             f"{name} has one row to whiten in training, from an input of {tuple(input.shape)}: nothing would be"
             " learnt; give larger batches or images, or freeze the statistics (timm_deconv.freeze)"
         )
-
-
-def _count_padding(mean: Tensor, cov: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Compute mean (S, F) and covariance (S, F, F) of pixels of which a share is zero padding, from the image's own."""
-    if not share:
-        return mean, cov
-    cov = torch.baddbmm(cov, mean.unsqueeze(-1), mean.unsqueeze(-2), beta=1 - share, alpha=share * (1 - share))
-    return (1 - share) * mean, cov
-
-
-def _count_padding_backward(
-    mean: Tensor, grad_mean: Tensor, grad_cov: Tensor, share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the image's own mean (S, F), and its and the covariance's gradients, from what `_count_padding` gave."""
-    if not share:
-        return mean, grad_mean, grad_cov
-    rows, grads = mean.unsqueeze(1), grad_mean.unsqueeze(1)
-    grad_mean = torch.baddbmm(grads, rows, grad_cov, beta=1 - share, alpha=2 * share).squeeze(1)
-    return mean / (1 - share), grad_mean, (1 - share) * grad_cov
-
-
-def _regularise(cov: Tensor, row_count: int, cfg: DeconvCfg) -> Tensor:
-    """Shrink covariances (S, F, F) where the rows are too few, and add eps to the diagonal."""
-    wanted = cfg.min_rows * cov.shape[-1]
-    if row_count < wanted:
-        cov = shrink(cov, 1 - row_count / wanted)
-    return torch.add(cov, eye_like(cov), alpha=cfg.eps)
-
-
-def _regularise_backward(grad: Tensor, row_count: int, cfg: DeconvCfg) -> Tensor:
-    """Return the gradient (S, F, F) of `_regularise`; shrinking is its own adjoint."""
-    wanted = cfg.min_rows * grad.shape[-1]
-    return shrink(grad, 1 - row_count / wanted) if row_count < wanted else grad
 
 
 def fold(

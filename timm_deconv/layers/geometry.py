@@ -69,6 +69,7 @@ class ConvGeometry(NamedTuple):
         seen: what samples are taken from: the convolution's windows, or single pixels of the image without padding.
         sampling: which of those.
         padding: the weight in the statistics of padding that the convolution sees but that is not among the samples.
+        row_count: how many rows are sampled, in each set of statistics. most_rows: how many there are, sampled or not.
     """
 
     window: Window
@@ -77,14 +78,8 @@ class ConvGeometry(NamedTuple):
     seen: Window
     sampling: Sampling
     padding: float
-
-    def row_count(self, shape: Sequence[int]) -> int:
-        """Return how many rows are sampled from a batch of shape (N, C, H, W), in each set of statistics."""
-        return self.sampling.positions(shape) * (self.blocks.number // self.blocks.sets)
-
-    def most_rows(self, shape: Sequence[int]) -> int:
-        """Return how many rows there are in a batch of shape (N, C, H, W), sampled or not."""
-        return shape[0] * self.seen.positions((shape[2], shape[3])) * (self.blocks.number // self.blocks.sets)
+    row_count: int
+    most_rows: int
 
 
 def conv_geometry(shape: Sequence[int], window: Window, groups: int, blocks: Blocks, cfg: DeconvCfg) -> ConvGeometry:
@@ -103,7 +98,9 @@ def conv_geometry(shape: Sequence[int], window: Window, groups: int, blocks: Blo
         seen = PIXEL
     if blocks.pixels and cfg.layout == "channels":
         padding = min(window.padding_share((shape[2], shape[3])), MOST_PADDING)
-    return ConvGeometry(window, groups, blocks, seen, choose_sampling(shape, seen, blocks, cfg), padding)
+    sampling, shared = choose_sampling(shape, seen, blocks, cfg), blocks.number // blocks.sets
+    row_count, most_rows = sampling.positions(shape) * shared, shape[0] * seen.positions((shape[2], shape[3])) * shared
+    return ConvGeometry(window, groups, blocks, seen, sampling, padding, row_count, most_rows)
 
 
 def choose_sampling(shape: Sequence[int], window: Window, blocks: Blocks, cfg: DeconvCfg) -> Sampling:

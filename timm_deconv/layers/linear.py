@@ -13,7 +13,7 @@ from timm_deconv.kernels.blocks import spread_over_window
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .functional import Moments, Statistics, check_rows, estimate, fold, sample_deviations, zero_constant
+from .functional import Moments, Statistics, check_rows, estimate_live, fold, sample_deviations
 from .geometry import linear_blocks
 from .module import WhiteningMixin, check_dtype
 from .presets import resolve_cfg
@@ -84,7 +84,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
             found = self.moments(vectors)
             name = f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
             check_rows(found.row_count, name, vectors)
-            live = zero_constant(estimate(found, self.cfg), vectors, self.cfg)
+            live = estimate_live(found, vectors, self.cfg)
             if self.cfg.gain_corrected:
                 deviations = sample_deviations(_as_images(vectors), PIXEL, self.blocks, found.mean.detach())
                 live = live._replace(deviations=deviations)

@@ -347,10 +347,11 @@ def check_dtype(input: Tensor, weight: Tensor) -> None:
 
     Under autocast floating-point numbers are converted, but for float64, as torch does it.
     """
-    device = input.device.type
-    autocast = not input.is_meta and torch.is_autocast_enabled(device)
+    if input.dtype == weight.dtype:
+        return
+    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     fits = input.is_floating_point() and input.dtype != torch.float64 and weight.dtype != torch.float64
-    if input.dtype != weight.dtype and not (autocast and fits):
+    if not (autocast and fits):
         way_out = "convert the input" + (", or train under autocast" if fits else "")
         raise InputError(f"input of {input.dtype}: the layer's weight is {weight.dtype}; {way_out}")
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from timm_deconv.kernels import add_moments_gradient_, apply_whitener, apply_whitener_backward
+from timm_deconv.kernels import add_moments_gradient_, apply_whitener, apply_whitener_backward, inverse_root_backward
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .functional import Statistics, estimate_backward, fold_bias, fold_bias_backward_
+from .functional import Statistics, fold_bias, fold_bias_backward_, root_of
 from .geometry import ConvGeometry
 
 __all__ = ["Setting", "convolve", "whitened_conv", "whitens_input"]
@@ -74,7 +74,7 @@ def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: St
         RuntimeError: in a backward pass through these gradients, which are written by hand.
     """
     live = statistics
-    tensors = (live.mean, live.whitener, live.varies, live.frozen, *live.kept)
+    tensors = (live.mean, live.whitener, live.frozen, *live.kept)
     output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, live.row_count, *tensors)
     return output
 
@@ -95,7 +95,6 @@ class _WhitenedConv(torch.autograd.Function):
         row_count: int,
         mean: Tensor,
         whitener: Tensor,
-        varies: Tensor,
         frozen: Tensor | None,
         *kept: Tensor,
     ) -> Tensor:
@@ -109,7 +108,7 @@ class _WhitenedConv(torch.autograd.Function):
             else:
                 input, kernel = x.to(dtype), apply_whitener(wide, whitener, blocks)
             output = convolve(input, kernel.to(dtype), folded_bias.to(dtype), geometry)
-        ctx.save_for_backward(x, weight, shift, mean, whitener, varies, frozen, *kept)
+        ctx.save_for_backward(x, weight, shift, mean, whitener, frozen, *kept)
         ctx.setting, ctx.row_count, ctx.has_bias, ctx.dtype = setting, row_count, bias is not None, dtype
         return output
 
@@ -141,7 +140,7 @@ class _OnlyOnce(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, weight and bias, each None where it is not asked for."""
-    x, weight, shift, mean, whitener, varies, frozen, *kept = ctx.saved_tensors
+    x, weight, shift, mean, whitener, frozen, *kept = ctx.saved_tensors
     geometry, cfg, _ = ctx.setting
     blocks, wide = geometry.blocks, weight.to(whitener.dtype)
     with full_precision(x):
@@ -155,8 +154,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad_mean = torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1)
             if frozen is not None:
                 grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
-            statistics = Statistics(mean, whitener, varies, ctx.row_count, kept)
-            own_mean, *of_moments = estimate_backward(grad_mean, grad_whitener, statistics, geometry.padding, cfg)
+            own_mean, *of_moments = inverse_root_backward(
+                grad_mean, grad_whitener, mean, whitener, kept, ctx.row_count, geometry.padding, root_of(cfg)
+            )
             add_moments_gradient_(grad_x, x, own_mean, *of_moments, geometry.sampling, blocks)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype) if ctx.has_bias else None
 

@@ -22,6 +22,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         flush(partial)
         os.replace(partial, path)
+        flush_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -36,11 +37,21 @@ def flush(path: Path) -> None:
     """Wait until the file, or every file of the folder, is on the disk."""
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY if fcntl else os.O_RDWR)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(file, os.O_RDONLY if fcntl else os.O_RDWR)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in the folder are on the disk; Windows does so itself."""
+    if fcntl:
+        _sync(folder, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(folder: Path) -> None:

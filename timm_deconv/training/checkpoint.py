@@ -1,19 +1,18 @@
-"""The output folder of a run: weights that timm loads, the state to resume from, the recipe, the curve.
+"""The output folder of a run: weights that timm loads, the states to resume from, the recipe, the curve.
 
-model.safetensors, config.json   `timm.create_model('local-dir:OUT', pretrained=True)`
-state/epoch-0003/                accelerate's state after three epochs; the one before stays until this is whole
+model.safetensors, config.json      `timm.create_model('local-dir:OUT', pretrained=True)`
+state/epoch-0003-image-00012800/    the state after three epochs and 12,800 images of the fourth; see `state_files`
 recipe.yaml  curve.csv  results.csv  tensorboard/
 """
 
 import csv
 import io
-import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -21,26 +20,49 @@ from torch import nn
 from timm_deconv.errors import InputError
 from timm_deconv.models.weights import write_weights
 
-from .atomic_io import flush, remove, write_text, write_whole
+from .atomic_io import remove, write_text, write_whole
 from .recipe import Recipe, load_recipe
+from .state_files import damage, write_state
 
 # may differ between a run and its continuation
-FREE = {"name", "data_dir", "pretrained_path", "dataset_download", "workers", "log_interval", "max_unreadable"}
+FREE = {
+    *("name", "data_dir", "pretrained_path", "dataset_download", "workers", "log_interval"),
+    *("max_unreadable", "checkpoint_every", "nonfinite", "nonfinite_limit", "process_timeout"),
+}
+
+KEPT = 2
+"""States that stay: should the latest be damaged, there is the one before."""
 
 
 @dataclass
 class Progress:
-    """How far a run is: finished epochs, updates made, seconds spent in all and in training alone, one row an epoch."""
+    """How far a run is.
+
+    Attributes:
+        epoch: finished epochs.
+        consumed: images of the next epoch that all processes together have had.
+        step: updates made or left out.
+        left_out: updates left out for a non-finite loss.
+        seconds, training_seconds: spent in all, and in training alone.
+        curve: a row for each finished epoch.
+    """
 
     epoch: int = 0
+    consumed: int = 0
     step: int = 0
+    left_out: int = 0
     seconds: float = 0.0
     training_seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def place(self) -> str:
+        """Name the place in the run; names sort as places do."""
+        return f"epoch-{self.epoch:04d}-image-{self.consumed:08d}"
+
 
 class RunFolder:
-    """The output folder of one run.
+    """The output folder of one run. Where there are several processes, the main one alone writes.
 
     Args:
         path: created by `open` where it is missing.
@@ -52,22 +74,28 @@ class RunFolder:
         self.recipe = recipe
 
     def check(self, resume: bool) -> None:
-        """Check that the run may write here. A run that ended before its first epoch did may begin with other settings.
+        """Check that the run may write here. A run that ended before it saved anything may begin with other settings.
 
         Raises:
-            InputError: the folder holds another recipe's run, weights of unknown origin, or this run and `resume` is
-                not set.
+            InputError: the folder holds another recipe's run, weights of unknown origin, this run and `resume` is not
+                set, or this run without a state to resume from.
         """
-        saved, weights = self.path / "recipe.yaml", self.path / "model.safetensors"
+        saved = self.path / "recipe.yaml"
+        begun = any((self.path / "state").glob("epoch-*"))
         if not saved.exists():
             self._refuse_foreign_files()
-        elif self.states() or weights.exists():
+        elif begun or (self.path / "model.safetensors").exists():
             if differing := _differences(load_recipe(str(saved)), self.recipe):
                 raise InputError(
                     f"{self.path} holds a run of other settings ({differing}); choose another --output-dir"
                 )
             if not resume:
                 raise InputError(f"{self.path} holds this run already; add --resume, or choose another --output-dir")
+            if not self.states():
+                raise InputError(
+                    f"{self.path} holds this run, but no state of this version to resume from; choose another"
+                    " --output-dir"
+                )
 
     def open(self) -> None:
         """Create the folder, with the recipe in it."""
@@ -75,46 +103,74 @@ class RunFolder:
         write_text(self.path / "recipe.yaml", self.recipe.yaml())
 
     def states(self) -> list[Path]:
-        """List the whole states, the latest last."""
-        return sorted((self.path / "state").glob("epoch-*"))
+        """List the states, the latest last."""
+        return sorted((self.path / "state").glob("epoch-*-image-????????"))
 
-    def save(self, accelerator: Accelerator, model: nn.Module, ema: nn.Module | None, progress: Progress) -> None:
-        """Save weights, curve and state of a finished epoch; all processes call it.
+    def newest_state(self, say: Callable[[str], None]) -> Path | None:
+        """Find the latest state that is whole; None where nothing was saved yet.
+
+        Damaged ones are put aside as NAME.damaged.
 
         Args:
-            accelerator: holds what is needed to resume.
+            say: is told of each damaged one.
+
+        Raises:
+            InputError: all are damaged.
+        """
+        found = self.states()
+        damaged = {}
+        for state in reversed(found):
+            reason = damage(state)
+            if reason is None:
+                for spoilt in damaged:
+                    aside = spoilt.with_name(f"{spoilt.name}.damaged")
+                    remove(aside)
+                    spoilt.rename(aside)
+                return state
+            damaged[state] = reason
+            say(f"{state.name} is damaged ({reason}); trying the one before")
+        if damaged:
+            raise InputError(f"no state in {self.path / 'state'} is whole; choose another --output-dir to begin anew")
+        return None
+
+    def save_state(self, state: dict[str, Any], progress: Progress) -> None:
+        """Save a state for `--resume`, and remove all but the last ones.
+
+        Raises:
+            OSError: it could not be written, e.g. on a full disk. What was saved before is whole.
+        """
+        path = self.path / "state" / progress.place
+        with self._saying_what_is_left(progress):
+            if not path.exists():
+                write_state(path, state)
+        for older in self.states()[:-KEPT]:
+            remove(older)
+
+    def export(self, model: nn.Module, progress: Progress) -> None:
+        """Save weights and curve of a finished epoch.
+
+        Args:
             model: the network whose weights are the result, not wrapped.
-            ema: the averaged network where there is one.
             progress: with the epoch counted.
 
         Raises:
-            OSError: something could not be written, e.g. on a full disk. What was saved before is whole.
+            OSError: see `save_state`.
         """
+        data = self.recipe.model_dump(include={"input_size", "mean", "std", "crop_pct", "interpolation"})
+        with self._saying_what_is_left(progress):
+            write_whole(self.path / "config.json", lambda file: save_config_for_hf(model, str(file), data_config=data))
+            write_whole(self.path / "model.safetensors", lambda file: write_weights(model, file))
+            self._write_curve(progress)
+
+    @contextmanager
+    def _saying_what_is_left(self, progress: Progress) -> Iterator[None]:
         try:
-            if accelerator.is_main_process:
-                self._export(model)
-                self._write_curve(progress)
-            self._save_state(accelerator, ema, progress)
+            yield
         except (OSError, RuntimeError, SafetensorError) as error:
             left = self.states()
             kept = f"{left[-1].name} is whole: make room and add --resume" if left else "make room and start again"
             cause = (str(error).splitlines() or [type(error).__name__])[0]
-            raise OSError(f"epoch {progress.epoch} could not be saved in {self.path} ({cause}); {kept}") from error
-
-    def load(self, accelerator: Accelerator, ema: nn.Module | None) -> Progress:
-        """Restore the latest whole state into what was prepared; return a fresh Progress where there is none."""
-        states = self.states()
-        if not states:
-            return Progress()
-        accelerator.load_state(str(states[-1]))
-        if ema is not None:
-            ema.load_state_dict(safetensors.torch.load_file(states[-1] / "ema.safetensors"))
-        return Progress(**json.loads((states[-1] / "progress.json").read_text()))
-
-    def _export(self, model: nn.Module) -> None:
-        data = self.recipe.model_dump(include={"input_size", "mean", "std", "crop_pct", "interpolation"})
-        write_whole(self.path / "config.json", lambda file: save_config_for_hf(model, str(file), data_config=data))
-        write_whole(self.path / "model.safetensors", lambda file: write_weights(model, file))
+            raise OSError(f"{progress.place} could not be saved in {self.path} ({cause}); {kept}") from error
 
     def _write_curve(self, progress: Progress) -> None:
         text = io.StringIO()
@@ -122,24 +178,6 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(progress.curve)
         write_text(self.path / "curve.csv", text.getvalue())
-
-    def _save_state(self, accelerator: Accelerator, ema: nn.Module | None, progress: Progress) -> None:
-        partial = self.path / "state" / ".partial"
-        if accelerator.is_main_process:
-            remove(partial)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return
-        if ema is not None:
-            write_weights(ema, partial / "ema.safetensors")
-        (partial / "progress.json").write_text(json.dumps(asdict(progress)))
-        flush(partial)
-        older = self.states()
-        partial.rename(self.path / "state" / f"epoch-{progress.epoch:04d}")
-        for state in older:
-            remove(state)
 
     def _refuse_foreign_files(self) -> None:
         if self.path.exists() and not self.path.is_dir():

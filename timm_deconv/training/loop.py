@@ -4,18 +4,14 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    ProjectConfiguration,
-    is_tensorboard_available,
-)
+from accelerate.utils import send_to_device
 from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -24,16 +20,20 @@ from timm.utils import ModelEmaV3, adaptive_clip_grad, dispatch_clip_grad, rando
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_deconv.errors import InputError
+from timm_deconv.errors import InputError, NonFiniteError
 from timm_deconv.linalg import widest
-from timm_deconv.models.weights import follow_saved, saved_arguments
 
 from . import results
 from .checkpoint import Progress, RunFolder
 from .evaluation import evaluate
 from .lr_scale import scaled_param_groups
 from .nan_guard import NanGuard
+from .processes import Processes, average_buffers, create_accelerator, lost_process_named
 from .recipe import Recipe
+from .recovery import Recovery
+from .run_state import RunState
+from .saving import Saver
+from .signals import Signals
 from .tasks import Batch, Task, create_task
 
 
@@ -51,7 +51,7 @@ def train(
     Args:
         recipe: the settings.
         output_dir: of this run alone.
-        resume: continue from the last whole epoch where there is one; bit for bit on the same machine.
+        resume: continue from the latest whole state where there is one; bit for bit on the same machine.
         record: add the result row to `hub_configs/results` of the checkout too.
         cpu: stay on the processor where there is a GPU.
         task: makes what the run is about from the recipe and the device; by default what the data set is for.
@@ -61,54 +61,24 @@ def train(
 
     Raises:
         InputError: something in the recipe, the data or the folder cannot be used.
-        NonFiniteError: the loss or a weight became NaN or infinite; the last checkpoint is whole.
-        OSError: an unreadable image, or a full disk; the last checkpoint is whole.
+        NonFiniteError: the loss or a weight became NaN or infinite; the last state is whole.
+        OSError: an unreadable image, a full disk, or another process that is gone; the last state is whole.
+        Stopped: SIGTERM or SIGUSR1 came, and the run has saved itself.
     """
     folder = RunFolder(output_dir, recipe)
     folder.check(resume)
     record_to = results.record_path(recipe) if record else None
     accelerator = create_accelerator(recipe, folder.path, cpu)
     random_seed(recipe.seed)
-    trainer = Trainer(recipe, task(recipe, accelerator.device), folder, accelerator)
     try:
-        row = trainer.run(resume)
+        with lost_process_named():
+            trainer = Trainer(recipe, task(recipe, accelerator.device), folder, accelerator)
+            row = trainer.run(resume)
     finally:
         accelerator.end_training()
     if record_to and accelerator.is_main_process:
         results.append_row(record_to, row, trainer.task.headline)
     return row
-
-
-def create_accelerator(recipe: Recipe, log_dir: Path | None = None, cpu: bool = False) -> Accelerator:
-    """Set accelerate up for loaders of whole batches, of which every process takes its share.
-
-    Args:
-        recipe: precision, accumulation and seed.
-        log_dir: where tensorboard's log goes; None writes none.
-        cpu: stay on the processor where there is a GPU.
-
-    Raises:
-        InputError: the batch does not divide into the processes, or the precision is not to be had.
-    """
-    cpu = cpu or not torch.cuda.is_available()
-    if cpu and recipe.amp and recipe.amp_dtype == "float16":
-        raise InputError("amp_dtype='float16': a processor would train in float32; set amp_dtype=bfloat16 or amp=false")
-    AcceleratorState._reset_state()  # a second run in one process may ask for another precision
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no",
-        gradient_accumulation_steps=recipe.grad_accum_steps,
-        log_with="tensorboard" if log_dir and is_tensorboard_available() else None,
-        project_config=ProjectConfiguration(logging_dir=str(log_dir)) if log_dir else None,
-        dataloader_config=DataLoaderConfiguration(
-            split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed, non_blocking=True
-        ),
-        # whitening matrices are large; `average_buffers` brings them together once an epoch
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    if recipe.batch_size % accelerator.num_processes:
-        raise InputError(f"batch_size={recipe.batch_size} does not divide into {accelerator.num_processes} processes")
-    return accelerator
 
 
 class Trainer:
@@ -123,83 +93,156 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, task: Task, folder: RunFolder, accelerator: Accelerator):
         self.recipe, self.task, self.folder, self.accelerator = recipe, task, folder, accelerator
-        self.progress = Progress()
+        self.progress, self.clock = Progress(), time.perf_counter()
+        self.processes = Processes(accelerator.num_processes, accelerator.process_index, recipe.process_timeout)
         self.network = task.create_model()  # without what accelerate puts around it: processes, compilation
         with accelerator.main_process_first():  # which downloads
-            train_loader, val_loader = task.create_loaders()
+            self.train_loader, val_loader = task.create_loaders()
+        self.order = self.train_loader.batch_sampler
+        self.order.process, self.order.processes = accelerator.process_index, accelerator.num_processes
         task.calibrate(self.network.to(accelerator.device))
         optimizer = create_optimizer(self.network, recipe)
-        self.scheduler = create_scheduler(optimizer, recipe, len(train_loader))
+        self.scheduler = create_scheduler(optimizer, recipe, len(self.train_loader))
         with warnings.catch_warnings():
             # torch 2.14 renames an argument that older ones know by this name alone
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.model, self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(
-                self.network, optimizer, train_loader, val_loader
-            )
+            # the training loader has its own order and shares
+            self.model, self.optimizer, self.val_loader = accelerator.prepare(self.network, optimizer, val_loader)
         self.ema: ModelEmaV3 | None = None
         if recipe.model_ema:
             self.ema = ModelEmaV3(self.network, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
         self.averaged: nn.Module | None = None if self.ema is None else self.ema.module
         self.result = self.network if self.averaged is None else self.averaged  # what is evaluated and saved
-        self.guard = NanGuard(self.network)
+        state = RunState(accelerator, self.processes, self.network, self.averaged, self.optimizer, self.scheduler)
+        self.signals = Signals()
+        self.saver = Saver(folder, state, self.processes, self.signals, self._say)
+        self.recovery = Recovery(recipe, self.network, self.saver.rewind)
+        self.guard = NanGuard(self.network, self.processes, at_once=self.recovery.active)
+        self._reset_figures()
 
     def run(self, resume: bool) -> dict[str, object]:
         """Train to the last epoch and return the result row."""
-        self._open(resume)
-        while self.progress.epoch < self.recipe.epochs:
-            self._epoch()
+        with self.signals:
+            self._open(resume)
+            while self.progress.epoch < self.recipe.epochs:
+                self._epoch()
         return self._finish()
 
     def _open(self, resume: bool) -> None:
-        if self.accelerator.is_main_process:
-            self.folder.open()
-        self.accelerator.wait_for_everyone()
-        if resume:
-            for network in filter(None, (self.network, self.averaged)):
-                follow_saved(network, saved_arguments(self.folder.path))
-            self.progress = self.folder.load(self.accelerator, self.averaged)
-        if self.progress.epoch:
-            self._say(f"resumed after {self.progress.epoch} of {self.recipe.epochs} epochs")
-            self.scheduler.step_update(self.progress.step)
+        self.processes.main_does(self.folder.open)
+        state = self.saver.load() if resume else None
+        if state is not None:
+            self._resume(state)
+        elif self.recovery.mode == "rewind":
+            self.saver.save(self.progress, self._own())
         self.accelerator.init_trackers("tensorboard")
 
-    def _epoch(self) -> None:
-        started = time.perf_counter()
-        training = self._train_epoch()
-        training_seconds = time.perf_counter() - started
-        self.guard.finish()
-        for network in filter(None, (self.network, self.averaged)):
-            average_buffers(self.accelerator, network)
-        validation = evaluate(self.task, self.result, self.val_loader, self.accelerator)
-        self.progress.epoch += 1
-        self.progress.training_seconds += training_seconds
-        self.progress.seconds += time.perf_counter() - started
-        self._record_epoch(training, validation)
-        self.folder.save(self.accelerator, self.result, self.averaged, self.progress)
+    def _resume(self, state: dict[str, Any]) -> None:
+        saved = self.saver.state.restore(state)
+        self.progress = Progress(**saved[0]["progress"])
+        if len(saved) == self.processes.number:
+            self.total, self.images = (saved[self.processes.index][name] for name in ("total", "images"))
+        elif self.accelerator.is_main_process:
+            self.total, self.images = (sum(own[name] for own in saved) for name in ("total", "images"))
+        self.total = self.total.to(self.accelerator.device)
+        if self.progress.consumed and len(saved) != self.processes.number:
+            self._seed()
+            self._say(f"saved by {len(saved)} processes: the images stay the same, random numbers of layers do not")
+        self._say(
+            f"resumed from {self.progress.place}: {self.progress.epoch} of {self.recipe.epochs} epochs and"
+            f" {self.progress.consumed} of {self._images_per_epoch} images"
+        )
 
-    def _train_epoch(self) -> dict[str, float]:
-        epoch, device = self.progress.epoch, self.accelerator.device
-        # order and augmentation depend on seed and epoch alone, so a resumed run continues as if it had never stopped
-        random_seed((self.recipe.seed + 1_000_003 * (epoch + 1)) % 2**31, self.accelerator.process_index)
-        self.train_loader.set_epoch(epoch)
-        self.task.begin_epoch(epoch)
+    @property
+    def _images_per_epoch(self) -> int:
+        return len(self.train_loader) * self.recipe.batch_size
+
+    def _epoch(self) -> None:
+        self.clock = time.perf_counter()
+        if self.progress.consumed < self._images_per_epoch:
+            self._train_epoch()
+            self.guard.finish()
+            for network in filter(None, (self.network, self.averaged)):
+                average_buffers(self.accelerator, network)
+            self._count_time(training=True)
+        validation = evaluate(self.task, self.result, self._interruptible(self.val_loader), self.accelerator)
+        self._count_time(training=False)
+        training = self._summarise_training()
+        self.progress.epoch += 1
+        self.progress.consumed = 0
+        self._reset_figures()
+        self._record_epoch(training, validation)
+        self.processes.main_does(lambda: self.folder.export(self.result, self.progress))
+        self.saver.save(self.progress, self._own())
+
+    def _train_epoch(self) -> None:
+        """Train on what is left of the epoch."""
+        if self.progress.consumed == 0:
+            self._seed()
+        self.order.epoch, self.order.consumed = self.progress.epoch, self.progress.consumed
+        self.task.begin_epoch(self.progress.epoch)
         self.model.train()
-        total = torch.zeros(len(self.task.columns), device=device, dtype=widest(device))
-        images = 0
         with self._progress_bar() as bar:
             for batch in bar:
-                figures = self._batch(batch)
-                total += figures.sum(0)
-                images += len(figures)
-                if self.accelerator.sync_gradients and self.progress.step % self.recipe.log_interval == 0:
-                    bar.set_postfix(self._log(total, images), refresh=False)
-        total = self.accelerator.reduce(total, "sum")
-        return dict(self.task.summarise(total, images * self.accelerator.num_processes))
+                figures = self._batch(send_to_device(batch, self.accelerator.device, non_blocking=True))
+                self.total += figures.sum(0)
+                self.images += len(figures)
+                if self.accelerator.sync_gradients:
+                    self._after_update(bar)
+
+    def _after_update(self, bar: tqdm) -> None:
+        if self.progress.step % self.recipe.log_interval == 0 and self.images:
+            bar.set_postfix(self._log(self.total, self.images), refresh=False)
+        if self.progress.consumed == self._images_per_epoch:
+            return  # evaluation and the epoch's own state follow
+        if self.saver.is_told_to_end():
+            self.saver.stop(*self._ready_to_save())
+        if self.saver.is_due(self.progress.step):
+            self.saver.try_to_save(*self._ready_to_save())
+            self.clock = time.perf_counter()
+
+    def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass evaluation batches on as long as no signal tells the run to end."""
+        for batch in batches:
+            if self.saver.is_told_to_end():
+                self._count_time(training=False)
+                self.saver.stop(self.progress, self._own())
+            yield batch
+
+    def _ready_to_save(self) -> tuple[Progress, dict[str, Any]]:
+        self.guard.finish()
+        self._count_time(training=True)
+        return self.progress, self._own()
+
+    def _own(self) -> dict[str, Any]:
+        """Return what this process alone knows of the epoch so far."""
+        return {"total": self.total, "images": self.images}
+
+    def _reset_figures(self) -> None:
+        device = self.accelerator.device
+        self.total, self.images = torch.zeros(len(self.task.columns), device=device, dtype=widest(device)), 0
+
+    def _count_time(self, training: bool) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self.clock
+        self.progress.training_seconds += now - self.clock if training else 0
+        self.clock = now
+
+    def _seed(self) -> None:
+        """Seed the random numbers of layers, by the place in the run and by process."""
+        place = 1_000_003 * (self.progress.epoch + 1) + self.progress.consumed
+        random_seed((self.recipe.seed + place) % 2**31, self.accelerator.process_index)
+
+    def _summarise_training(self) -> dict[str, float]:
+        figures = self.accelerator.reduce(torch.cat([self.total, self.total.new_tensor([self.images])]), "sum")
+        return dict(self.task.summarise(figures[:-1], int(figures[-1])))
 
     def _progress_bar(self) -> tqdm:
         """Wrap the training loader in a bar of images, which the main process shows where there is a terminal."""
         return tqdm(
             self.train_loader,
+            total=len(self.train_loader),
+            initial=self.progress.consumed // self.recipe.batch_size,
             desc=f"epoch {self.progress.epoch + 1}/{self.recipe.epochs}",
             unit="img",
             unit_scale=self.recipe.batch_size,
@@ -210,21 +253,41 @@ class Trainer:
 
     def _batch(self, batch: Batch) -> Tensor:
         """Make a forward and a backward pass, and an update where one is due; return the figures (B, columns)."""
-        with self.accelerator.accumulate(self.model):
+        self.progress.consumed += self.recipe.batch_size
+        passes, accumulated = self.progress.consumed // self.recipe.batch_size, self.recipe.grad_accum_steps
+        is_due = passes % accumulated == 0 or passes == len(self.train_loader)
+        self.accelerator.sync_gradients = is_due
+        self.recovery.begin_pass(first=passes % accumulated == 1 or accumulated == 1)
+        place = f"epoch {self.progress.epoch + 1}, update {self.progress.step + 1}"
+        with nullcontext() if is_due else self.accelerator.no_sync(self.model):
             loss, figures = self._loss(batch)
-            place = f"epoch {self.progress.epoch + 1}, update {self.progress.step + 1}"
-            self.guard.step(loss, lambda: self.task.loss(self.network, batch), place)
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients and self.recipe.clip_grad is not None:
+            try:
+                self.guard.step(loss, lambda: self.task.loss(self.network, batch), place)
+                self.accelerator.backward(loss)
+                if is_due and self.recovery.active and self.accelerator.scaler is None:
+                    self.guard.check_gradients(place)
+            except NonFiniteError as error:
+                self.recovery.spoil(error, self.progress.left_out)
+                self._say(str(error))
+                figures = figures[:0]
+        if is_due:
+            self._update()
+        return figures
+
+    def _update(self) -> None:
+        self.progress.step += 1
+        if self.recovery.spoilt:
+            self.progress.left_out += 1
+            done = self.recovery.undo()
+            self._say(f"update {self.progress.step} is {done} ({self.progress.left_out} of {self.recovery.limit})")
+        else:
+            if self.recipe.clip_grad is not None:
                 self._clip_gradient(self.recipe.clip_grad)
             self.optimizer.step()
-            self.optimizer.zero_grad()
-        if self.accelerator.sync_gradients:
-            self.progress.step += 1
-            self.scheduler.step_update(self.progress.step)
-            if self.ema is not None:
-                self.ema.update(self.network, self.progress.step)
-        return figures
+        self.optimizer.zero_grad()
+        self.scheduler.step_update(self.progress.step)
+        if self.ema is not None and not self.recovery.spoilt:
+            self.ema.update(self.network, self.progress.step)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         try:
@@ -277,7 +340,7 @@ class Trainer:
             print(text, file=sys.stderr, flush=True)
 
     def _speed(self) -> float:
-        images = self.progress.epoch * len(self.train_loader) * self.recipe.batch_size
+        images = self.progress.epoch * self._images_per_epoch
         return images / max(self.progress.training_seconds, 1e-9)
 
     def _finish(self) -> dict[str, object]:
@@ -329,12 +392,3 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, batches: 
         updates_per_epoch=math.ceil(batches / recipe.grad_accum_steps),
     )
     return scheduler
-
-
-def average_buffers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Replace floating-point buffers (running means, whiteners) by their mean over processes: each saw other images."""
-    if accelerator.num_processes == 1:
-        return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(accelerator.reduce(buffer.clone(), "mean"))

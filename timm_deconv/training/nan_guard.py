@@ -1,11 +1,11 @@
-"""Stops a run at the first NaN or infinity, and names the layer that saw it.
+"""Raises at the first NaN or infinity, in all processes alike, and names the layer that saw it.
 
 On the processor the loss is read at once, before the weights change. On a GPU it is read one step late, so that the
 device never waits for the host; each step leaves a small record (loss and the layers' flags) of what that step saw.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from timm_deconv.errors import NonFiniteError
+
+from .processes import Processes
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class NanGuard:
     Args:
         model: the network, not wrapped. Layers with a boolean tensor `saw_nonfinite` are asked first; where none has,
             the batch is repeated and the first layer named whose input or output is non-finite.
+        processes: all of the run; what one of them sees, each of them raises.
+        at_once: read the loss before the weights change on a GPU too, which then waits.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, processes: Processes, at_once: bool = False):
+        self.model, self.processes = model, processes
         self.layers = [(name, m) for name, m in model.named_modules() if hasattr(m, "saw_nonfinite")]
-        self.lag = 1 if next(model.parameters()).is_cuda else 0
+        self.lag = 1 if next(model.parameters()).is_cuda and not at_once else 0
         self.records: deque[Record] = deque()
 
     def step(self, loss: Tensor, repeat: Callable[[], object], place: str) -> None:
@@ -69,7 +73,20 @@ class NanGuard:
             NonFiniteError: see `step`; or a weight or buffer is NaN or infinite.
         """
         self._check_all_but(0)
-        check_state(self.model)
+        bad = first_nonfinite_value(self.model.state_dict())
+        if seen := next(filter(None, self.processes.gather(bad)), None):
+            raise NonFiniteError(f"{seen} is non-finite after an update with a finite loss; lower lr, or set clip_grad")
+
+    def check_gradients(self, place: str) -> None:
+        """Check the gradients that an update is about to use; a GPU is waited for.
+
+        Raises:
+            NonFiniteError: one is NaN or infinite; its parameter is named.
+        """
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        bad = first_nonfinite_value(gradients)
+        if seen := next(filter(None, self.processes.gather(bad)), None):
+            raise NonFiniteError(f"non-finite gradient of {seen} at {place}; lower lr, or check the images")
 
     def _check_all_but(self, lag: int) -> None:
         while len(self.records) > lag:
@@ -79,25 +96,25 @@ class NanGuard:
         if record.copied is not None:
             record.copied.synchronize()
         loss_is_bad, *flags = record.bad.tolist()
-        if not loss_is_bad:
+        if not self.processes.any(loss_is_bad)[0]:
             return
         named = zip(self.layers, flags, strict=True)
         flagged = [f"{name} ({type(layer).__name__}, its batch statistics)" for (name, layer), flag in named if flag]
-        where = flagged[0] if flagged else first_nonfinite(self.model, record.repeat)
+        seen = self.processes.gather(flagged[0] if loss_is_bad and flagged else None)
+        if not any(seen):  # all repeat their batches: layers may share statistics
+            repeated = first_nonfinite(self.model, record.repeat)
+            seen = self.processes.gather(repeated if loss_is_bad else None)
+        where = next(filter(None, seen))
         raise NonFiniteError(f"non-finite loss at {record.place}, first seen by {where}; lower lr, or check the images")
 
 
-def check_state(model: nn.Module) -> None:
-    """Check that every weight and buffer of the state dict is finite.
-
-    Raises:
-        NonFiniteError: one is NaN or infinite; it is named.
-    """
-    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    finite = torch.stack([torch.isfinite(value).all() for value in state.values()]).tolist()
-    for name, is_finite in zip(state, finite, strict=True):
-        if not is_finite:
-            raise NonFiniteError(f"{name} is non-finite after an update with a finite loss; lower lr, or set clip_grad")
+def first_nonfinite_value(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity."""
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    if not floats:
+        return None
+    finite = torch.stack([torch.isfinite(value).all() for value in floats.values()]).tolist()
+    return next((name for name, is_finite in zip(floats, finite, strict=True) if not is_finite), None)
 
 
 def first_nonfinite(model: nn.Module, repeat: Callable[[], object]) -> str:

@@ -5,6 +5,7 @@ The keys are timm's (`opt`, `sched`, `model_ema`, ...) where timm has them, and 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -25,8 +26,10 @@ Triple = tuple[float, float, float]
 # result rows have columns of their own for the first four; the others change nothing that is learned
 NOT_IN_HASH = {
     *("name", "model", "model_kwargs", "seed", "data_dir", "dataset_download", "workers", "log_interval"),
-    "max_unreadable",
+    *("max_unreadable", "checkpoint_every", "process_timeout"),
 }
+
+INTERVAL = re.compile(r"(?P<updates>[1-9]\d*)( steps?)?|(?P<minutes>\d*\.?\d+) min")
 
 SGD = ("momentum", "sgd")
 OWN_KEYS = {"num_classes": "num_classes", "in_chans": "input_size", "pretrained": "pretrained"}
@@ -100,6 +103,12 @@ class Recipe(BaseModel):
         seed: of weights, order and augmentation.
         workers: processes that load images; 0 loads in the training process.
         log_interval: updates between two looks at the loss for progress bar and tensorboard.
+        checkpoint_every: save what `--resume` goes on from after so many updates ('500') or minutes ('10 min'); it is
+            saved after every epoch in any case.
+        nonfinite: what a loss that is NaN or infinite does: 'stop' ends the run, 'skip' leaves the update out, 'rewind'
+            also goes back to the last checkpoint's weights and optimiser, and on with the images that follow.
+        nonfinite_limit: so many updates of a run may be left out in that way; one more stops it.
+        process_timeout: minutes that a process waits for the others before it ends.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -165,6 +174,18 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(2, ge=0)
     log_interval: PositiveInt = 50
+    checkpoint_every: str | None = None
+    nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    nonfinite_limit: PositiveInt = 10
+    process_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
+
+    @field_validator("checkpoint_every", mode="before")
+    @classmethod
+    def _is_an_interval(cls, value: Any) -> Any:
+        text = str(value) if isinstance(value, int) else value
+        if isinstance(text, str) and not INTERVAL.fullmatch(text):
+            raise ValueError("neither a number of updates (500) nor of minutes ('10 min')")
+        return text
 
     @field_validator("opt")
     @classmethod

@@ -35,7 +35,11 @@ class Task(Protocol):
         """Create a fresh network."""
 
     def create_loaders(self) -> tuple[DataLoader, DataLoader]:
-        """Create the training and evaluation loaders, of whole batches over all processes."""
+        """Create the training and evaluation loaders, of whole batches over all processes.
+
+        The training loader's `batch_sampler` is an `EpochSampler`, or like one: the loop says from where, and for which
+        process.
+        """
 
     def calibrate(self, model: nn.Module) -> None:
         """Calibrate the network by training images before the first step, where the recipe says so."""

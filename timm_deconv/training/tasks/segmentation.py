@@ -148,6 +148,7 @@ class Segmentation(RecipeTask):
             training=training,
             workers=recipe.workers,
             pin_memory=torch.cuda.is_available(),
+            seed=recipe.seed,
             collate=data.PaddedBatch(recipe.mean),
         )
 

@@ -1,0 +1,109 @@
+"""The way that whitening takes on a GPU, taken by tensors of a CPU: kernels are listed, or go as far as to the driver.
+
+So launches can be counted, and the host's time for them measured, where there is no GPU. Outputs are whatever memory
+holds, and nothing may be learnt from them.
+"""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from timm_deconv import kernels
+from timm_deconv.errors import InputError
+from timm_deconv.kernels.gpu import dispatch
+
+__all__ = ["MODULES", "driver_without_gpu", "on_gpu_path"]
+
+MODULES = "timm_deconv.kernels.gpu"
+
+CAPABILITY = 90
+"""Of the GPU that is played: Hopper."""
+
+
+class _Driver:
+    """What Triton asks of a driver, for a GPU that is not there: it loads and launches nothing."""
+
+    def __init__(self) -> None:
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, *_: Any) -> tuple[object, int, int, int, int]:
+        return object(), 0, 0, 0, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *args: None
+
+
+@contextlib.contextmanager
+def on_gpu_path(*, launches: bool = False) -> Iterator[list[str]]:
+    """Let operations on CPU tensors run as they do on a GPU, and list the names of the kernels that they launch.
+
+    `plain_form` switches to the plain forms as ever.
+
+    Args:
+        launches: let launches go to Triton, as they do on a GPU; see `driver_without_gpu`. Else they end here.
+
+    Raises:
+        InputError: Triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("Triton is not installed: kernels for GPUs cannot be looked at")
+    launched: list[str] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dispatch, "why_not", lambda index: None))
+        stack.enter_context(mock.patch.object(torch.cuda, "device", contextlib.nullcontext))
+        library = stack.enter_context(torch.library._scoped_library("timm_deconv", "IMPL"))
+        for operation, name in kernels.GPU_MODULES.items():
+            importlib.import_module(f"{MODULES}.{name}")
+            form = operation._kernels["cuda"]
+            library.impl(operation.__name__, operation._of_numbers(form), "CPU")
+            stack.enter_context(mock.patch.dict(operation._kernels, {"cpu": form}))
+        for module in _launching_modules():
+            launch = _listing(launched, module.launch if launches else None)
+            stack.enter_context(mock.patch.object(module, "launch", launch))
+        yield launched
+
+
+@contextlib.contextmanager
+def driver_without_gpu() -> Iterator[None]:
+    """Let Triton compile kernels for a GPU that is not there, and take every step of a launch but the driver's own."""
+    from triton.runtime import driver
+
+    with mock.patch.object(driver, "_active", _Driver()):
+        yield
+
+
+def _launching_modules() -> list[ModuleType]:
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{MODULES}.")]
+    return [module for module in modules if hasattr(module, "launch")]
+
+
+def _listing(launched: list[str], then: Callable[..., None] | None) -> Callable[..., None]:
+    def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        if then is not None:
+            then(kernel, grid, *args, **options)
+
+    return launch
