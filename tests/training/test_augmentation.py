@@ -129,3 +129,12 @@ def test_images_that_cannot_be_read_do_not_count_in_evaluation(recipe, tmp_path)
         found.append(evaluate(task, model, accelerator.prepare(task.evaluation_loader()), accelerator))
     assert [figures["images"] for figures in found] == [40, 38, 38]
     assert found[1] == pytest.approx(found[2], rel=1e-5) and found[0]["loss"] != found[1]["loss"]
+
+
+def test_a_run_on_cached_images_learns_as_one_that_loads_them(recipe, tmp_path):
+    rows = [train(recipe.merged({"cache": cache}), tmp_path / str(cache), cpu=True) for cache in (None, "device")]
+    assert rows[0]["train_loss"] != rows[1]["train_loss"]
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=0.1)
+    with pytest.raises(InputError, match=r"cache=device cuts out by pad_crop or not at all \(none\), without aa"):
+        load_recipe("digits", ["cache=device", "augmentation=rrc"])
+    assert recipe.hash() == recipe.merged({"cache": "device"}).hash()

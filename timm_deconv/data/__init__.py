@@ -1,9 +1,10 @@
 """Data sets and loaders: timm's and torchvision's, the embedded digits, and images with masks."""
 
 from .datasets import StrictImageDataset, check_labels, chosen_images, class_names, create_dataset
+from .device_cache import CachedImages, cached_loader
 from .digits import Digits
 from .joint_transforms import PaddedBatch, create_joint_transform
-from .loaders import create_loader, create_transform
+from .loaders import as_bytes, create_loader, create_transform
 from .sampling import EpochSampler, Seeded
 from .segmentation import IGNORED, SEGMENTATION, SegmentationDataset, class_labels, create_segmentation
 from .streams import STREAMS, ImageStream, StreamLoader, create_stream
@@ -14,6 +15,7 @@ __all__ = [
     "NO_CLASS",
     "SEGMENTATION",
     "STREAMS",
+    "CachedImages",
     "Digits",
     "EpochSampler",
     "ImageStream",
@@ -23,6 +25,8 @@ __all__ = [
     "StreamLoader",
     "StrictImageDataset",
     "Unreadable",
+    "as_bytes",
+    "cached_loader",
     "check_labels",
     "chosen_images",
     "class_labels",

@@ -78,6 +78,11 @@ def create_transform(
     return transforms.Compose(steps)
 
 
+def as_bytes(channels: int) -> Callable[[Any], Any]:
+    """Make the transform of a PIL image into a uint8 tensor of 1 or 3 channels and its own size."""
+    return transforms.Compose([_Convert(mode_of(channels)), MaybePILToTensor()])
+
+
 def _rand_augment(aa: str, side: int, mean: Sequence[float]) -> Callable[[Any], Any]:
     """Make timm's RandAugment with the settings of timm's own transforms."""
     settings = {"translate_const": int(side * 0.45), "img_mean": tuple(round(255 * value) for value in mean)}

@@ -26,7 +26,7 @@ Triple = tuple[float, float, float]
 # result rows have columns of their own for the first four; the others change nothing that is learned
 NOT_IN_HASH = {
     *("name", "model", "model_kwargs", "seed", "data_dir", "dataset_download", "workers", "log_interval"),
-    *("max_unreadable", "checkpoint_every", "process_timeout"),
+    *("max_unreadable", "cache", "checkpoint_every", "process_timeout"),
 }
 
 INTERVAL = re.compile(r"(?P<updates>[1-9]\d*)( steps?)?|(?P<minutes>\d*\.?\d+) min")
@@ -62,6 +62,8 @@ class Recipe(BaseModel):
         max_unreadable: so many different images that cannot be read are left out, in each process, before the run
             stops; they are named. In training the next one stands in for such an image, in evaluation it does not
             count.
+        cache: 'device' keeps the images as bytes on the card (or in memory) and cuts and mirrors them there, with the
+            distribution of `pad_crop`; for small sets of images of one size.
         train_images, val_images: use so many images only, always the same ones; None for all.
         num_classes: outputs of the classifier.
         input_size: channels, height, width.
@@ -130,6 +132,7 @@ class Recipe(BaseModel):
     input_key: str | None = None
     target_key: str | None = None
     max_unreadable: int = Field(0, ge=0)
+    cache: Literal["device"] | None = None
     train_images: PositiveInt | None = None
     val_images: PositiveInt | None = None
     num_classes: PositiveInt
@@ -210,6 +213,8 @@ class Recipe(BaseModel):
                 raise ValueError(f"model_kwargs.{argument} is decided by {key}; set that")
         if self.aa is not None and (not self.aa.startswith("rand-") or self.augmentation not in ("pad_crop", "rrc")):
             raise ValueError(f"aa={self.aa!r}: it is RandAugment ('rand-m9-mstd0.5-inc1') with pad_crop or rrc")
+        if self.cache and (self.aa or self.augmentation not in ("pad_crop", "none")):
+            raise ValueError("cache=device cuts out by pad_crop or not at all (none), without aa")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"batch_size={self.batch_size}: mixup and cutmix pair the images of a batch; make it even")
         if len(self.progressive_sizes) > self.epochs:

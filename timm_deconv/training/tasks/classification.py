@@ -146,15 +146,19 @@ class Classification(RecipeTask):
             crop_pct=1.0 if training else recipe.crop_pct,
             interpolation=recipe.interpolation,
         )
-        return data.create_loader(
-            dataset,
-            transform,
-            batch_size=recipe.batch_size,
-            training=training,
-            workers=recipe.workers,
-            pin_memory=torch.cuda.is_available(),
-            seed=recipe.seed,
-        )
+        settings: dict[str, Any] = {
+            "batch_size": recipe.batch_size,
+            "training": training,
+            "workers": recipe.workers,
+            "seed": recipe.seed,
+        }
+        if not recipe.cache:
+            return data.create_loader(dataset, transform, **settings, pin_memory=torch.cuda.is_available())
+        settings["device"] = self.device
+        if not training or recipe.augmentation == "none":
+            return data.cached_loader(dataset, transform, **settings)
+        crop = {"crop": recipe.input_size[1:], "crop_padding": recipe.crop_padding, "hflip": recipe.hflip}
+        return data.cached_loader(dataset, data.as_bytes(recipe.input_size[0]), **settings, **crop)
 
 
 def _figures(losses: Tensor, output: Tensor, target: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Segmentation(RecipeTask):
         super().__init__(recipe, device)
         if recipe.augmentation in FOR_CLASSES:
             raise InputError(f"augmentation={recipe.augmentation!r} is for classes; scale_crop and none are for masks")
-        for setting in ("mixup", "cutmix", "progressive_sizes"):
+        for setting in ("mixup", "cutmix", "progressive_sizes", "cache"):
             if value := getattr(recipe, setting):
                 raise InputError(f"{setting}={value} is for classes, not for masks; leave it out")
         classes = range(recipe.num_classes)
