@@ -9,6 +9,7 @@ from .tables import NOTHING, Row, Table, median_and_range, numbers, read_rows, r
 __all__ = [
     "blocks",
     "evaluation",
+    "gpu_goals",
     "kernels",
     "latest_runs",
     "layers",
@@ -105,6 +106,24 @@ def steps(*, price: bool = True, **wanted: str) -> Maker:
         return Table(head, body, used, "benchmark.csv", BENCHMARK.format(task="step"))
 
     return make
+
+
+def gpu_goals(results: Path) -> Table:
+    """Make the table of what `gpu_check.py` last found of each part, in numbers that have a goal, beside it."""
+    parts: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in select(read_rows(results / "gpu_check.csv"), size="full"):
+        parts.setdefault((row["part"], row["measure"]), {})[row["form"]] = row
+    body, used = [], []
+    for (part, measure), forms in parts.items():
+        found = forms.get("deconv")
+        if found is None or not found["goal"]:
+            continue
+        values = [significant(float(forms[form]["value"])) if form in forms else NOTHING for form in FAST_STEP]
+        ratio = f"{float(found['ratio_to_twin']):.2f}" if found["ratio_to_twin"] else NOTHING
+        body.append([part, measure, *values, ratio, f"{found['goal']} ({found['least']})", found["verdict"]])
+        used += forms.values()
+    head = ["part", "measure", "no norm", "batch norm", "`fast`", "`fast` / batch norm", "goal (least)", "verdict"]
+    return Table(head, body, used, "gpu_check.csv", "python scripts/gpu_check.py")
 
 
 def _times(run: Mapping[str, Row], forms: Iterable[str]) -> list[str]:

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/kernels/test_gpu.py", "tests/layers/test_cuda.py")
+TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_folding.py", "tests/layers/test_cuda.py")
 TESTS_LIMIT = 80
 """Seconds after which the tests are stopped; those that ran are counted."""
 
@@ -133,7 +133,8 @@ def run_tests(tiny: bool) -> Iterator[Found]:
     """Run the tests of kernels and layers that need a GPU, and count outcomes, up to a limit of time."""
     files = [file for file in TESTS if (ROOT / file).exists()]
     beside = ["-n", "4"] if importlib.util.find_spec("xdist") and not tiny else []
-    command = [sys.executable, "-m", "pytest", "-v", "-rN", "-p", "no:cacheprovider", *beside, *files]
+    without = ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # which warns of processes side by side
+    command = [sys.executable, "-m", "pytest", "-v", "-rN", *without, *beside, *files]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS_LIMIT, check=False)
         said, stopped = done.stdout, 0

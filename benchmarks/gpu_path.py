@@ -26,6 +26,10 @@ CAPABILITY = 90
 """Of the GPU that is played: Hopper."""
 
 
+NO_DEVICE = 999
+"""Its number. Triton keeps what it compiles by device, and a GPU that is there must not be given any of this."""
+
+
 class _Driver:
     """What Triton asks of a driver, for a GPU that is not there: it loads and launches nothing."""
 
@@ -33,7 +37,7 @@ class _Driver:
         self.utils = self
 
     def get_current_device(self) -> int:
-        return 0
+        return NO_DEVICE
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -46,11 +50,8 @@ class _Driver:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 * 1024}
 
-    def load_binary(self, *_: Any) -> tuple[object, int, int, int, int]:
-        return object(), 0, 0, 0, 1024
-
-    def unload_module(self, module: object) -> None:
-        pass
+    def load_binary(self, *_: Any) -> tuple[None, None, int, int, int]:
+        return None, None, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         return lambda *args: None
@@ -74,6 +75,7 @@ def on_gpu_path(*, launches: bool = False) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "why_not", lambda index: None))
         stack.enter_context(mock.patch.object(torch.cuda, "device", contextlib.nullcontext))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: None))
         library = stack.enter_context(torch.library._scoped_library("timm_deconv", "IMPL"))
         for operation, name in kernels.GPU_MODULES.items():
             importlib.import_module(f"{MODULES}.{name}")

@@ -33,6 +33,7 @@ from .accuracy_tables import (
 from .cost_tables import (
     blocks,
     evaluation,
+    gpu_goals,
     kernels,
     layers,
     memory,
@@ -42,6 +43,7 @@ from .cost_tables import (
     scaling,
     steps,
 )
+from .survival_tables import killed_runs
 from .tables import markdown
 
 __all__ = ["TABLES", "filled", "stale_pages"]
@@ -195,6 +197,7 @@ TEN_THOUSAND += "efficientnet_b0_cifar senet18_cifar pnasnet_a_cifar".split()
 TABLES: dict[str, Maker] = {
     "README: accuracy": readme_accuracy,
     "README: cost": readme_cost,
+    "killed runs": killed_runs,
     "one epoch, full width": networks_by_form(
         ["resnet18_cifar", "mobilenetv2_cifar", "senet18_cifar", "efficientnet_b0_cifar", "pnasnet_a_cifar"],
         FORMS,
@@ -231,6 +234,7 @@ TABLES: dict[str, Maker] = {
     "conversions": conversions,
     "steps": steps(device="cpu", compile="", amp=""),
     "compiled steps": steps(device="cpu", compile="default", price=False),
+    "GPU goals": gpu_goals,
     "GPU steps": steps(device="cuda", price=False),
     "published steps": published_steps,
     "evaluation": evaluation,

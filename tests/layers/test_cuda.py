@@ -1,6 +1,7 @@
 """On a GPU a layer does what it does on the CPU, in one graph if compiled, and never makes the host wait."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,10 @@ from benchmarks.graphs import captured
 from tests.layers.test_host import LAYERS as OF_HOST
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, preset
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.filterwarnings("ignore:whitening runs in its plain form:UserWarning"),  # of float64
+]
 
 LAYERS = OF_HOST | {"wide conv": (lambda cfg: Deconv2d(128, 64, 3, padding=1, cfg=cfg), (4, 128, 8, 8))}
 CFGS = {
@@ -31,7 +35,9 @@ CFGS = {
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Whatever makes the host wait for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -44,6 +44,11 @@ SIDES: dict[str, Callable[[], Layer]] = {
 }
 
 
+def count_calls(patch: pytest.MonkeyPatch, name: str, calls: list[str]) -> None:
+    function = getattr(operation, name)
+    patch.setattr(operation, name, lambda *args: (calls.append(name), function(*args))[1])
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("build", SIDES.values(), ids=SIDES.keys())
 def test_whitening_the_input_is_whitening_the_weight(
@@ -54,21 +59,19 @@ def test_whitening_the_input_is_whitening_the_weight(
     layer.to(memory_format=memory_format)
     assert layer.blocks.pixels and layer.blocks.groups == layer.blocks.sets == 1
     results, sides = [], []
-    whiten = operation.apply_whitener
     for of_input in (False, True):
         torch.manual_seed(3)
         this, image = copy.deepcopy(layer), x.clone().requires_grad_()
         monkeypatch.setattr(operation, "whitens_input", lambda *_, of_input=of_input: of_input)
-        whitened: list[bool] = []
+        whitened: list[str] = []
         with monkeypatch.context() as counted:
-            counted.setattr(
-                operation, "apply_whitener", lambda *a, w=whitened: (w.append(len(a[0]) == len(x)), whiten(*a))[1]
-            )
+            for name in ("apply_whitener", "fold_whitening"):
+                count_calls(counted, name, whitened)
             output = this(image)
             grads = torch.autograd.grad(output, [image, *this.parameters()], torch.randn(output.shape, dtype=x.dtype))
         sides.append(whitened)
         results.append([output.detach(), *grads, this.running_mean, this.running_deconv])
-    assert sides == [[False, False], [True, True]]  # forward, and again in the backward pass
+    assert sides == [2 * ["fold_whitening"], 2 * ["apply_whitener"]]  # forward, and again in the backward pass
     for by_weight, by_input in zip(*results, strict=True):
         assert (by_input - by_weight).norm() <= 1e-9 * by_weight.norm()
 
@@ -96,6 +99,7 @@ def test_the_side_with_fewer_products_is_whitened() -> None:
     for size, of_input in ((4, True), (32, False)):
         x = torch.empty(16, 64, size, size)
         assert operation.whitens_input(x, layer.weight, layer._geometry(x)) is of_input
+        assert not operation.whitens_input(x.to("meta"), layer.weight, layer._geometry(x))
     layer, x = Deconv2d(8, 8, 3, groups=2, cfg=SMALL), torch.empty(1, 8, 3, 3)
     assert not operation.whitens_input(x, layer.weight, layer._geometry(x))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from timm_deconv.kernels.gain import first_norm, gain, passed_norm
 from timm_deconv.layers import Deconv2d, DeconvLinear
-from timm_deconv.layers.gain import first_power, gain, passed_power
 
 FAST = {"preset": "fast"}
 AVERAGED = {"preset": "fast", "gain_corrected": False}
@@ -80,20 +80,22 @@ def test_each_set_has_its_own_gain() -> None:
 
 
 def test_the_gain_is_one_over_the_root_of_what_is_passed_on_too_much() -> None:
-    power = torch.tensor([[4.0, 1.0], [1.0, 1.0]])
-    torch.testing.assert_close(gain(power, power, 10**6), torch.tensor([0.5, 1.0]))
+    power, many = torch.tensor([[4.0, 1.0], [1.0, 1.0]]), torch.tensor(1e6)
+    torch.testing.assert_close(gain(power, power, many), torch.tensor([0.5, 1.0]))
     latest = torch.tensor([[16.0, 4.0], [1.0, 1.0]])  # four times as much as on average
-    torch.testing.assert_close(gain(power, latest, 10**6), torch.tensor([0.25, 0.5]), rtol=1e-4, atol=0)
-    torch.testing.assert_close(gain(power, latest, 16), torch.tensor([0.125, 0.25]) / (1 + 2 / 256) ** 0.5)
-    torch.testing.assert_close(gain(power, power / 2, 1), torch.tensor([0.5, 1.0]) / 3**0.5)
-    assert gain(torch.tensor([[1e30], [0.0]]), torch.tensor([[1e30], [0.0]]), 5).isfinite().all()
+    torch.testing.assert_close(gain(power, latest, many), torch.tensor([0.25, 0.5]), rtol=1e-4, atol=0)
+    early = gain(power, latest, torch.tensor(16.0))
+    torch.testing.assert_close(early, torch.tensor([0.125, 0.25]) / (1 + 2 / 256) ** 0.5)
+    torch.testing.assert_close(gain(power, power / 2, torch.tensor(1.0)), torch.tensor([0.5, 1.0]) / 3**0.5)
+    assert gain(torch.tensor([[1e30], [0.0]]), torch.tensor([[1e30], [0.0]]), many).isfinite().all()
 
 
 def test_power_is_the_mean_square_of_whitened_features() -> None:
     rows, matrix = torch.randn(2, 50, 6), torch.randn(2, 6, 6)
-    torch.testing.assert_close(passed_power(rows, matrix), (rows @ matrix).square().mean((1, 2)))
+    passed, first = passed_norm(rows, matrix).square() / 300, first_norm(rows, matrix, 50).square() / 300
+    torch.testing.assert_close(passed, (rows @ matrix).square().mean((1, 2)))
     expected = matrix.square().sum((1, 2)) / 6 * rows.square().mean((1, 2)).clamp(min=float(rows.square().mean()))
-    torch.testing.assert_close(first_power(rows, matrix, 50), expected * 51 / 49)
+    torch.testing.assert_close(first, expected * 51 / 49)
 
 
 @pytest.mark.parametrize("layer", [Deconv2d(8, 6, 3, cfg=FAST), DeconvLinear(8, 6, cfg=FAST)], ids=["conv", "linear"])

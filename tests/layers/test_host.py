@@ -109,14 +109,17 @@ def test_channel_whitening_does_not_read_the_device() -> None:
         assert backward["mm"] or backward["bmm"]
 
 
-def test_a_loaded_counter_is_read_once() -> None:
-    layer = LAYERS["conv"][0](SETTINGS["fast"])
+def test_a_loaded_counter_is_read_once_if_the_layer_freezes_and_never_if_not() -> None:
+    layer = LAYERS["conv"][0](SETTINGS["freezing"])
     layer.load_state_dict(layer.state_dict())
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
         layer(torch.randn(4, 8, 9, 9))
     layer(torch.randn(4, 8, 9, 9))
+    other = LAYERS["conv"][0](SETTINGS["fast"])
+    other.load_state_dict(other.state_dict())
     for _ in range(3):
         watched_step(layer, torch.randn(4, 8, 9, 9))
+        watched_step(other, torch.randn(4, 8, 9, 9))
 
 
 class Reading(Deconv2d):

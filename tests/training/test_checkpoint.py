@@ -1,6 +1,7 @@
 """The output folder: what timm loads from it, what a crash or a full disk leaves in it."""
 
 import resource
+import types
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from safetensors import safe_open
 
 from timm_deconv.errors import InputError
 from timm_deconv.models.weights import save_network
-from timm_deconv.training import load_recipe
+from timm_deconv.training import checkpoint, load_recipe
 from timm_deconv.training.checkpoint import RunFolder
 from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
 from timm_deconv.training.loop import create_accelerator, train
@@ -44,7 +45,7 @@ def test_the_weights_say_that_they_are_torchs(run, tmp_path):
 
 
 def test_a_run_that_ended_before_its_first_epoch_may_be_begun_with_other_settings(short_recipe, tmp_path):
-    RunFolder(tmp_path, short_recipe.merged({"lr": 0.5})).open()
+    RunFolder(tmp_path, short_recipe.merged({"lr": 0.5})).open(size=0)
     assert train(short_recipe, tmp_path, cpu=True)["lr"] == short_recipe.lr
 
 
@@ -86,17 +87,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(short_recipe, 
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         export(self, model, progress)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="epoch-0002-.* could not be saved") as full:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"epoch-0002-.* could not be saved") as full:
         patch.setattr(RunFolder, "export", export_on_a_full_disk)
         try:
             train(recipe, tmp_path, cpu=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "epoch-0001-image-00000000 is whole: make room and add --resume" in str(full.value) and "\n" not in str(full.value)
+    said = str(full.value)
+    assert "epoch-0001-image-00000000 is whole: make room and add --resume" in said and "\n" not in said
     left = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert all(torch.isfinite(value).all() for value in left.state_dict().values())
     row = train(recipe, tmp_path, resume=True)
     assert row["epochs"] == 2 and len((tmp_path / "curve.csv").read_text().splitlines()) == 3
+
+
+def test_a_disk_without_room_for_a_state_is_said_before_training(short_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1_000_000))
+    with pytest.raises(InputError, match="1 MB are free, and a state of the run takes 2; make room, or choose another"):
+        train(short_recipe, tmp_path / "run", cpu=True)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_state_that_was_never_finished_is_ignored(run, tmp_path):

@@ -1,9 +1,6 @@
 """Two processes (gloo) train as one."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 
+from benchmarks.killing import start
 from timm_deconv.training import load_recipe
 from timm_deconv.training.loop import train
 
@@ -26,22 +24,7 @@ def report(tmp_path_factory):
     (folder / "normed.yaml").write_text(normed.yaml())
     (folder / "plain.yaml").write_text(plain.yaml())
     command = [sys.executable, str(SCRIPT), str(folder), str(folder / "normed.yaml"), str(folder / "plain.yaml")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # what torchrun tells its processes
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]
+    processes = start(command, 2)
     (said, errors), (_, errors_of_second) = (process.communicate(timeout=300) for process in processes)
     assert [process.returncode for process in processes] == [0, 0], (errors + errors_of_second)[-3000:]
     return {"folder": folder, "plain": plain, "stderr": errors + errors_of_second, **json.loads(said.splitlines()[-1])}

@@ -89,8 +89,9 @@ def _inverse_root(
 
     Returns:
         mean (S, F) and whitener (S, F, F) with padding counted; bool (S,), whether a set's features vary at all; and
-        [norms (S, 1, 1) of the regularised covariances, these / norms, ...]. The iterates of the steps are not among
-        them: they are computed again, as they can be more than a network's activations.
+        [norms (S, 1, 1) of the regularised covariances, infinite where the whitener is zero; these / norms; ...]. The
+        iterates of the steps are not among them: they are computed again, as they can be more than a network's
+        activations.
     """
     with full_precision(cov):
         mean, cov = _count_padding(mean, cov, padding)
@@ -103,10 +104,9 @@ def _inverse_root(
             *kept, whitener = _quartic_iterates(first, root.coefficients)
         else:
             whitener = _newton_schulz_root(first, root.n_iter)
-        divisor = scale.sqrt()
         if root.zeroes_constant and row_count > 1:
-            divisor = divisor / varies[:, None, None]  # infinite where the whitener is to be zero
-        return mean, (whitener / divisor).to(cov.dtype).contiguous(), varies, [scale, first, *kept]
+            scale = scale / varies[:, None, None]  # infinite where whitener and gradient are to be zero
+        return mean, (whitener / scale.sqrt()).to(cov.dtype).contiguous(), varies, [scale, first, *kept]
 
 
 def _inverse_root_backward(
@@ -126,7 +126,7 @@ def _inverse_root_backward(
 
     Args:
         grad_mean: (S, F). grad_whitener: (S, F, F).
-        mean, whitener, kept: what `inverse_root` gave; whiteners that are zero get no gradient.
+        mean, whitener, kept: what `inverse_root` gave.
         row_count, padding, root: what it was given.
 
     Returns:
@@ -143,8 +143,6 @@ def _inverse_root_backward(
             grad_first = backward(scaled, first, _coupled_pairs(first, root.n_iter)[::-1])
         through_scale = (grad_first * first).addcmul(wide, whitener.to(wide.dtype), value=0.5)
         grad_cov = grad_first.addcmul(first, through_scale.sum((1, 2), keepdim=True), value=-1)
-        if root.zeroes_constant:
-            scale = scale / (whitener[:, :1, :1] != 0)  # others have no zeros on the diagonal
         grad_cov = (grad_cov / scale).to(whitener.dtype)
         if share := root.shrinkage(row_count, whitener.shape[-1]):  # is its own adjoint
             grad_cov = shrink(grad_cov, share)

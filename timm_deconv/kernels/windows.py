@@ -33,6 +33,16 @@ class Window(NamedTuple):
     padding: Pair
 
     @property
+    def numbers(self) -> list[int]:
+        """The window as an operator takes it."""
+        return list(itertools.chain(*self))
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[int]) -> "Window":
+        """Return the window that `numbers` was made of."""
+        return cls(*zip(numbers[::2], numbers[1::2], strict=True))
+
+    @property
     def pointwise(self) -> bool:
         """Whether a window is one pixel."""
         return self.kernel_size == (1, 1)
@@ -146,6 +156,9 @@ def spread_windows(x: Tensor, window: Window, most: int) -> Tensor:
     total = x.shape[0] * in_image
     count = min(most, total)
     index = (torch.arange(count, device=x.device) * total + total // 2) // count
+    pixels = x.permute(0, 2, 3, 1)
+    if window == PIXEL and pixels.is_contiguous():  # as fast as memory
+        return pixels.flatten(0, 2).index_select(0, index)
     image, place = index // in_image, index % in_image
     row, col = place // cols, place % cols
     if window == PIXEL._replace(stride=window.stride):

@@ -12,7 +12,7 @@ from timm_deconv.kernels import Window, sampled_moments
 from timm_deconv.kernels.windows import as_pair
 
 from .config import DeconvCfg, conv_kind
-from .functional import Moments, check_rows, estimate_live, fold, sample_deviations
+from .functional import Moments, check_rows, estimate_live, fold
 from .geometry import ConvGeometry, conv_blocks, conv_geometry
 from .module import WhiteningMixin, check_dtype
 from .operation import Setting, convolve, whitened_conv
@@ -114,20 +114,15 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     def _train_forward(self, x: Tensor, geometry: ConvGeometry) -> Tensor:
         """Convolve x (N, C, H, W), padded, whitened by its own statistics unless they are frozen."""
         step = self._begin_step()
-        if step.frozen is True:
-            output = convolve(x, *self._frozen_fold(), geometry)
-        else:
-            name = f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
-            check_rows(geometry.most_rows, name, x)
-            with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
-                found = self._moments(x, geometry)
-                live = estimate_live(found, x, self.cfg)
-            if self.cfg.gain_corrected:
-                live = live._replace(deviations=sample_deviations(x, geometry.seen, self.blocks, found.mean))
-            statistics = self._average_in(live, step)
-            output = whitened_conv(x, self.weight, self.bias, statistics, Setting(geometry, self.cfg, name))
-        self._end_step(step)
-        return output
+        if step.frozen:
+            return convolve(x, *self._frozen_fold(step), geometry)
+        name = f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
+        check_rows(geometry.most_rows, name, x)
+        with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
+            found = self._moments(x, geometry)
+            live = estimate_live(found, x, self.cfg)
+            statistics = self._average_in(live, x, found.mean, geometry.seen, step)
+        return whitened_conv(x, self.weight, self.bias, statistics, Setting(geometry, self.cfg, name))
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import PIXEL, Sampling, apply_whitener, sampled_moments
+from timm_deconv.kernels import PIXEL, Sampling, apply_whitener, fold_whitening, sampled_moments
 from timm_deconv.kernels.blocks import spread_over_window
-from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .functional import Moments, Statistics, check_rows, estimate_live, fold, sample_deviations
+from .functional import Moments, Statistics, check_rows, estimate_live, fold
 from .geometry import linear_blocks
 from .module import WhiteningMixin, check_dtype
+from .operation import computing_dtype
 from .presets import resolve_cfg
 
 __all__ = ["DeconvLinear"]
@@ -78,19 +78,13 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     def _train_forward(self, vectors: Tensor) -> Tensor:
         """Multiply vectors (R, in_features), whitened by their own statistics unless these are frozen."""
         step = self._begin_step()
-        if step.frozen is True:
-            output = F.linear(vectors, *self._frozen_fold())
-        else:
-            found = self.moments(vectors)
-            name = f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
-            check_rows(found.row_count, name, vectors)
-            live = estimate_live(found, vectors, self.cfg)
-            if self.cfg.gain_corrected:
-                deviations = sample_deviations(_as_images(vectors), PIXEL, self.blocks, found.mean.detach())
-                live = live._replace(deviations=deviations)
-            output = self._whitened(vectors, self._average_in(live, step))
-        self._end_step(step)
-        return output
+        if step.frozen:
+            return F.linear(vectors, *self._frozen_fold(step))
+        found = self.moments(vectors)
+        name = f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
+        check_rows(found.row_count, name, vectors)
+        live = estimate_live(found, vectors, self.cfg)
+        return self._whitened(vectors, self._average_in(live, _as_images(vectors), found.mean, PIXEL, step))
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
@@ -101,19 +95,19 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
 
     @torch.jit.unused
     def _whitened(self, vectors: Tensor, statistics: Statistics) -> Tensor:
-        """Whiten the vectors or, if they are not fewer than the outputs, the weight: the same function."""
+        """Whiten the weight or, on a CPU and if they are fewer than the outputs, the vectors: the same function."""
         mean, whitener = statistics.mean, statistics.whitener
-        if len(vectors) < self.out_features:
+        if vectors.device.type == "cpu" and len(vectors) < self.out_features:
             return F.linear(self._whiten(vectors, mean, whitener), self.weight, self.bias)
-        with full_precision(vectors):
-            weight, bias = fold(self.weight, self.bias, mean, whitener, self.blocks)
-        return F.linear(vectors, weight, bias)
+        dtype, weight = computing_dtype(vectors), _as_images(self.weight)
+        weight, bias = fold_whitening(weight, self.bias, mean, whitener, self.blocks, dtype, False)
+        return F.linear(vectors, weight.flatten(1), bias)
 
     @torch.jit.unused
     def _whiten(self, vectors: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
         """Compute D (x - mu) of vectors (R, in_features)."""
         centred = vectors.to(whitener.dtype) - spread_over_window(mean, list(self.weight.shape), self.blocks)
-        return apply_whitener(_as_images(centred), whitener, self.blocks).flatten(1).to(vectors.dtype)
+        return apply_whitener(_as_images(centred), whitener).flatten(1).to(vectors.dtype)
 
     @torch.jit.unused
     def fuse(self) -> nn.Linear:

@@ -1,6 +1,5 @@
 """What whitening layers with a weight have in common: running averages of their statistics, modes, freezing."""
 
-import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Blocks
-from timm_deconv.linalg import full_precision, promote
+from timm_deconv.kernels import Averaging, Blocks, Window, average_in_
+from timm_deconv.kernels.tracking import CYCLE
+from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
 from .functional import Moments, Statistics, fold
-from .gain import LARGEST, first_power, gain, passed_power
 from .notices import LIVE_STATISTICS, UNCALIBRATED, Notices
 
 __all__ = ["MANY_BATCHES", "Step", "WhiteningMixin", "be_leaf", "check_dtype", "in_recomputation"]
@@ -22,22 +21,16 @@ MANY_BATCHES = 10_000
 """Batches assumed when a state dict has no counter. Layers that freeze assume so many freezing cycles, so that they
 go on live, as published ones do."""
 
-RECENT = 4
-"""With `gain_corrected` an early batch weighs about RECENT times what it would in a plain mean of all batches."""
-
-CYCLE = 10
-"""A layer that freezes is live again at the start of every `CYCLE * freeze_iter` forwards, as published."""
-
 
 class Step(NamedTuple):
     """What a training forward does with the statistics.
 
     Attributes:
-        frozen: use the running values: a bool in eager mode, a bool () decided on the device when compiled.
+        frozen: use the running values; None if the device decides it, as in compiled forwards of layers that freeze.
         recomputing: the forward runs a second time for its gradient and changes nothing.
     """
 
-    frozen: bool | Tensor
+    frozen: bool | None
     recomputing: bool
 
 
@@ -50,7 +43,7 @@ class WhiteningMixin(nn.Module):
             running average of the live ones times `running_gain`, if there is one.
         num_batches_tracked: int64 (); training forwards so far. Decides freezing. A state dict without it counts as
             one of many batches.
-        running_gain, running_power: (S,) and (2, S), with `cfg.gain_corrected` only; see `gain`.
+        running_gain, running_power: (S,) and (2, S), with `cfg.gain_corrected` only; see `timm_deconv.kernels.gain`.
 
     Attributes:
         cumulative: average all batches alike, as batch norm does without momentum.
@@ -154,39 +147,66 @@ class WhiteningMixin(nn.Module):
         self._init_statistics(self.cfg, self.blocks, weight.device)
         self.training = source.training
 
-    # A training forward: _begin_step, then _frozen_fold or, with live statistics, _average_in; at last _end_step.
+    # A training forward: _begin_step, then _frozen_fold or, with live statistics, _average_in; either counts it.
 
     def _begin_step(self) -> Step:
         recomputing = in_recomputation()
         return Step(self.statistics_frozen or self._freezes(recomputing), recomputing)
 
-    def _average_in(self, live: Statistics, step: Step) -> Statistics:
-        """Average a batch's statistics in, and return what to whiten it with: they, or the running ones if frozen."""
+    def _average_in(self, live: Statistics, x: Tensor, own_mean: Tensor, seen: Window, step: Step) -> Statistics:
+        """Average a batch's statistics in, and return what to whiten it with: they, or the running ones if frozen.
+
+        Args:
+            live: the batch's statistics.
+            x: (N, C, H, W), the batch. own_mean: (S, F), the mean of its samples, without a share of padding.
+            seen: the windows of it that the layer whitens.
+            step: of `_begin_step`.
+        """
         if not step.recomputing:
             self._speak()
-        self._track(live, step)
-        if not isinstance(step.frozen, Tensor):
-            return live
+        cfg, forwards = self.cfg, self._known_forwards()
+        gained = [self.running_gain, self.running_power] if cfg.gain_corrected else []
+        freeze_iter = cfg.freeze_iter if cfg.freeze else 0
+        averaging = Averaging(cfg.momentum, cfg.start_corrected, self.cumulative, freeze_iter, step.recomputing)
+        with torch.no_grad():
+            self.saw_nonfinite = average_in_(
+                self.running_mean,
+                self.running_deconv,
+                gained,
+                self.num_batches_tracked,
+                x,
+                own_mean,
+                live.mean,
+                live.whitener,
+                live.varies,
+                live.row_count,
+                seen,
+                self.blocks,
+                averaging,
+            )
+        self._follow(forwards, step)
+        return self._unless_frozen(live) if step.frozen is None else live
+
+    def _unless_frozen(self, live: Statistics) -> Statistics:
+        """Return a batch's statistics or, if the forward that was counted last is a frozen one, the running ones."""
+        # Buffers are read after they are written: torch's compiler was seen to put off what was to be read before.
+        frozen = self._is_frozen(self.num_batches_tracked - 1)
         mean, whitener = self._running_values()
         return live._replace(
-            mean=torch.where(step.frozen, mean, live.mean),
-            whitener=torch.where(step.frozen, whitener, live.whitener),
-            frozen=step.frozen,
+            mean=torch.where(frozen, mean, live.mean),
+            whitener=torch.where(frozen, whitener, live.whitener),
+            frozen=frozen,
         )
 
-    def _frozen_fold(self) -> tuple[Tensor, Tensor]:
+    def _frozen_fold(self, step: Step) -> tuple[Tensor, Tensor]:
         """Fold the running values as they are: the backward pass may come after they went on."""
         mean, whitener = (value.detach().clone() for value in self._running_values())
+        if not (step.recomputing or self.statistics_frozen):
+            forwards = self._known_forwards()
+            self.num_batches_tracked.add_(1)
+            self._follow(forwards, step)
         with full_precision(self.weight):
             return fold(self.weight, self.bias, mean, whitener, self.blocks)
-
-    def _end_step(self, step: Step) -> None:
-        if step.recomputing or self.statistics_frozen:
-            return
-        forwards = None if torch.compiler.is_compiling() or self._counted is None else self._forwards()
-        self.num_batches_tracked.add_(1)
-        if forwards is not None and not self.num_batches_tracked.is_inference():
-            self._counted = (self.num_batches_tracked, self.num_batches_tracked._version, forwards + 1)
 
     def _speak(self) -> None:
         """Say what a user who trains the layer would want to know."""
@@ -204,114 +224,42 @@ class WhiteningMixin(nn.Module):
         sets, features = self.blocks.sets, self.blocks.features
         return self.running_mean.reshape(sets, features), self.running_deconv.reshape(sets, features, features)
 
-    @torch.no_grad()
-    def _track(self, live: Statistics, step: Step) -> None:
-        """Average in a batch's mean and, of the sets that vary, its whitener; neither if they are not finite.
+    # The counter: a Python integer in eager mode where it is needed, a tensor when compiled
 
-        Recomputation changes nothing but does the same operations, as selective checkpointing counts them.
-        """
-        finite = live.whitener.sum().abs() < math.inf  # false of NaN; the whitener is not finite if the mean is not
-        self.saw_nonfinite = ~finite
-        moving = finite & (not step.recomputing)
-        moving = moving & ~step.frozen if isinstance(step.frozen, Tensor) else moving
-        varying = moving & live.varies
-        momentum = self._momentum(step.recomputing)
-        mean, whitener = self._running_values()
-        value = live.whitener.to(whitener.dtype)
-        if self.cfg.gain_corrected:
-            with full_precision(whitener):
-                before, after = self._track_gain(live, varying, momentum, step.recomputing)
-            whitener.mul_((after / before)[:, None, None])
-            value = value * after[:, None, None]
-        whitener.lerp_(torch.where(varying[:, None, None], value, whitener), momentum)
-        mean.lerp_(torch.where(moving, live.mean.to(mean.dtype), mean), momentum)
-
-    def _track_gain(
-        self, live: Statistics, moving: Tensor, momentum: float | Tensor, recomputing: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Measure how much power of this batch the average of the earlier ones passes, and how much its own whitener.
-
-        Args:
-            live: the batch's statistics.
-            moving: bool (S,), the sets whose averages move.
-            momentum: weight of the batch.
-            recomputing: see `Step`.
-
-        Returns:
-            the gain (S,) before and after.
-        """
-        assert live.deviations is not None
-        mean, whitener = self._running_values()
-        average = (whitener / self.running_gain[:, None, None]).to(live.whitener.dtype)
-        deviations = torch.cat([live.deviations + (live.mean - mean).unsqueeze(1), live.deviations])
-        latest = passed_power(deviations, torch.cat([average, live.whitener])).view(2, -1)
-        updates = self._live_forwards(recomputing)
-        if isinstance(updates, Tensor) or updates == 0:
-            first = torch.stack([first_power(live.deviations, live.whitener, live.row_count), latest[1]])
-            latest = torch.where(updates == 0, first, latest) if isinstance(updates, Tensor) else first
-        before, limits = self.running_gain.clone(), torch.finfo(self.running_gain.dtype)
-        latest = latest.clamp(max=min(LARGEST, limits.max)).to(before.dtype)
-        latest = torch.where(moving, latest, self.running_power)
-        self.running_power.lerp_(latest, momentum)
-        after = gain(promote(self.running_power), promote(latest), updates + 1)
-        after = after.clamp(min=max(LARGEST**-0.5, limits.tiny)).to(before.dtype)
-        self.running_gain.copy_(torch.where(moving, after, before))
-        return before, self.running_gain
-
-    def _momentum(self, recomputing: bool = False) -> float | Tensor:
-        """Return the weight of the newest batch: m, or more among the first ones, so that nothing is left of the start.
-
-        It is m / (1 - (1 - m)^t) at the t-th update: then all batches so far weigh alike at first. When the gain is
-        corrected it is the larger of m and RECENT / (t - 1 + RECENT), as weights move fastest at the start.
-        """
-        momentum = self.cfg.momentum
-        if not self.cumulative and (momentum == 1 or not (self.cfg.start_corrected or self.cfg.gain_corrected)):
-            return momentum
-        updates = self._live_forwards(recomputing)
-        if isinstance(updates, Tensor):
-            updates = updates.to(self.running_mean.dtype)
-        if self.cumulative:
-            return 1 / (updates + 1)
-        if self.cfg.gain_corrected:
-            recent = RECENT / (updates + RECENT)
-            return recent.clamp(min=momentum) if isinstance(recent, Tensor) else max(momentum, recent)
-        if isinstance(updates, Tensor):
-            return momentum / (1 - torch.full_like(updates, 1 - momentum) ** (updates + 1))
-        return momentum / (1 - (1 - momentum) ** (updates + 1))
-
-    # The counter: a Python integer in eager mode, a tensor when compiled
-
-    def _freezes(self, recomputing: bool) -> bool | Tensor:
-        """Tell whether the configuration freezes this forward."""
+    def _freezes(self, recomputing: bool) -> bool | None:
+        """Tell whether the configuration freezes this forward; None if the device decides."""
         if not self.cfg.freeze:
             return False
-        return self._forwards_before(recomputing) % (CYCLE * self.cfg.freeze_iter) > self.cfg.freeze_iter
+        return None if torch.compiler.is_compiling() else self._is_frozen(self._forwards() - recomputing)
 
-    def _live_forwards(self, recomputing: bool) -> Any:
-        """Return how many forwards before this one were live: all, or freeze_iter + 1 in every freezing cycle."""
-        forwards = self._forwards_before(recomputing)
-        if not self.cfg.freeze:
-            return forwards
-        cycle = CYCLE * self.cfg.freeze_iter
-        live = min(self.cfg.freeze_iter + 1, cycle)
-        begun = forwards % cycle
-        return forwards // cycle * live + (begun.clamp(max=live) if isinstance(begun, Tensor) else min(begun, live))
-
-    def _forwards_before(self, recomputing: bool) -> Any:
-        if torch.compiler.is_compiling():
-            return self.num_batches_tracked
-        return self._forwards() - recomputing
+    def _is_frozen(self, forwards: Any) -> Any:
+        """Tell whether the forward after so many, an int or a tensor, is a frozen one."""
+        return forwards % (CYCLE * self.cfg.freeze_iter) > self.cfg.freeze_iter
 
     def _forwards(self) -> int:
         """Return num_batches_tracked, read from the device after `train()` or when somebody wrote it."""
         counter = self.num_batches_tracked
         if counter.is_meta:
             return 0
-        if counter.is_inference():  # it has no version
-            return int(counter)
-        if self._counted is None or self._counted[0] is not counter or self._counted[1] != counter._version:
-            self._counted = (counter, counter._version, int(counter))
-        return self._counted[2]
+        known = self._known_forwards()
+        if known is None:
+            known = int(counter)
+            if not counter.is_inference():
+                self._counted = (counter, counter._version, known)
+        return known
+
+    def _known_forwards(self) -> int | None:
+        """Return num_batches_tracked if it is known without reading the device."""
+        counter, counted = self.num_batches_tracked, self._counted
+        if torch.compiler.is_compiling() or counted is None or counter.is_inference():  # that has no version
+            return None
+        return counted[2] if counted[0] is counter and counted[1] == counter._version else None
+
+    def _follow(self, forwards: int | None, step: Step) -> None:
+        """Know num_batches_tracked after a step that wrote it, if it was known before."""
+        if forwards is not None:
+            counter = self.num_batches_tracked
+            self._counted = (counter, counter._version, forwards + (not step.recomputing))
 
     # Files and copies
 

@@ -9,14 +9,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from timm_deconv.kernels import add_moments_gradient_, apply_whitener, apply_whitener_backward, inverse_root_backward
+from timm_deconv.kernels import (
+    add_moments_gradient_,
+    apply_whitener,
+    apply_whitener_backward,
+    fold_whitening,
+    fold_whitening_backward,
+    inverse_root_backward,
+)
+from timm_deconv.kernels.folding import shift_bias, shift_bias_backward_
+from timm_deconv.kernels.formats import is_channels_last
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .functional import Statistics, fold_bias, fold_bias_backward_, root_of
+from .functional import Statistics, root_of
 from .geometry import ConvGeometry
 
-__all__ = ["Setting", "convolve", "whitened_conv", "whitens_input"]
+__all__ = ["Setting", "computing_dtype", "convolve", "whitened_conv", "whitens_input"]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -33,11 +42,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, geometry: ConvGeometry) ->
 
 def convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, with_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Compute the gradients of x (None unless `with_x`), weight and bias from that of `convolve`.
-
-    That of the bias is summed apart: a processor was seen to take 5 ms for it in the convolution's own backward pass,
-    and 0.8 ms for the sum.
+) -> tuple[Tensor | None, Tensor]:
+    """Compute the gradients of x (None unless `with_x`) and weight from that of `convolve`; see `sum_outputs` too.
 
     Args:
         grad: the shape of the output.
@@ -47,7 +53,16 @@ def convolve_backward(
     window, needed = geometry.window, [with_x, True, False]
     arguments = (window.stride, window.padding, window.dilation, False, [0, 0], geometry.groups)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, [0], *arguments, needed)
-    return grad_x, grad_weight, grad.sum((0, 2, 3))
+    return grad_x, grad_weight
+
+
+def sum_outputs(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute the gradient of the bias (O,), in its dtype, from that of the output (N, O, H, W).
+
+    A processor was seen to take 5 ms for it in the convolution's own backward pass, and 0.8 ms for the sum; 20 ms where
+    it had to convert the numbers first, which a GPU does not.
+    """
+    return grad.sum((0, 2, 3)).to(dtype) if grad.device.type == "cpu" else grad.sum((0, 2, 3), dtype=dtype)
 
 
 class Setting(NamedTuple):
@@ -80,9 +95,10 @@ def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: St
 
 
 class _WhitenedConv(torch.autograd.Function):
-    """Whitening is applied to the weight or, the same function, to the input; the bias takes D mu in either way.
+    """Whitening is folded into weight and bias; on a CPU it is applied to the input where that is fewer products.
 
-    For the backward pass D is applied again: neither a copy of the input nor the folded weight is kept.
+    There D is applied again in the backward pass: neither a copy of the input nor the folded weight is kept. Other
+    devices keep the folded weight, as it is small beside the input, and launching the work again would cost more.
     """
 
     @staticmethod
@@ -98,17 +114,18 @@ class _WhitenedConv(torch.autograd.Function):
         frozen: Tensor | None,
         *kept: Tensor,
     ) -> Tensor:
-        geometry, dtype = setting.geometry, _conv_dtype(x)
-        blocks, wide = geometry.blocks, weight.to(whitener.dtype)
+        geometry, dtype = setting.geometry, computing_dtype(x)
         with full_precision(x):
-            shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
-            folded_bias = fold_bias(bias, wide, shift, blocks)
+            input = x.to(dtype)
             if whitens_input(x, weight, geometry):
-                input, kernel = apply_whitener(x.to(dtype), whitener, blocks), wide
+                shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
+                folded_bias = shift_bias(bias, weight.to(whitener.dtype), shift, geometry.blocks).to(dtype)
+                input, folded = apply_whitener(input, whitener), weight.to(dtype)
             else:
-                input, kernel = x.to(dtype), apply_whitener(wide, whitener, blocks)
-            output = convolve(input, kernel.to(dtype), folded_bias.to(dtype), geometry)
-        ctx.save_for_backward(x, weight, shift, mean, whitener, frozen, *kept)
+                folded, folded_bias = _fold(input, weight, bias, mean, whitener, geometry)
+            output = convolve(input, folded, folded_bias, geometry)
+        kept_weight = None if x.device.type == "cpu" else folded
+        ctx.save_for_backward(x, weight, kept_weight, mean, whitener, frozen, *kept)
         ctx.setting, ctx.row_count, ctx.has_bias, ctx.dtype = setting, row_count, bias is not None, dtype
         return output
 
@@ -140,62 +157,90 @@ class _OnlyOnce(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, weight and bias, each None where it is not asked for."""
-    x, weight, shift, mean, whitener, frozen, *kept = ctx.saved_tensors
+    x, weight, folded, mean, whitener, frozen, *kept = ctx.saved_tensors
     geometry, cfg, _ = ctx.setting
-    blocks, wide = geometry.blocks, weight.to(whitener.dtype)
+    blocks, with_x = geometry.blocks, ctx.needs_input_grad[0]
     with full_precision(x):
-        input, grad = x.to(ctx.dtype), grad.to(ctx.dtype)
-        grads = _plain_gradients(grad, input, wide, whitener, geometry, ctx.needs_input_grad[0])
-        grad_x, grad_weight, grad_bias, grad_whitener = grads
-        grad_shift = fold_bias_backward_(grad_weight, grad_bias.to(whitener.dtype), wide, shift, blocks)
+        backward = _input_gradients if whitens_input(x, weight, geometry) else _weight_gradients
+        whitened, grad = _Whitened(x.to(ctx.dtype), weight, folded, mean, whitener), grad.to(ctx.dtype)
+        grad_bias = sum_outputs(grad, weight.dtype)
+        grad_x, grad_weight, of_statistics = backward(grad, grad_bias, whitened, geometry, with_x)
         if grad_x is not None:
             grad_x = grad_x.to(x.dtype)
-            grad_whitener = torch.baddbmm(grad_whitener, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
-            grad_mean = torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1)
+            grad_mean, grad_whitener = of_statistics
             if frozen is not None:
                 grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
             own_mean, *of_moments = inverse_root_backward(
                 grad_mean, grad_whitener, mean, whitener, kept, ctx.row_count, geometry.padding, root_of(cfg)
             )
             add_moments_gradient_(grad_x, x, own_mean, *of_moments, geometry.sampling, blocks)
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype) if ctx.has_bias else None
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None
 
 
-def _plain_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, whitener: Tensor, geometry: ConvGeometry, with_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Compute the gradients of x (None unless `with_x`), weight, bias and D, as if statistics and bias were constants.
+class _Whitened(NamedTuple):
+    """What a convolution was made of: x in the dtype of the convolution, and the folded weight if it was kept."""
 
-    Args:
-        grad: (N, O, H', W'), of the output. x: (N, C, H, W); both in the dtype of the convolution.
-        weight: (O, C / groups, h, w). whitener: (S, F, F); both in the dtype of the statistics.
-        geometry: the layer's.
-        with_x: whether the gradient of x, and with it that of D, is asked for.
-    """
-    blocks, dtype = geometry.blocks, weight.dtype
-    if whitens_input(x, weight, geometry):
-        whitened = apply_whitener(x, whitener, blocks)
-        grad_x, grad_weight, grad_bias = convolve_backward(grad, whitened, weight.to(x.dtype), geometry, with_x)
-        grad_whitener = torch.zeros_like(whitener)
-        if grad_x is not None:
-            grad_x, grad_whitener = apply_whitener_backward(grad_x, x, whitener, blocks)
-        return grad_x, grad_weight.to(dtype), grad_bias, grad_whitener
-    kernel = apply_whitener(weight, whitener, blocks) if with_x else weight
-    grad_x, grad_kernel, grad_bias = convolve_backward(grad, x, kernel.to(x.dtype), geometry, with_x)
-    grad_weight, grad_whitener = apply_whitener_backward(grad_kernel.to(dtype), weight, whitener, blocks)
-    return grad_x, grad_weight, grad_bias, grad_whitener
+    x: Tensor
+    weight: Tensor
+    folded: Tensor | None
+    mean: Tensor
+    whitener: Tensor
+
+
+Gradients = tuple[Tensor | None, Tensor, list[Tensor]]
+"""Those of x (None unless it is asked for), weight, and with that of x [mean, whitener]."""
+
+
+def _weight_gradients(
+    grad: Tensor, grad_bias: Tensor, made_of: _Whitened, geometry: ConvGeometry, with_x: bool
+) -> Gradients:
+    """Compute gradients from those of output (N, O, H', W') and bias where whitening was folded into the weight."""
+    x, weight, folded, mean, whitener = made_of
+    if folded is None:
+        folded = _fold(x, weight, None, mean, whitener, geometry)[0] if with_x else weight.to(x.dtype)
+    grad_x, grad_kernel = convolve_backward(grad, x, folded, geometry, with_x)
+    tensors = (grad_kernel, grad_bias, weight, mean, whitener)
+    return grad_x, *fold_whitening_backward(*tensors, geometry.blocks, with_x)
+
+
+def _input_gradients(
+    grad: Tensor, grad_bias: Tensor, made_of: _Whitened, geometry: ConvGeometry, with_x: bool
+) -> Gradients:
+    """Compute gradients from those of output (N, O, H', W') and bias where whitening was applied to x."""
+    x, weight, _, mean, whitener = made_of
+    wide = weight.to(whitener.dtype)
+    grad_x, grad_kernel = convolve_backward(grad, apply_whitener(x, whitener), weight.to(x.dtype), geometry, with_x)
+    grad_weight, shift = grad_kernel.to(wide.dtype), torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
+    grad_shift = shift_bias_backward_(grad_weight, grad_bias.to(wide.dtype), wide, shift, geometry.blocks)
+    grad_weight = grad_weight.to(weight.dtype)
+    if grad_x is None:
+        return None, grad_weight, []
+    grad_x, grad_whitener = apply_whitener_backward(grad_x, x, whitener)
+    grad_whitener = torch.baddbmm(grad_whitener, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
+    return grad_x, grad_weight, [torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1), grad_whitener]
+
+
+def _fold(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, whitener: Tensor, geometry: ConvGeometry
+) -> tuple[Tensor, Tensor]:
+    """Fold whitening into weight and bias of the convolution of x, in the dtype and format in which it takes them."""
+    last = is_channels_last(x) or is_channels_last(weight)
+    folded: tuple[Tensor, Tensor] = fold_whitening(weight, bias, mean, whitener, geometry.blocks, x.dtype, last)
+    return folded
 
 
 def whitens_input(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
     """Tell whether D is applied to x (N, C, H, W) and not to the weight (O, C, h, w): where that is fewer products.
 
     F products an element either way, 4 times: in the forward and the backward pass, and for the gradients of both.
+    Elsewhere than on CPUs products cost less than beginning them does, and folding begins fewer.
     """
-    return geometry.blocks.pixels and geometry.groups == 1 and x.numel() < weight.numel()
+    on_cpu = x.device.type == "cpu"
+    return on_cpu and geometry.blocks.pixels and geometry.groups == 1 and x.numel() < weight.numel()
 
 
-def _conv_dtype(x: Tensor) -> torch.dtype:
-    """Return what the convolution itself computes in."""
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """Return what a convolution or linear layer of x (N, ...) itself computes in."""
     device = x.device.type
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype

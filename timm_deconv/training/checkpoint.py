@@ -7,6 +7,7 @@ recipe.yaml  curve.csv  results.csv  tensorboard/
 
 import csv
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,9 +98,22 @@ class RunFolder:
                     " --output-dir"
                 )
 
-    def open(self) -> None:
-        """Create the folder, with the recipe in it."""
+    def open(self, size: int) -> None:
+        """Create the folder, with the recipe in it.
+
+        Args:
+            size: bytes of a state at least.
+
+        Raises:
+            InputError: there is no room for a state.
+            OSError: the folder cannot be written.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(self.path).free) < size:
+            raise InputError(
+                f"{self.path}: {free / 1e6:.0f} MB are free, and a state of the run takes {size / 1e6:.0f}; make room,"
+                " or choose another --output-dir"
+            )
         write_text(self.path / "recipe.yaml", self.recipe.yaml())
 
     def states(self) -> list[Path]:

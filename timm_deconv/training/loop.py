@@ -129,7 +129,7 @@ class Trainer:
         return self._finish()
 
     def _open(self, resume: bool) -> None:
-        self.processes.main_does(self.folder.open)
+        self.processes.main_does(lambda: self.folder.open(self.saver.state.size()))
         state = self.saver.load() if resume else None
         if state is not None:
             self._resume(state)

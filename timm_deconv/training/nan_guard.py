@@ -96,7 +96,7 @@ class NanGuard:
         if record.copied is not None:
             record.copied.synchronize()
         loss_is_bad, *flags = record.bad.tolist()
-        if not self.processes.any(loss_is_bad)[0]:
+        if not self.processes.any(loss_is_bad):
             return
         named = zip(self.layers, flags, strict=True)
         flagged = [f"{name} ({type(layer).__name__}, its batch statistics)" for (name, layer), flag in named if flag]

@@ -81,13 +81,13 @@ class Processes:
         timeout = timedelta(minutes=minutes)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if number > 1 else None
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Tell for each flag whether it is set in any process."""
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is set in any process."""
         if self.group is None:
-            return list(flags)
-        told = torch.tensor(flags, dtype=torch.int32)
+            return flag
+        told = torch.tensor(int(flag))
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
-        return told.bool().tolist()
+        return bool(told)
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, in every one."""
@@ -156,7 +156,7 @@ def lost_process_named() -> Iterator[None]:
     except RuntimeError as error:
         if not (dist.is_initialized() and (isinstance(error, dist.DistError) or LOST.search(str(error)))):
             raise
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rpartition("] ")[2]  # without the place in torch's source
         raise ConnectionError(
             f"process {dist.get_rank()}: another process has ended or no longer answers ({reason}); what it said itself"
             " is the cause; --resume goes on from the last checkpoint"

@@ -41,6 +41,11 @@ class RunState:
         if accelerator.scaler is not None:
             self.others["scaler"] = accelerator.scaler
 
+    def size(self) -> int:
+        """Return the bytes of the networks, which a state takes at least."""
+        values = (value for network in self.networks.values() for value in network.state_dict().values())
+        return sum(value.nbytes for value in values)
+
     def gather(self, own: dict[str, Any]) -> dict[str, Any] | None:
         """Return the state in the main process, None in the others; all call it.
 

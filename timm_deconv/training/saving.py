@@ -39,12 +39,12 @@ class Saver:
     def is_due(self, update: int) -> bool:
         """Tell whether it is time to save after so many updates: alike in all processes."""
         late = bool(self.seconds) and time.monotonic() - self.saved_at >= self.seconds
-        late = self.processes.any(late)[0] if self.seconds else late
+        late = self.processes.any(late) if self.seconds else late
         return late or (bool(self.updates) and update % self.updates == 0)
 
     def is_told_to_end(self) -> bool:
         """Tell whether a signal has come to any of the processes."""
-        return self.processes.any(self.signals.received is not None)[0]
+        return self.processes.any(self.signals.received is not None)
 
     def save(self, progress: Progress, own: dict[str, Any]) -> None:
         """Save a state.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .atomic_io import flush, flush_folder, remove
 
-__all__ = ["damage", "read_state", "write_state"]
+__all__ = ["PARTIAL", "damage", "read_state", "write_state"]
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -56,7 +56,8 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """Read what `write_state` wrote; tensors are on the processor."""
     described = json.loads((folder / "state.json").read_text())
-    tensors = {file.stem: safetensors.torch.load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    # read, not mapped into memory: the file will be removed
+    tensors = {file.stem: safetensors.torch.load(file.read_bytes()) for file in folder.glob("*.safetensors")}
     return {key: _unpack(value, tensors.get(key, {})) for key, value in described.items()}
 
 

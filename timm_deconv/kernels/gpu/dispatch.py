@@ -4,7 +4,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,14 @@ class GpuForm:
 
     def __call__(self, *args: Any) -> Any:
         device = args[0].device
-        _check_devices(self.operation.__name__, args)
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.device != device:
+                raise _devices_differ(self.operation.__name__, args)
         reason = self.broken or why_not(device.index)
         if reason is None:
             try:
+                if device.index == torch.cuda.current_device():
+                    return self._function(*args)
                 with torch.cuda.device(device):
                     return self._function(*args)
             except Exception as error:
@@ -86,21 +90,10 @@ def why_not(index: int) -> str | None:
     return None
 
 
-def _check_devices(name: str, args: Sequence[Any]) -> None:
-    """Raise InputError for tensors on different devices: a kernel would read what is not there."""
-    devices = {tensor.device for tensor in _tensors(args)}
-    if len(devices) > 1:
-        raise InputError(
-            f"{name}: tensors on {', '.join(sorted(map(str, devices)))}; move the layer and its input to one device"
-        )
-
-
-def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, list):
-            yield from arg
+def _devices_differ(name: str, args: Sequence[Any]) -> InputError:
+    """Return an error for tensors on different devices: a kernel would read what is not there."""
+    devices = ", ".join(sorted({str(arg.device) for arg in args if isinstance(arg, Tensor)}))
+    return InputError(f"{name}: tensors on {devices}; move the layer and its input to one device")
 
 
 def _first_line(error: Exception) -> str:

@@ -10,9 +10,9 @@ whitener, and it tracks weights that move, too.
 import torch
 from torch import Tensor
 
-from timm_deconv.kernels.onednn import rows_times
+from .onednn import rows_times
 
-__all__ = ["LARGEST", "PROBED_ROWS", "first_power", "gain", "passed_power", "probe"]
+__all__ = ["LARGEST", "PROBED_ROWS", "first_norm", "gain", "passed_norm", "probe"]
 
 PROBED_ROWS = 128
 """Rows of a batch that the power is measured on, at most."""
@@ -30,12 +30,12 @@ def probe(deviations: Tensor) -> Tensor:
     return deviations[:, :: -(-deviations.shape[1] // PROBED_ROWS)]
 
 
-def passed_power(deviations: Tensor, whitener: Tensor) -> Tensor:
-    """Compute the mean square (S,) of the features of deviations (S, R, F) times a whitener (S, F, F)."""
-    return rows_times(deviations, whitener).square().mean((1, 2))
+def passed_norm(deviations: Tensor, whitener: Tensor) -> Tensor:
+    """Compute the norm (S,) of deviations (S, R, F) times a whitener (S, F, F); its square is R F times the power."""
+    return torch.linalg.vector_norm(rows_times(deviations, whitener), dim=(1, 2))
 
 
-def first_power(deviations: Tensor, whitener: Tensor, samples: int) -> Tensor:
+def first_norm(deviations: Tensor, whitener: Tensor, samples: int) -> Tensor:
     """Compute what a first batch's whitener would pass on if the next batch varied alike in all directions: (S,).
 
     Nothing is known of the next batch yet. A set of less variance than the layer's mean is taken to get that much.
@@ -43,14 +43,18 @@ def first_power(deviations: Tensor, whitener: Tensor, samples: int) -> Tensor:
     Args:
         deviations: (S, R, F). whitener: (S, F, F).
         samples: rows that the mean was taken from; the mean of the next batch will differ.
+
+    Returns:
+        the norm, as `passed_norm` computes it.
     """
-    variance = deviations.square().mean((1, 2))
-    expected = torch.maximum(variance, variance.mean())
-    power = whitener.square().sum((1, 2)) / whitener.shape[-1] * expected
-    return power * ((samples + 1) / max(samples - 1, 1))
+    sets, _, features = deviations.shape
+    norm = torch.linalg.vector_norm(deviations, dim=(1, 2))
+    norm = torch.maximum(norm, torch.linalg.vector_norm(norm) * sets**-0.5)
+    scale = ((samples + 1) / max(samples - 1, 1) / features) ** 0.5
+    return norm * torch.linalg.vector_norm(whitener, dim=(1, 2)) * scale
 
 
-def gain(power: Tensor, latest: Tensor, updates: Tensor | int) -> Tensor:
+def gain(power: Tensor, latest: Tensor, count: Tensor) -> Tensor:
     """Compute the factor (S,) of the running whitener under which it passes on what the live ones do.
 
     When the latest batch shows that the average has fallen behind, the factor falls too; the more so among the first
@@ -60,12 +64,11 @@ def gain(power: Tensor, latest: Tensor, updates: Tensor | int) -> Tensor:
     Args:
         power: (2, S), float32 or better, averages of what the running and the live whiteners passed on.
         latest: the same of the latest batch.
-        updates: batches averaged so far, one or more.
+        count: (), batches averaged so far, one or more.
     """
-    powers = torch.stack([power, latest]) + TINY
+    powers, share = torch.stack([power, latest]) + TINY, 1 / count
     averaged, of_latest = powers.sum(-1)
-    behind = (of_latest[0] / of_latest[1]) * (averaged[1] / averaged[0])
-    early = EARLY / updates
-    caution = 1 + (early.clamp(max=2) if isinstance(early, Tensor) else min(early, 2))
-    excess = powers[0, 0] / powers[0, 1] * behind.clamp(min=1) ** caution
-    return (excess * (1 + 2 / updates**2)).rsqrt()
+    passed, live = of_latest / averaged
+    behind = (passed / live).clamp(min=1) ** (EARLY * share + 1).clamp(max=3)
+    excess = powers[0, 0] / powers[0, 1] * behind
+    return torch.addcmul(excess, excess, share * share, value=2).rsqrt()
