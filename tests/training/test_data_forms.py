@@ -12,7 +12,8 @@ from timm_deconv.training.loop import create_accelerator, train
 from timm_deconv.training.tasks import Classification, create_task
 
 COUNT = 16
-SETTINGS = {"model": "test_resnet", "model_kwargs": {}, "num_classes": COUNT, "epochs": 1, "batch_size": 4, "workers": 0}
+NETWORK = {"model": "test_resnet", "model_kwargs": {}, "num_classes": COUNT}
+SETTINGS = NETWORK | {"epochs": 1, "batch_size": 4, "workers": 0}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ Images leave the loader as bytes; the task scales them on the device, as timm's 
 travels.
 """
 
-import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from timm_deconv.errors import InputError
 from .images import as_mode, mode_of
 from .sampling import EpochSampler, Seeded
 from .streams import ImageStream, StreamLoader, evaluation_loader
+from .workers import outlive_signals
 
 
 def create_transform(
@@ -137,7 +137,7 @@ def create_loader(
     while isinstance(whole, Subset):
         whole = whole.dataset
     whole.transform = transform
-    settings = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": _outlive_signals}
+    settings = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": outlive_signals()}
     if isinstance(dataset, ImageStream):
         if training:
             return StreamLoader(dataset, batch_size, seed, **settings)
@@ -148,10 +148,3 @@ def create_loader(
         dataset = Seeded(dataset, seed)
     # the default generator is the network's
     return DataLoader(dataset, **batches, **settings, collate_fn=collate, generator=torch.Generator())
-
-
-def _outlive_signals(worker: int) -> None:
-    """Let a worker go on where all processes of a job are told to end: the training process still needs its images."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # not so on Windows
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
