@@ -29,6 +29,14 @@ def test_it_names_a_class_for_every_pixel_and_is_loaded_as_it_was_saved(base, de
     assert saved is None if deconv is None else saved["preset"] == "paper" and "version" in saved
 
 
+def test_roles_are_those_of_the_whole_network_and_none_is_missed():
+    deconv = {"preset": "fast", "block": 16, "roles": {"depthwise": {"block": 8}, "classifier": {"block": 128}}}
+    model = timm.create_model("segmenter", base="mobilenetv2_100", num_classes=5, deconv=deconv)
+    assert model.get_classifier().cfg.block == 128
+    blocks = {layer.cfg.block for name, layer in model.encoder.named_modules() if name.endswith("conv_dw")}
+    assert blocks == {8} and model._model_args["deconv"]["roles"].keys() == {"depthwise", "classifier"}
+
+
 def test_a_base_that_is_no_encoder_is_named():
     with pytest.raises(InputError, match="no base of segmenter 'resnet19'; nearest: resnet1"):
         timm.create_model("segmenter", base="resnet19")

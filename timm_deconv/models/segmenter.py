@@ -4,6 +4,7 @@ Chen et al., Rethinking Atrous Convolution for Semantic Image Segmentation, 2017
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy, convert_deconv_model, resolve_policy, transfer
 from timm_deconv.convert.policy import as_saved
+from timm_deconv.convert.roles import find_roles
 from timm_deconv.errors import InputError, unknown_name
 
 from .deeplabv3 import ASPP
@@ -28,6 +30,14 @@ RATES = (3, 6, 9)
 default_cfgs = generate_default_cfgs({NAME: {}})
 
 
+class Head(nn.Sequential):
+    """What is new on an encoder: its last layer is the classifier."""
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer."""
+        return self[-1]
+
+
 class Segmenter(nn.Module):
     """An encoder of timm at output stride 16, an ASPP and a 1x1 classifier, enlarged to the input: (N, classes, H, W).
 
@@ -41,7 +51,7 @@ class Segmenter(nn.Module):
         self.encoder = encoder
         self.num_classes, self.num_features = num_classes, HEAD_CHS
         chs = encoder.feature_info.channels()[-1]  # type: ignore[operator, union-attr]
-        self.head = nn.Sequential(ASPP(chs, HEAD_CHS, RATES, drop_rate=0.1), nn.Conv2d(HEAD_CHS, num_classes, 1))
+        self.head = Head(ASPP(chs, HEAD_CHS, RATES, drop_rate=0.1), nn.Conv2d(HEAD_CHS, num_classes, 1))
 
         self.policy: DeconvPolicy | None = None
 
@@ -54,11 +64,12 @@ class Segmenter(nn.Module):
                 makes it; None leaves that.
         """
         self.policy = resolve_policy(deconv)
+        encoder, head = (_of_its_roles(self.policy, part) for part in (self.encoder, self.head))
         if input_size is None:
-            convert_deconv_model(self.encoder, self.policy)
+            convert_deconv_model(self.encoder, encoder)
         else:
-            transfer(self.encoder, self.policy, input_size=input_size)
-        convert_deconv_model(self.head, self.policy)
+            transfer(self.encoder, encoder, input_size=input_size)
+        convert_deconv_model(self.head, head)
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -72,12 +83,18 @@ class Segmenter(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """Return the last convolution."""
-        return self.head[1]
+        return self.head.get_classifier()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, bilinearly enlarged: (N, in_chans, H, W) -> (N, num_classes, H, W)."""
         logits = self.head(self.encoder(x)[-1])
         return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _of_its_roles(policy: DeconvPolicy, part: nn.Module) -> DeconvPolicy:
+    """Leave out what is said of roles that no layer of a part has, as each part is converted for itself."""
+    present = set(find_roles(part).values())
+    return replace(policy, roles={role: options for role, options in policy.roles.items() if role in present})
 
 
 def create_encoder(base: str, **arguments: Any) -> nn.Module:

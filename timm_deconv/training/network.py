@@ -15,6 +15,7 @@ from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.models import list_models
 from timm_deconv.models.deeplabv3 import SegmentationNet
 from timm_deconv.models.segmenter import create_encoder
+from timm_deconv.models.weights import packaged_weights
 
 from .initial_weights import check_loaded, pretrained_arguments
 from .recipe import Recipe
@@ -75,8 +76,7 @@ def _segmenter(recipe: Recipe) -> nn.Module:
     channels = recipe.input_size[0]
     model = timm.create_model("segmenter", base=base, num_classes=recipe.num_classes, in_chans=channels)
     if trained := recipe.pretrained or recipe.pretrained_path:
-        model.encoder = create_encoder(base, in_chans=channels, **pretrained_arguments(recipe))
-        check_loaded(recipe, model.encoder)
+        model.encoder = _trained_encoder(recipe.merged({"model": base, "model_kwargs": {}}))
     if recipe.freeze_bn and deconv is None:
         freeze_batch_norm_2d(model.encoder)
     if deconv is not None:
@@ -84,6 +84,17 @@ def _segmenter(recipe: Recipe) -> nn.Module:
     if recipe.head_init_scale is not None:
         _scale_classifier(model, recipe.head_init_scale)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+def _trained_encoder(recipe: Recipe) -> nn.Module:
+    """Create the recipe's batch-norm network as an encoder with its weights, which a package may hold."""
+    with packaged_weights(recipe.model, {}) as found:
+        file = found.get("pretrained_cfg_overlay", {}).get("file")
+        if file and not recipe.pretrained_path:
+            recipe = recipe.merged({"pretrained_path": file})
+        encoder = create_encoder(recipe.model, in_chans=recipe.input_size[0], **pretrained_arguments(recipe))
+    check_loaded(recipe, encoder)
+    return encoder
 
 
 def batch_norm_name(model: str) -> str:
