@@ -43,7 +43,8 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_folding.py", "tests/layers/test_cuda.py")
+TESTS = tuple(f"tests/kernels/test_gpu{name}.py" for name in ("", "_folding", "_roots", "_tracking"))
+TESTS += ("tests/layers/test_cuda.py",)
 TESTS_LIMIT = 80
 """Seconds after which the tests are stopped; those that ran are counted."""
 

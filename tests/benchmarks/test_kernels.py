@@ -27,7 +27,7 @@ def test_views_and_allocations_launch_nothing() -> None:
     assert len(forward + backward) <= eager_kernels(Products(), x) <= len(forward + backward + accumulation)
 
 
-def test_pointwise_whitening_launches_at_most_113_kernels() -> None:
+def test_pointwise_whitening_launches_at_most_18_kernels_on_a_gpu_and_140_in_its_plain_form() -> None:
     example = LAYERS["pointwise"]
     settings = KernelSettings(layers=["pointwise"], presets=["fast"], compiled=False)
     row, on_gpu = kernel_rows(settings, lambda message: None)
@@ -35,7 +35,8 @@ def test_pointwise_whitening_launches_at_most_113_kernels() -> None:
     assert row["eager_plain"] == eager_kernels(
         example.plain(**example.arguments), torch.randn(example.shape, requires_grad=True)
     )
-    assert row["eager_plain"] < row["eager"] <= 113
+    assert row["eager_plain"] < on_gpu["eager"] <= 18
+    assert on_gpu["eager"] < row["eager"] <= 140
     assert [row["path"], on_gpu["path"]] == ["plain", "triton"]
 
 

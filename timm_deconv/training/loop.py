@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from timm_deconv.errors import InputError, NonFiniteError
 from timm_deconv.linalg import widest
+from timm_deconv.models.weights import follow_saved, saved_arguments
 
 from . import results
 from .checkpoint import Progress, RunFolder
@@ -138,6 +139,8 @@ class Trainer:
         self.accelerator.init_trackers("tensorboard")
 
     def _resume(self, state: dict[str, Any]) -> None:
+        for network in filter(None, (self.network, self.averaged)):
+            follow_saved(network, saved_arguments(self.folder.path))
         saved = self.saver.state.restore(state)
         self.progress = Progress(**saved[0]["progress"])
         if len(saved) == self.processes.number:

@@ -75,7 +75,7 @@ def whiten_matrix(
     there, place = real[:, None] & real[None, :], index[:, None] * features + index[None, :]
     at = tl.load(mean + vector, real, other=0)
     a = (1 - padding) * (tl.load(cov + corner + place, there, other=0) + padding * at[:, None] * at[None, :])
-    variance = tl.sum(a * eye) / features
+    variance = tl.sum(tl.where(eye > 0, a, 0)) / features
     a = (1 - share) * a + tl.where(there, (share * variance + eps) * eye, 0)
     a, kept = _normed(a, tl.sqrt(tl.sum(a * a)), variance, least, ZEROES)
     tl.store(first + corner + place, a, there)
@@ -194,8 +194,8 @@ def _derive_steps(g, scratch, steps, EXTENT: tl.constexpr):
 
 @triton.jit
 def _product(scratch, left, right, EXTENT: tl.constexpr):
-    """Multiply two matrices of the scratch: registers do not hold whole factors. It is not read meanwhile or after."""
-    tl.debug_barrier()  # threads read what others have put there
+    """Multiply two matrices of the scratch, of which all is read then; registers do not hold whole factors."""
+    tl.debug_barrier()  # a thread reads what others have put there
     DEPTH: tl.constexpr = EXTENT if EXTENT <= WHOLE else PART
     index = tl.arange(0, EXTENT)
     product = tl.zeros((EXTENT, EXTENT), tl.float32)
@@ -210,7 +210,7 @@ def _product(scratch, left, right, EXTENT: tl.constexpr):
 
 @triton.jit
 def _put(scratch, place, matrix, EXTENT: tl.constexpr):
-    """Write a matrix into the scratch; `_product` may read it, `_get` only if one came between."""
+    """Write a matrix into the scratch, where `_product` finds it, and `_get` once there has been a barrier."""
     tl.store(scratch + place * EXTENT * EXTENT + _places(EXTENT), matrix)
 
 

@@ -33,9 +33,8 @@ def inverse_root(
     mean: Tensor, cov: Tensor, row_count: int, padding: float, root: Root
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Estimate mean and whitener, in one launch for up to 64 features."""
-    check_dtypes(mean, cov)
     sets, features = mean.shape
-    _check_fit(features, root)
+    _check_fit(features, root, mean, cov)
     mean, cov = mean.contiguous(), cov.contiguous()
     whitened_mean, whitener = torch.empty_like(mean), torch.empty_like(cov)
     varies, norm = cov.new_empty(sets, dtype=torch.bool), cov.new_empty(sets, 1, 1)
@@ -65,9 +64,8 @@ def inverse_root_backward(
     root: Root,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of mean and covariance, in one launch for up to 64 features."""
-    check_dtypes(grad_mean, grad_whitener, mean, whitener)
     sets, features = mean.shape
-    _check_fit(features, root)
+    _check_fit(features, root, grad_mean, grad_whitener, mean, whitener)
     tensors = [tensor.contiguous() for tensor in (grad_mean, grad_whitener, mean, whitener, *kept)]
     found = torch.empty_like(tensors[2]), torch.empty_like(tensors[2]), torch.empty_like(tensors[3])
     numbers = [padding, root.shrinkage(row_count, features)]
@@ -84,10 +82,12 @@ def inverse_root_backward(
     return found
 
 
-def _check_fit(features: int, root: Root) -> None:
-    """Raise `Unfit` for roots in float64, and for large matrices that are better left to a library's products."""
+def _check_fit(features: int, root: Root, *tensors: Tensor) -> None:
+    """Raise `Unfit` for what is not in float32, and for large matrices that are better left to a library's products."""
+    check_dtypes(*tensors)
     tiled = features <= MOST_FEATURES and (root.coefficients is not None or root.n_iter == 1)
-    if root.n_iter > FEW_STEPS or not (features <= TILE or tiled):
+    single = all(tensor.dtype == torch.float32 for tensor in tensors) and root.n_iter <= FEW_STEPS
+    if not single or not (features <= TILE or tiled):
         raise Unfit
 
 
