@@ -16,16 +16,16 @@ import timm
 import torch
 from torch import nn
 
+from timm_deconv.data import SEGMENTATION
 from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.layers import PRESETS
 from timm_deconv.training.loop import train
 from timm_deconv.training.recipe import Recipe, load_recipe, parse_settings
-from timm_deconv.training.tasks import Classification
+from timm_deconv.training.tasks import Classification, RecipeTask, create_task
 
 from . import plots
 from .networks import with_iterative_norm
 from .rows import CONDITIONS, Row, add_rows, conditions, print_table, result_files, rounded
-from .segmentation import Segmentation
 from .step import StepSettings, check_training, random_batch, training_step
 from .timing import interleave
 
@@ -70,7 +70,7 @@ class Variant:
 
     name: str
     recipe: Recipe
-    task: type[Classification] | type[Segmentation]
+    task: Callable[[Recipe, torch.device], RecipeTask]
 
     def create_model(self) -> nn.Module:
         """Create a fresh network, in training mode."""
@@ -130,11 +130,9 @@ def variant(text: str, network: str, recipe: Recipe) -> Variant:
     model = {"model": network if first in PEERS else f"{network}_deconv", "model_kwargs": arguments}
     model |= {"calibration_images": 0} if first in PEERS else {}
     changed = recipe.merged(parse_settings(long, recipe.model_dump() | model))
-    if first == "iterative" and (changed.dataset == "camvid" or changed.freeze_bn or changed.freeze_backbone):
+    if first == "iterative" and (changed.dataset in SEGMENTATION or changed.freeze_bn or changed.freeze_backbone):
         raise InputError(f"{text!r}: iterative normalisation is compared in classification, with nothing frozen")
-    if changed.dataset == "camvid":
-        return Variant(text, changed, Segmentation)
-    return Variant(text, changed, IterativeNormalisation if first == "iterative" else Classification)
+    return Variant(text, changed, IterativeNormalisation if first == "iterative" else create_task)
 
 
 def train_variants(

@@ -13,6 +13,7 @@ with one_line_errors(), needs_extra("train"):
     from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
     from timm_deconv.training.loop import create_accelerator
     from timm_deconv.training.recipe import parse_settings
+    from timm_deconv.training.tasks import create_task
 
 
 def parse() -> argparse.Namespace:
@@ -22,6 +23,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the recipe's")
     parser.add_argument("--recipe", help="whose data set to evaluate on; a name of hub_configs/recipes, or a YAML file")
     parser.add_argument("--data-dir", help="folder of val (or test) folders or tars, or torchvision's own layout")
+    parser.add_argument("--draw", metavar="DIR", help="draw predictions over the first 100 images")
     parser.add_argument("--cpu", action="store_true", help="stay on the processor where there is a GPU")
     return parser.parse_intermixed_args()
 
@@ -34,11 +36,10 @@ def main() -> None:
         chosen = {} if args.data_dir is None else {"data_dir": args.data_dir}
         recipe = evaluation_recipe(args.model, model, args.recipe, {**chosen, **parse_settings(args.settings)})
         accelerator = create_accelerator(recipe, cpu=args.cpu)
-        figures = validate(model, recipe, accelerator)
-        accelerator.print(
-            f"top-1 {figures['top1']:.3f} %, top-5 {figures['top5']:.3f} %, {figures['images']} images, "
-            f"{figures['images_per_second']:.0f} images/s"
-        )
+        task = create_task(recipe, accelerator.device)
+        figures = validate(model, task, accelerator, args.draw)
+        speed = f"{figures['images']} images, {figures['images_per_second']:.0f} images/s"
+        accelerator.print(f"{task.said(figures)}, {speed}")
         accelerator.end_training()
 
 

@@ -49,7 +49,18 @@ def one_line_errors() -> Iterator[None]:
     except Stopped:
         raise SystemExit(EXIT_STOPPED) from None
     except (InputError, NonFiniteError, OSError) as error:
-        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise SystemExit(f"{type(error).__name__}: {last_line(error)}") from None
+
+
+def last_line(error: BaseException) -> str:
+    """Return an error's message as one line; of one that a loader's worker raised the message alone, without its trace.
+
+    torch raises it again with the trace of the worker as its text.
+    """
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
 
 
 @contextmanager

@@ -93,7 +93,6 @@ def test_torchvisions_own_layout_is_read(data_dir, tmp_path):
     [
         ("digit", r"no data set 'digit'; nearest: digits"),
         ("torch/cifar11", r"no data set 'torch/cifar11'; nearest: torch/cifar10"),
-        ("wds/imagenet", r"'wds/imagenet' streams"),
         ("torch/cifar10", r"'torch/cifar10' needs a folder: give --data-dir"),
     ],
 )

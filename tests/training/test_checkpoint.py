@@ -14,6 +14,7 @@ from timm_deconv.training import checkpoint, load_recipe
 from timm_deconv.training.checkpoint import RunFolder
 from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
 from timm_deconv.training.loop import create_accelerator, train
+from timm_deconv.training.tasks import create_task
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,9 @@ def test_timm_loads_what_was_saved_and_it_reads_as_well(run):
     recipe, folder, row = run
     model = load_network(str(folder))
     assert tuple(model.pretrained_cfg["mean"]) == recipe.mean and model.num_classes == 10
-    figures = validate(model, evaluation_recipe(str(folder), model, None), create_accelerator(recipe))
+    accelerator = create_accelerator(recipe)
+    task = create_task(evaluation_recipe(str(folder), model, None), accelerator.device)
+    figures = validate(model, task, accelerator)
     assert round(figures["top1"], 3) == row["top1"] and figures["images"] == 364
 
 

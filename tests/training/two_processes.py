@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from timm_deconv.training import Recipe, load_recipe, loop
 from timm_deconv.training.evaluation import evaluate
+from timm_deconv.training.tasks import create_task
 
 
 def largest_difference(accelerator: Accelerator, model: torch.nn.Module) -> float:
@@ -21,7 +22,7 @@ def run(recipe: Recipe, folder: str) -> None:
     accelerator = loop.create_accelerator(recipe, cpu=True)
     loop.random_seed(recipe.seed)
     loop.Trainer(
-        recipe, loop.Classification(recipe, accelerator.device), loop.RunFolder(folder, recipe), accelerator
+        recipe, create_task(recipe, accelerator.device), loop.RunFolder(folder, recipe), accelerator
     ).run(False)
 
 
@@ -41,7 +42,7 @@ def main(folder: str, normed: str, plain: str) -> None:
 
     recipe = load_recipe(plain)
     accelerator = loop.create_accelerator(recipe, cpu=True)
-    task = loop.Classification(recipe.merged({"batch_size": 50}), accelerator.device)
+    task = create_task(recipe.merged({"batch_size": 50}), accelerator.device)
     loader = accelerator.prepare(task.evaluation_loader())
     report["images"] = evaluate(task, task.create_model(), loader, accelerator)["images"]
     report["processes"] = accelerator.num_processes

@@ -11,6 +11,7 @@ from . import (  # noqa: F401 (they register their networks)
     preact_resnet,
     resnet,
     resnext,
+    segmenter,
     senet,
     vgg,
 )

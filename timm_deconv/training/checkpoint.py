@@ -28,7 +28,7 @@ from .state_files import damage, write_state
 # may differ between a run and its continuation
 FREE = {
     *("name", "data_dir", "pretrained_path", "dataset_download", "workers", "log_interval"),
-    *("checkpoint_every", "nonfinite", "nonfinite_limit", "process_timeout"),
+    *("max_unreadable", "checkpoint_every", "nonfinite", "nonfinite_limit", "process_timeout"),
 }
 
 KEPT = 2

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.linalg import widest
 
+from .drawing import draw
 from .recipe import Recipe, load_recipe
-from .tasks import Classification, Task
+from .tasks import RecipeTask, Task
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.@-]*")
 
@@ -38,27 +39,39 @@ def evaluate(task: Task, model: nn.Module, loader: DataLoader, accelerator: Acce
     """
     model.eval()
     total = torch.zeros(len(task.columns), device=accelerator.device, dtype=widest(accelerator.device))
-    images = 0
+    images = torch.zeros((), dtype=torch.long, device=accelerator.device)
     with torch.no_grad(), accelerator.autocast():
         for batch in loader:
             figures = accelerator.gather_for_metrics(task.evaluate(model, batch))
-            total += figures.sum(0)
-            images += len(figures)
-    return {**task.summarise(total, images), "images": images}
+            counted = ~(figures[:, 0] < 0)  # what is NaN counts
+            total += torch.where(counted[:, None], figures, 0).sum(0)
+            images += counted.sum()
+    count = int(images)
+    return {**task.summarise(total, count), "images": count}
 
 
-def validate(model: nn.Module, recipe: Recipe, accelerator: Accelerator) -> dict[str, float]:
-    """Evaluate a network on the recipe's images; return its figures and `images_per_second` (loading included).
+def validate(
+    model: nn.Module, task: RecipeTask, accelerator: Accelerator, drawings: str | Path | None = None
+) -> dict[str, float]:
+    """Evaluate a network on a task's images; return its figures and `images_per_second` (loading included).
+
+    Args:
+        model: any network.
+        task: of the recipe whose images they are.
+        accelerator: from `create_accelerator`.
+        drawings: folder for pictures of what the network says of the first images; see `drawing.draw`.
 
     Raises:
         InputError: the data set cannot be found, or has other classes than the network.
     """
-    task = Classification(recipe, accelerator.device)
     loader = accelerator.prepare(task.evaluation_loader())
-    model = model.to(accelerator.device, memory_format=torch.channels_last if recipe.channels_last else None)
+    model = model.to(accelerator.device, memory_format=torch.channels_last if task.recipe.channels_last else None)
     started = time.perf_counter()
     figures = evaluate(task, model, loader, accelerator)
-    return {**figures, "images_per_second": figures["images"] / (time.perf_counter() - started)}
+    figures["images_per_second"] = figures["images"] / (time.perf_counter() - started)
+    if drawings is not None and accelerator.is_main_process:
+        draw(task, model, loader, Path(drawings))
+    return figures
 
 
 def load_network(name: str) -> nn.Module:

@@ -35,7 +35,7 @@ from .recovery import Recovery
 from .run_state import RunState
 from .saving import Saver
 from .signals import Signals
-from .tasks import Batch, Classification, Task
+from .tasks import Batch, Task, create_task
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     resume: bool = False,
     record: bool = False,
     cpu: bool = False,
-    task: Callable[[Recipe, torch.device], Task] = Classification,
+    task: Callable[[Recipe, torch.device], Task] = create_task,
 ) -> dict[str, object]:
     """Train a recipe into a folder; see `checkpoint` for what lies there afterwards.
 
@@ -55,7 +55,7 @@ def train(
         resume: continue from the latest whole state where there is one; bit for bit on the same machine.
         record: add the result row to `hub_configs/results` of the checkout too.
         cpu: stay on the processor where there is a GPU.
-        task: makes what the run is about from the recipe and the device.
+        task: makes what the run is about from the recipe and the device; by default what the data set is for.
 
     Returns:
         The result row.
@@ -183,6 +183,7 @@ class Trainer:
         if self.progress.consumed == 0:
             self._seed()
         self.order.epoch, self.order.consumed = self.progress.epoch, self.progress.consumed
+        self.task.begin_epoch(self.progress.epoch)
         self.model.train()
         with self._progress_bar() as bar:
             for batch in bar:
@@ -366,7 +367,9 @@ class Trainer:
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Create timm's optimiser of the recipe."""
-    groups = scaled_param_groups(recipe.weight_decay, recipe.filter_bias_and_bn) if recipe.layer_rates else None
+    scaled = scaled_param_groups(
+        recipe.weight_decay, recipe.filter_bias_and_bn, layers=recipe.layer_rates, auxiliary=recipe.aux_lr_scale
+    )
     return create_optimizer_v2(
         model,
         opt=recipe.opt,
@@ -374,7 +377,7 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
         filter_bias_and_bn=recipe.filter_bias_and_bn,
-        param_group_fn=groups,
+        param_group_fn=scaled if recipe.layer_rates or recipe.aux_lr_scale != 1 else None,
     )
 
 
@@ -383,6 +386,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, batches: 
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.sched,
+        decay_rate=recipe.decay_rate,
         num_epochs=recipe.epochs,
         warmup_epochs=recipe.warmup_epochs,
         warmup_lr=recipe.warmup_lr,

@@ -7,6 +7,7 @@ on CIFAR-10, mean squared row norms lie between 0.01 and 5, so that one rate tur
 as others. Multiplied by the mean squared norm of its rows, a layer's rate turns it as if the rows had norm 1.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from timm_deconv.convert.roles import classifier_names
 from timm_deconv.layers import WhiteningMixin
+from timm_deconv.models.checkpoints import AUXILIARY
 
 __all__ = ["layer_lr_scales", "scaled_param_groups"]
 
@@ -36,27 +38,36 @@ def layer_lr_scales(model: nn.Module) -> dict[str, float]:
     }
 
 
-def scaled_param_groups(weight_decay: float, exclude_1d: bool) -> Callable[[nn.Module], Groups]:
-    """Make a `param_group_fn` for timm: its groups, and one with an `lr_scale` for each whitened layer's weight.
-
-    For optimisers whose step is proportional to the gradient (SGD); others make up for its size themselves.
+def scaled_param_groups(
+    weight_decay: float, exclude_1d: bool, *, layers: bool = True, auxiliary: float = 1.0
+) -> Callable[[nn.Module], Groups]:
+    """Make a `param_group_fn` for timm: its groups, and more with an `lr_scale` for parameters of a rate of their own.
 
     Args:
-        weight_decay: of the groups. A layer's is divided by its scale, so that a weight loses the same share at every
-            step as without: EfficientNet-Lite0's first layers, of squared norms near 1,000, would be gone in an epoch.
+        weight_decay: of the groups.
         exclude_1d: no decay of biases and other vectors.
+        layers: scale the rate of each whitened layer's weight; for optimisers whose step is proportional to the
+            gradient (SGD), as others make up for its size themselves. Its decay is divided by its scale, so that a
+            weight loses the same share at every step as without: EfficientNet-Lite0's first layers, of squared norms
+            near 1,000, would be gone in an epoch.
+        auxiliary: scales the rate of heads that only training uses.
     """
 
     def groups(model: nn.Module) -> Groups:
-        scales = {model.get_parameter(name): scale for name, scale in layer_lr_scales(model).items()}
+        sizes = layer_lr_scales(model) if layers else {}
+        scales = {
+            parameter: (sizes.get(name, 1.0), auxiliary if name.startswith(AUXILIARY) else 1.0)
+            for name, parameter in model.named_parameters()
+            if name in sizes or name.startswith(AUXILIARY)
+        }
         made: Groups = []
         for group in param_groups_weight_decay(model, weight_decay, weight_decay_exclude_1d=exclude_1d):
             plain = [parameter for parameter in group["params"] if parameter not in scales]
             made += [{**group, "params": plain}] if plain else []
             for parameter in group["params"]:
                 if scale := scales.get(parameter):
-                    decay = group["weight_decay"] / scale
-                    made.append({**group, "params": [parameter], "lr_scale": scale, "weight_decay": decay})
+                    own = {"lr_scale": math.prod(scale), "weight_decay": group["weight_decay"] / scale[0]}
+                    made.append({**group, "params": [parameter], **own})
         return made
 
     return groups

@@ -13,11 +13,17 @@ from timm_deconv.convert import freeze, unfreeze
 from timm_deconv.convert.roles import classifier_names
 from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.models import list_models
+from timm_deconv.models.deeplabv3 import SegmentationNet
+from timm_deconv.models.segmenter import create_encoder
+from timm_deconv.models.weights import packaged_weights
 
 from .initial_weights import check_loaded, pretrained_arguments
 from .recipe import Recipe
 
-__all__ = ["create_model"]
+__all__ = ["create_model", "create_segmentation_model"]
+
+FOR_ENCODERS = ("deconv",)
+"""What `model_kwargs` may hold where the network becomes an encoder."""
 
 
 def create_model(recipe: Recipe) -> nn.Module:
@@ -42,6 +48,59 @@ def create_model(recipe: Recipe) -> nn.Module:
         freeze(model)
         unfreeze(model, list(classifier_names(model)))
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+def create_segmentation_model(recipe: Recipe) -> nn.Module:
+    """Create the recipe's network for dense prediction, which may be any of timm's as the encoder of a `Segmenter`.
+
+    An encoder that starts from weights computes the same in both forms; the head is new.
+
+    Raises:
+        InputError: see `create_model`; or what cannot be set for an encoder.
+    """
+    if not timm.is_model(recipe.model):
+        raise unknown_name("model", recipe.model, timm.list_models())
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        if isinstance(timm.create_model(recipe.model), SegmentationNet):
+            return create_model(recipe)
+    if unknown := recipe.model_kwargs.keys() - set(FOR_ENCODERS):
+        raise unknown_name("argument (model_kwargs) of an encoder", min(unknown), FOR_ENCODERS)
+    if recipe.freeze_backbone:
+        raise InputError("freeze_backbone would leave the head of a segmenter untrained; leave it out")
+    return _segmenter(recipe)
+
+
+def _segmenter(recipe: Recipe) -> nn.Module:
+    base = batch_norm_name(recipe.model)
+    deconv = recipe.model_kwargs.get("deconv", {} if recipe.model != base else None)
+    channels = recipe.input_size[0]
+    model = timm.create_model("segmenter", base=base, num_classes=recipe.num_classes, in_chans=channels)
+    if trained := recipe.pretrained or recipe.pretrained_path:
+        model.encoder = _trained_encoder(recipe.merged({"model": base, "model_kwargs": {}}))
+    if recipe.freeze_bn and deconv is None:
+        freeze_batch_norm_2d(model.encoder)
+    if deconv is not None:
+        model.whiten(deconv, recipe.input_size if trained else None)
+    if recipe.head_init_scale is not None:
+        _scale_classifier(model, recipe.head_init_scale)
+    return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+def _trained_encoder(recipe: Recipe) -> nn.Module:
+    """Create the recipe's batch-norm network as an encoder with its weights, which a package may hold."""
+    with packaged_weights(recipe.model, {}) as found:
+        file = found.get("pretrained_cfg_overlay", {}).get("file")
+        if file and not recipe.pretrained_path:
+            recipe = recipe.merged({"pretrained_path": file})
+        encoder = create_encoder(recipe.model, in_chans=recipe.input_size[0], **pretrained_arguments(recipe))
+    check_loaded(recipe, encoder)
+    return encoder
+
+
+def batch_norm_name(model: str) -> str:
+    """Return the name of the batch-norm network that a deconvolution network is made from, other names as they are."""
+    base = model.removesuffix("_deconv")
+    return f"{base}_bn" if timm.is_model(f"{base}_bn") else base
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ Triple = tuple[float, float, float]
 # result rows have columns of their own for the first four; the others change nothing that is learned
 NOT_IN_HASH = {
     *("name", "model", "model_kwargs", "seed", "data_dir", "dataset_download", "workers", "log_interval"),
-    *("checkpoint_every", "process_timeout"),
+    *("max_unreadable", "cache", "checkpoint_every", "process_timeout"),
 }
 
 INTERVAL = re.compile(r"(?P<updates>[1-9]\d*)( steps?)?|(?P<minutes>\d*\.?\d+) min")
@@ -52,20 +52,34 @@ class Recipe(BaseModel):
         freeze_backbone: train the classifier alone; the statistics of norms and whiteners stay too (see
             `timm_deconv.freeze`).
         freeze_bn: keep statistics, scale and shift of batch norms, as `timm.utils.freeze_batch_norm_2d` does.
-        dataset: `digits` (embedded), `torch/cifar10` and others of torchvision, `hfds/...`, or '' for folders and tars.
+        dataset: `digits` (embedded), `torch/cifar10` and others of torchvision, '' for folders and tars, `hfds/NAME` of
+            the Hub, or a stream, `hfids/NAME` of the Hub or `wds/` for shards; for segmentation `cityscapes`, `camvid`,
+            or `masks` for folders and tars of images/ and masks/.
         data_dir: where the data set lies or is downloaded to. A folder with train/ or train.tar is read as it is.
         train_split, val_split: as `timm.data.create_dataset` calls them.
         dataset_download: let torchvision download what is missing.
+        input_key, target_key: as timm's scripts call the columns of images and classes, of `hfds`, `hfids` and `wds`.
+        max_unreadable: so many different images that cannot be read are left out, in each process, before the run
+            stops; they are named. In training the next one stands in for such an image, in evaluation it does not
+            count.
+        cache: 'device' keeps the images as bytes on the card (or in memory) and cuts and mirrors them there, with the
+            distribution of `pad_crop`; for small sets of images of one size.
         train_images, val_images: use so many images only, always the same ones; None for all.
         num_classes: outputs of the classifier.
         input_size: channels, height, width.
         mean, std: per channel, of values in 0..1.
         augmentation: `pad_crop` (zero padding of `crop_padding` pixels, then a random crop), `rrc` (RandomResizedCrop),
-            or `none`.
+            or `none`; for masks `scale_crop` (resized at random, then a random window) or `none`.
+        aa: RandAugment by timm, as in 'rand-m9-mstd0.5-inc1', with `pad_crop` and `rrc`.
+        mixup, cutmix: alpha of the beta distribution by which timm mixes the images of a batch; 0 leaves them. With
+            both, each batch is mixed in one of the two ways.
+        progressive_sizes: heights of training images (widths in proportion) in equal parts of the epochs: images that
+            were cut out at `input_size` are resized on the device. None of them, and all are of `input_size`.
         crop_padding: pixels on each side, for `pad_crop`.
-        scale: range of the area that `rrc` keeps.
+        scale: range of the area that `rrc` keeps, or of the factor that `scale_crop` resizes by.
         hflip: probability of a mirror image in training.
-        crop_pct: in evaluation, the input's side over the side resized to.
+        crop_pct: in evaluation, the input's side over the side resized to; with `scale_crop` in training too, before
+            `scale`, and evaluation keeps the whole image.
         interpolation: in resizing.
         batch_size: images in one forward and backward pass, over all processes together.
         grad_accum_steps: passes to one update.
@@ -75,10 +89,13 @@ class Recipe(BaseModel):
         layer_rates: multiply the rate of each whitened layer by the mean squared norm of its rows at the start;
             for going on from pretrained weights with SGD; the classifier's otherwise (see `lr_scale.layer_lr_scales`).
         filter_bias_and_bn: keep biases and other vectors out of weight decay. The published recipes decay everything.
+        aux_weight: of the loss of a network's auxiliary head (`model_kwargs.aux_head=true`).
+        aux_lr_scale: multiplies the rate of that head.
         clip_grad: largest norm of the gradient, or what `clip_mode` makes of it; None leaves it.
         clip_mode: timm's: 'norm', 'value' (of every element), 'agc' (of every output's gradient, in norms of its
             weights, and as multiplied by `layer_rates`; not in the classifier).
         sched: timm's schedule, stepped at every update.
+        decay_rate: of the schedule `step`, or the power of `poly`.
         warmup_epochs, warmup_lr, min_lr: of the schedule; min_lr where it ends.
         smoothing: label smoothing in the training loss.
         model_ema: average the weights; what is evaluated and saved is then the average.
@@ -112,13 +129,21 @@ class Recipe(BaseModel):
     train_split: str = "train"
     val_split: str = "validation"
     dataset_download: bool = False
+    input_key: str | None = None
+    target_key: str | None = None
+    max_unreadable: int = Field(0, ge=0)
+    cache: Literal["device"] | None = None
     train_images: PositiveInt | None = None
     val_images: PositiveInt | None = None
     num_classes: PositiveInt
     input_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 32, 32)
     mean: Triple | tuple[float]
     std: Triple | tuple[float]
-    augmentation: Literal["pad_crop", "rrc", "none"] = "pad_crop"
+    augmentation: Literal["pad_crop", "rrc", "scale_crop", "none"] = "pad_crop"
+    aa: str | None = None
+    mixup: float = Field(0.0, ge=0, allow_inf_nan=False)
+    cutmix: float = Field(0.0, ge=0, allow_inf_nan=False)
+    progressive_sizes: tuple[PositiveInt, ...] = ()
     crop_padding: int = Field(4, ge=0)
     scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = Field(0.5, ge=0, le=1)
@@ -133,9 +158,12 @@ class Recipe(BaseModel):
     weight_decay: float = Field(ge=0, allow_inf_nan=False)
     layer_rates: bool = False
     filter_bias_and_bn: bool = False
+    aux_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
+    aux_lr_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
     clip_grad: float | None = Field(None, gt=0)
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     sched: Literal["cosine", "tanh", "poly", "step", "constant"] = "cosine"
+    decay_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
     warmup_epochs: int = Field(0, ge=0)
     warmup_lr: float = Field(1e-5, ge=0, allow_inf_nan=False)
     min_lr: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -183,6 +211,14 @@ class Recipe(BaseModel):
         for argument, key in OWN_KEYS.items():
             if argument in self.model_kwargs:
                 raise ValueError(f"model_kwargs.{argument} is decided by {key}; set that")
+        if self.aa is not None and (not self.aa.startswith("rand-") or self.augmentation not in ("pad_crop", "rrc")):
+            raise ValueError(f"aa={self.aa!r}: it is RandAugment ('rand-m9-mstd0.5-inc1') with pad_crop or rrc")
+        if self.cache and (self.aa or self.augmentation not in ("pad_crop", "none")):
+            raise ValueError("cache=device cuts out by pad_crop or not at all (none), without aa")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size={self.batch_size}: mixup and cutmix pair the images of a batch; make it even")
+        if len(self.progressive_sizes) > self.epochs:
+            raise ValueError(f"progressive_sizes={self.progressive_sizes} are more than epochs={self.epochs}")
         if self.calibration_images and not (self.pretrained or self.pretrained_path):
             raise ValueError("calibration_images are for weights to start from; give pretrained or pretrained_path")
         if self.layer_rates and self.opt not in SGD:

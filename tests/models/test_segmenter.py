@@ -1,0 +1,44 @@
+"""Any timm network as the encoder of a network for dense prediction."""
+
+import pytest
+import timm
+import torch
+
+from timm_deconv.convert.module_types import batch_norms
+from timm_deconv.errors import InputError
+from timm_deconv.layers import Deconv2d
+from timm_deconv.models.weights import save_network
+
+IMAGES = torch.randn(2, 3, 64, 80)
+
+
+@pytest.mark.parametrize("base", ["test_resnet", "test_efficientnet", "mobilenetv2_100", "resnet18"])
+@pytest.mark.parametrize("deconv", [None, "paper"])
+def test_it_names_a_class_for_every_pixel_and_is_loaded_as_it_was_saved(base, deconv, tmp_path):
+    model = timm.create_model("segmenter", base=base, num_classes=5, deconv=deconv)
+    assert bool(batch_norms(model)) == (deconv is None)
+    assert any(isinstance(layer, Deconv2d) for layer in model.modules()) == (deconv is not None)
+    with torch.no_grad():
+        model.train()(IMAGES)
+        expected = model.eval()(IMAGES)
+        assert expected.shape == (2, 5, 64, 80)
+        save_network(model, tmp_path)
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        assert torch.equal(again.eval()(IMAGES), expected)
+    saved = again._model_args.get("deconv")
+    assert saved is None if deconv is None else saved["preset"] == "paper" and "version" in saved
+
+
+def test_roles_are_those_of_the_whole_network_and_none_is_missed():
+    deconv = {"preset": "fast", "block": 16, "roles": {"depthwise": {"block": 8}, "classifier": {"block": 128}}}
+    model = timm.create_model("segmenter", base="mobilenetv2_100", num_classes=5, deconv=deconv)
+    assert model.get_classifier().cfg.block == 128
+    blocks = {layer.cfg.block for name, layer in model.encoder.named_modules() if name.endswith("conv_dw")}
+    assert blocks == {8} and model._model_args["deconv"]["roles"].keys() == {"depthwise", "classifier"}
+
+
+def test_a_base_that_is_no_encoder_is_named():
+    with pytest.raises(InputError, match="no base of segmenter 'resnet19'; nearest: resnet1"):
+        timm.create_model("segmenter", base="resnet19")
+    with pytest.raises(InputError, match="test_vit is no encoder: it cannot be dilated to an output stride of 16"):
+        timm.create_model("segmenter", base="test_vit")

@@ -1,0 +1,149 @@
+"""The name `segmenter`: any timm network as the encoder of a network for dense prediction, with an ASPP head.
+
+Chen et al., Rethinking Atrous Convolution for Semantic Image Segmentation, 2017, with half of its channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from timm_deconv.convert import DeconvPolicy, convert_deconv_model, resolve_policy, transfer
+from timm_deconv.convert.policy import as_saved
+from timm_deconv.convert.roles import find_roles
+from timm_deconv.errors import InputError, unknown_name
+
+from .deeplabv3 import ASPP
+from .registration import default_cfg
+
+__all__ = ["Segmenter", "create_encoder", "segmenter"]
+
+NAME = "segmenter"
+HEAD_CHS = 128
+RATES = (3, 6, 9)
+"""Dilations of the ASPP: a quarter of DeepLabV3's, as maps of small images have as much less positions."""
+
+default_cfgs = generate_default_cfgs({NAME: {}})
+
+
+class Head(nn.Sequential):
+    """What is new on an encoder: its last layer is the classifier."""
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer."""
+        return self[-1]
+
+
+class Segmenter(nn.Module):
+    """An encoder of timm at output stride 16, an ASPP and a 1x1 classifier, enlarged to the input: (N, classes, H, W).
+
+    Args:
+        encoder: gives a list of maps, of which the last is read.
+        num_classes: of a pixel.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.num_classes, self.num_features = num_classes, HEAD_CHS
+        chs = encoder.feature_info.channels()[-1]  # type: ignore[operator, union-attr]
+        self.head = Head(ASPP(chs, HEAD_CHS, RATES, drop_rate=0.1), nn.Conv2d(HEAD_CHS, num_classes, 1))
+
+        self.policy: DeconvPolicy | None = None
+
+    def whiten(self, deconv: str | Mapping[str, Any] | DeconvPolicy, input_size: tuple[int, ...] | None = None) -> None:
+        """Replace batch norms by whitening, in place.
+
+        Args:
+            deconv: a preset's name, a dictionary over a preset, or a `DeconvPolicy`.
+            input_size: (C, H, W) of the images, where the encoder is to compute what it did, as `timm_deconv.transfer`
+                makes it; None leaves that.
+        """
+        self.policy = resolve_policy(deconv)
+        encoder, head = (_of_its_roles(self.policy, part) for part in (self.encoder, self.head))
+        if input_size is None:
+            convert_deconv_model(self.encoder, encoder)
+        else:
+            transfer(self.encoder, encoder, input_size=input_size)
+        convert_deconv_model(self.head, head)
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm records to build the network again, with the policy by its full name."""
+        whitened = {} if self.policy is None else {"deconv": self.policy.to_dict()}
+        return {**self.__dict__.get("_recorded_args", {}), **whitened}
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self.__dict__["_recorded_args"] = {key: value for key, value in args.items() if key != "deconv"}
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last convolution."""
+        return self.head.get_classifier()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, bilinearly enlarged: (N, in_chans, H, W) -> (N, num_classes, H, W)."""
+        logits = self.head(self.encoder(x)[-1])
+        return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _of_its_roles(policy: DeconvPolicy, part: nn.Module) -> DeconvPolicy:
+    """Leave out what is said of roles that no layer of a part has, as each part is converted for itself."""
+    present = set(find_roles(part).values())
+    return replace(policy, roles={role: options for role, options in policy.roles.items() if role in present})
+
+
+def create_encoder(base: str, **arguments: Any) -> nn.Module:
+    """Create a timm network without its classifier, that gives a list of its last map, at a sixteenth of the size.
+
+    Args:
+        base: name of a batch-norm network.
+        arguments: of `timm.create_model`.
+
+    Raises:
+        InputError: a network that cannot be had at this resolution.
+    """
+    try:
+        return timm.create_model(base, features_only=True, out_indices=(-1,), output_stride=16, **arguments)
+    except (TypeError, AssertionError, NotImplementedError, AttributeError) as error:
+        raise InputError(f"{base} is no encoder: it cannot be dilated to an output stride of 16 ({error})") from error
+
+
+@register_model
+def segmenter(
+    pretrained: bool = False,
+    *,
+    base: str | None = None,
+    deconv: Any = None,
+    pretrained_cfg: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create the timm network `base` with a head that gives a class for each pixel.
+
+    Args:
+        pretrained: load weights; there are some where a saved network is loaded, by `local-dir:` or `hf-hub:`.
+        base: name of a batch-norm network.
+        deconv: a preset's name, a dictionary over a preset, or a `DeconvPolicy`; None leaves the batch norms.
+        pretrained_cfg: as in `timm.create_model`; otherwise what `base` says of its input.
+        kwargs: `num_classes`, and arguments of `base`.
+
+    Raises:
+        InputError: no `base`, or one that timm does not know or that cannot be an encoder.
+    """
+    if not isinstance(base, str) or not timm.is_model(base):
+        raise unknown_name(f"base of {NAME}", str(base), timm.list_models())
+
+    cfg = pretrained_cfg or {**default_cfg(base), "architecture": NAME}
+    policy = as_saved(deconv, kwargs.get("pretrained_model_args"))
+
+    def build(num_classes: int = 21, **arguments: Any) -> nn.Module:
+        model = Segmenter(create_encoder(base, **arguments), num_classes)
+        if policy is not None:
+            model.whiten(policy)
+        return model
+
+    return build_model_with_cfg(build, NAME, pretrained, pretrained_cfg=cfg, **kwargs)
