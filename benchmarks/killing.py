@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,25 +58,25 @@ def killable_recipe() -> Recipe:
     return load_recipe("digits", [*network, *images, f"checkpoint_every={EVERY}"])
 
 
-def kills(number: int, seed: int) -> list[Kill]:
-    """Draw kills: of one process, of both or of one of two, at any moment or while a state is written."""
+def kills(number: int, seed: int) -> dict[int, Kill]:
+    """Draw numbered kills: of one process, of both or of one of two, at any moment or while a state is written."""
     draw = random.Random(seed)
     kinds = [(1, None, False), (1, None, True), (2, None, False), (2, 0, True), (2, 1, False), (2, 0, False)]
-    return [Kill(*kinds[i % len(kinds)], share=draw.uniform(0.02, 0.98)) for i in range(number)]
+    return {i: Kill(*kinds[i % len(kinds)], share=draw.uniform(0.02, 0.98)) for i in range(number)}
 
 
-def kill_loop(planned: Sequence[Kill], folder: Path) -> Iterator[Row]:
+def kill_loop(planned: Mapping[int, Kill], folder: Path) -> Iterator[Row]:
     """Kill runs as planned, resume each to its end, and compare it with the run that was left alone.
 
     Args:
-        planned: what to kill, and when.
+        planned: what to kill, and when, by number.
         folder: where the runs lie.
 
     Returns:
         a row of COLUMNS for each.
     """
     whole: dict[int, Path] = {}
-    for number, plan in enumerate(planned):
+    for number, plan in planned.items():
         if plan.processes not in whole:
             whole[plan.processes] = folder / f"whole-{plan.processes}"
             wait(launch(whole[plan.processes], plan.processes))

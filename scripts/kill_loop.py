@@ -5,7 +5,8 @@
     kill_loop.py --kills 6 --seed 1
 
 Runs are the digits, in one process and in two; see benchmarks/killing.py. Rows go to --output, and with --record to
-hub_configs/results of the checkout too. The exit code is 1 where a run has ended otherwise, or repeated too much.
+hub_configs/results of the checkout too; what has a row there is not done again. The exit code is 1 where a run has
+ended otherwise, or repeated too much.
 """
 
 import argparse
@@ -35,7 +36,9 @@ def main() -> None:
     measured = []
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         files = rows.result_files(args.output, args.record, "killing.csv")
-        for row in killing.kill_loop(killing.kills(args.kills, args.seed), Path(folder)):
+        done = rows.rows_done(files, killing.COLUMNS)
+        planned = {i: plan for i, plan in killing.kills(args.kills, args.seed).items() if str(i) not in done}
+        for row in killing.kill_loop(planned, Path(folder)):
             rows.add_rows(files, killing.COLUMNS, [row])
             measured.append(row)
     rows.print_table(measured, killing.RESULT)

@@ -7,6 +7,7 @@ recipe.yaml  curve.csv  results.csv  tensorboard/
 
 import csv
 import io
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ class Progress:
 
     @property
     def place(self) -> str:
-        """Name the place in the run; names sort as places do."""
+        """Name the place in the run."""
         return f"epoch-{self.epoch:04d}-image-{self.consumed:08d}"
 
 
@@ -118,7 +119,8 @@ class RunFolder:
 
     def states(self) -> list[Path]:
         """List the states, the latest last."""
-        return sorted((self.path / "state").glob("epoch-*-image-????????"))
+        found = (self.path / "state").glob("epoch-*-image-*[0-9]")
+        return sorted(found, key=lambda state: [int(number) for number in re.findall(r"\d+", state.name)])
 
     def newest_state(self, say: Callable[[str], None]) -> Path | None:
         """Find the latest state that is whole; None where nothing was saved yet.
