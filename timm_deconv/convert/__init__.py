@@ -6,6 +6,7 @@ from .converter import ConversionReport, convert_deconv_model
 from .fuse import fuse
 from .policy import DeconvPolicy, resolve_policy
 from .statistics import freeze, kept_buffers, unfreeze, update_statistics
+from .synchronise import convert_sync
 from .transfer import transfer
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DeconvPolicy",
     "calibrate",
     "convert_deconv_model",
+    "convert_sync",
     "freeze",
     "fuse",
     "kept_buffers",

@@ -22,7 +22,7 @@ from .moments import add_moments_gradient_, sampled_moments
 from .operation import Operation, plain_form
 from .roots import Root, inverse_root, inverse_root_backward
 from .tracking import Averaging, average_in_
-from .windows import PIXEL, Sampling, Window
+from .windows import PIXEL, Sampling, Share, Window
 
 __all__ = [
     "PIXEL",
@@ -31,6 +31,7 @@ __all__ = [
     "Operation",
     "Root",
     "Sampling",
+    "Share",
     "Window",
     "add_moments_gradient_",
     "apply_whitener",

@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PIXEL", "Sampling", "Window", "as_pair", "gather", "scatter_add_", "spread_windows"]
+__all__ = [
+    "PIXEL",
+    "Sampling",
+    "Share",
+    "Window",
+    "as_pair",
+    "gather",
+    "scatter_add_",
+    "spread_places",
+    "spread_windows",
+]
 
 Pair = tuple[int, int]
 Index = tuple[slice | int, ...]
@@ -85,7 +95,8 @@ class Sampling(NamedTuple):
         window: its stride is the spacing of the samples.
         images: one image in so many is sampled, beginning with the first.
         offset: row and column of the first sampled pixel; (0, 0) for windows of more than a pixel.
-        flat: the pixels of the whole batch are one list, of which every (stride * stride)-th is taken.
+        flat: the pixels of the whole batch are one list, of which every (stride * stride)-th is taken, `offset` being
+            (0, the place of the first).
     """
 
     window: Window
@@ -109,9 +120,20 @@ class Sampling(NamedTuple):
         """Return the number of windows sampled from a batch of shape (N, C, H, W)."""
         (rows, cols), size = self.window.stride, (shape[2], shape[3])
         if self.flat:
-            return math.ceil(shape[0] * size[0] * size[1] / (rows * cols))
+            return max(math.ceil((shape[0] * size[0] * size[1] - self.offset[1]) / (rows * cols)), 0)
         inside = (size[0] - self.offset[0], size[1] - self.offset[1])
         return math.ceil(shape[0] / self.images) * self.window.positions(inside)
+
+
+class Share(NamedTuple):
+    """Which images of a batch that several processes hold together are those of one of them.
+
+    Attributes:
+        first: place of its first image in the whole batch. whole: images of all processes.
+    """
+
+    first: int
+    whole: int
 
 
 def gather(x: Tensor, sampling: Sampling, *, samples_last: bool = False) -> Tensor:
@@ -125,11 +147,10 @@ def gather(x: Tensor, sampling: Sampling, *, samples_last: bool = False) -> Tens
         return _gather_windows(x, window, samples_last)
     if not sampling.flat:
         return _pixel_grid(x, sampling)
-    spacing = window.stride[0] * window.stride[1]
     pixels = x.permute(0, 2, 3, 1)
     if pixels.is_contiguous():
-        return pixels.flatten(0, 2)[::spacing]
-    image, position = _flat_pixels(x, spacing)
+        return pixels.flatten(0, 2)[_flat_places(sampling)]
+    image, position = _flat_pixels(x, sampling)
     return x.flatten(2)[image, :, position]
 
 
@@ -141,21 +162,24 @@ def scatter_add_(grad_x: Tensor, grad_columns: Tensor, sampling: Sampling) -> No
     elif not sampling.flat:
         _pixel_grid(grad_x, sampling).add_(grad_columns)
     else:
-        spacing, pixels = window.stride[0] * window.stride[1], grad_x.permute(0, 2, 3, 1)
+        pixels = grad_x.permute(0, 2, 3, 1)
         if pixels.is_contiguous():
-            pixels.flatten(0, 2)[::spacing] += grad_columns
+            pixels.flatten(0, 2)[_flat_places(sampling)] += grad_columns
         else:
-            image, position = _flat_pixels(grad_x, spacing)
+            image, position = _flat_pixels(grad_x, sampling)
             grad_x.view(*grad_x.shape[:2], -1)[image, :, position] += grad_columns
 
 
-def spread_windows(x: Tensor, window: Window, most: int) -> Tensor:
-    """Gather at most `most` windows of images (N, C, H, W), evenly spread over the batch: (count, K), channel-major."""
+def spread_windows(x: Tensor, window: Window, most: int, share: Share | None = None) -> Tensor:
+    """Gather at most `most` windows of images (N, C, H, W), evenly spread over the batch: (count, K), channel-major.
+
+    Where the images are a share of a larger batch, the windows are spread over that, and those in x are gathered.
+    """
     (height, width), (_, cols) = x.shape[2:], window.grid((x.shape[2], x.shape[3]))
-    in_image = window.positions((height, width))
-    total = x.shape[0] * in_image
-    count = min(most, total)
-    index = (torch.arange(count, device=x.device) * total + total // 2) // count
+    in_image, (first, whole) = window.positions((height, width)), share or Share(0, x.shape[0])
+    total, chosen = whole * in_image, spread_places(x.shape, window, most, share)
+    index = torch.arange(chosen.start, chosen.stop, device=x.device)
+    index = (index * total + total // 2) // min(most, total) - first * in_image
     pixels = x.permute(0, 2, 3, 1)
     if window == PIXEL and pixels.is_contiguous():  # as fast as memory
         return pixels.flatten(0, 2).index_select(0, index)
@@ -170,6 +194,18 @@ def spread_windows(x: Tensor, window: Window, most: int) -> Tensor:
     inside = (down >= 0) & (down < height) & (right >= 0) & (right < width)
     values = x[image[:, None, None], :, down.clamp(0, height - 1), right.clamp(0, width - 1)]
     return values.where(inside.unsqueeze(-1), 0).permute(0, 3, 1, 2).flatten(1)
+
+
+def spread_places(shape: Sequence[int], window: Window, most: int, share: Share | None = None) -> range:
+    """Return which of the windows that are spread over a batch lie in a share of it, (N, C, H, W), by their number."""
+    in_image = window.positions((shape[2], shape[3]))
+    first, whole = share or Share(0, shape[0])
+    total = whole * in_image
+    count = min(most, total)
+    if share is None:
+        return range(count)
+    start, stop = (-((total // 2 - image * in_image * count) // total) for image in (first, first + shape[0]))
+    return range(max(start, 0), stop)
 
 
 def _pixel_grid(x: Tensor, sampling: Sampling) -> Tensor:
@@ -236,8 +272,14 @@ def _slices(windows: range, start: int, step: int) -> tuple[slice, slice]:
     return slice(first, last + 1), slice(start + first * step, start + last * step + 1, step)
 
 
-def _flat_pixels(x: Tensor, spacing: int) -> tuple[Tensor, Tensor]:
+def _flat_places(sampling: Sampling) -> slice:
+    """Return the places of the sampled pixels in the flat list."""
+    rows, cols = sampling.window.stride
+    return slice(sampling.offset[1], None, rows * cols)
+
+
+def _flat_pixels(x: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Return image and position of every sampled pixel of the flat list."""
-    in_image = x.shape[2] * x.shape[3]
-    pixels = torch.arange(0, x.shape[0] * in_image, spacing, device=x.device)
+    in_image, places = x.shape[2] * x.shape[3], _flat_places(sampling)
+    pixels = torch.arange(places.start, max(x.shape[0] * in_image, places.start), places.step, device=x.device)
     return pixels // in_image, pixels % in_image

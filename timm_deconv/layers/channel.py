@@ -2,17 +2,18 @@
 front of the global pooling)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import PIXEL, Blocks, Sampling, sampled_moments
+from timm_deconv.kernels import PIXEL, Blocks, Sampling, Share, sampled_moments
 from timm_deconv.linalg import full_precision, promote, widest
 
 from .config import DeconvCfg
 from .functional import Moments, check_rows, estimate, root_of
+from .joint import JointBatch
 from .module import MANY_BATCHES, be_leaf, in_recomputation
 from .notices import Notices
 from .presets import resolve_cfg
@@ -47,6 +48,9 @@ class ChannelDeconv(nn.Module):
     statistics_frozen: bool
     cumulative: bool
 
+    if TYPE_CHECKING:
+        joint: JointBatch | None
+
     def __init__(
         self,
         num_features: int | None = None,
@@ -65,6 +69,7 @@ class ChannelDeconv(nn.Module):
         be_leaf(self)
         self.statistics_frozen = False
         self.cumulative = False
+        self.joint = None
         self.notices = Notices()
         self.label = ""
         self.saw_nonfinite = torch.zeros((), dtype=torch.bool, device="cpu")
@@ -145,28 +150,44 @@ class ChannelDeconv(nn.Module):
 
     @torch.jit.unused
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        split = x.shape[1] // self.cfg.block * self.cfg.block
+        block, split = self.cfg.block, x.shape[1] // self.cfg.block * self.cfg.block
         name = f"{type(self).__name__} {self.label or x.shape[1]}"
+        share = Share(0, len(x)) if self.joint is None else self.joint.share(len(x), name)
+        pixels, step = x[0, 0].numel(), self._spacing(x)
         mean1, matrix, mean2, var = self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
         if split:
-            samples = self._sample(x, x[:, :split].transpose(0, 1).reshape(self.cfg.block, -1))
-            check_rows(x.numel() // x.shape[1] * (split // self.cfg.block), name, x)
+            lists = x[:, :split].transpose(0, 1).reshape(block, split // block, -1)
+            whole = share.whole * pixels  # of each of the channels that share an axis, which are one list
+            firsts = [-(index * whole + share.first * pixels) % step for index in range(split // block)]
+            samples = torch.cat([lists[:, index, first::step] for index, first in enumerate(firsts)], 1)
+            rows = split // block * whole
+            check_rows(rows, name, x)
             vectors = samples.mT[:, :, None, None]
-            mean, cov = sampled_moments(vectors, Sampling(PIXEL), Blocks(1, self.cfg.block))
+            mean, cov = self._joined(vectors, Blocks(1, block), -(-rows // step))
             uncentred = cov + mean.unsqueeze(-1) * mean.unsqueeze(-2)
             root = root_of(self.cfg, zeroes_constant=False)
-            matrix = estimate(Moments(mean, uncentred, len(vectors)), root).whitener.squeeze(0)
+            matrix = estimate(Moments(mean, uncentred, -(-rows // step)), root).whitener.squeeze(0)
             mean1 = mean.mT
         if split < x.shape[1]:
-            samples = self._sample(x, x[:, split:].flatten(1)).reshape(1, -1)
-            check_rows(samples.shape[1], name, x)
-            mean2, var = samples.mean(1, keepdim=True), samples.var(1, keepdim=True)
+            samples = x[:, split:].flatten(1)[:, ::step].reshape(-1, 1, 1, 1)
+            rows = len(samples) // len(x) * share.whole
+            check_rows(rows, name, x)
+            mean2, cov = self._joined(samples, Blocks(1, 1), rows)
+            var = cov.squeeze(0) * (rows / (rows - 1))
         return mean1, matrix, mean2, var
 
-    def _sample(self, x: Tensor, columns: Tensor) -> Tensor:
+    def _joined(self, rows: Tensor, blocks: Blocks, row_count: int) -> tuple[Tensor, Tensor]:
+        """Compute mean (1, F) and covariance (1, F, F) of rows (R, F, 1, 1) here and, if synchronised, of all."""
+        mean, cov = sampled_moments(rows, Sampling(PIXEL), blocks)
+        if self.joint is None:
+            return mean, cov
+        moments = self.joint.join(Moments(mean, cov, row_count), len(rows))
+        return moments.mean, moments.cov
+
+    def _spacing(self, x: Tensor) -> int:
+        """Return the spacing of the samples in a list of pixels."""
         stride = self.cfg.sampling_stride
-        sampled = x.ndim == 4 and stride > 1 and min(x.shape[-2:]) >= stride
-        return columns[:, :: stride**2] if sampled else columns
+        return stride**2 if x.ndim == 4 and min(x.shape[-2:]) >= stride else 1
 
     @torch.no_grad()
     def _track(self, *live: Tensor) -> None:

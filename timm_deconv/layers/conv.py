@@ -12,8 +12,9 @@ from timm_deconv.kernels import Window, sampled_moments
 from timm_deconv.kernels.windows import as_pair
 
 from .config import DeconvCfg, conv_kind
-from .functional import Moments, check_rows, estimate_live, fold
+from .functional import Moments, check_rows, fold, no_moments
 from .geometry import ConvGeometry, conv_blocks, conv_geometry
+from .joint import Seen
 from .module import WhiteningMixin, check_dtype
 from .operation import Setting, convolve, whitened_conv
 from .presets import resolve_cfg
@@ -43,7 +44,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     """
 
     plain = nn.Conv2d
-    __jit_unused_properties__ = ("window",)
+    __jit_unused_properties__ = ("window", "_name")
 
     if TYPE_CHECKING:
         _known: tuple[tuple[Any, ...], ConvGeometry | None] | None
@@ -93,6 +94,10 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         layer._adopt(conv)
         return layer
 
+    @property
+    def _name(self) -> str:
+        return f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
+
     def forward(self, input: Tensor) -> Tensor:
         return self._whitened_conv(input)
 
@@ -116,13 +121,11 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         step = self._begin_step()
         if step.frozen:
             return convolve(x, *self._frozen_fold(step), geometry)
-        name = f"{type(self).__name__} {self.label or (self.in_channels, self.out_channels)}"
-        check_rows(geometry.most_rows, name, x)
+        check_rows(geometry.most_rows, self._name, x)
         with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
-            found = self._moments(x, geometry)
-            live = estimate_live(found, x, self.cfg)
-            statistics = self._average_in(live, x, found.mean, geometry.seen, step)
-        return whitened_conv(x, self.weight, self.bias, statistics, Setting(geometry, self.cfg, name))
+            own, seen = self._moments(x, geometry), Seen(x, geometry.seen, self.blocks)
+            statistics = self._estimate(own, geometry.own_rows, seen, geometry.share, step)
+        return whitened_conv(x, self.weight, self.bias, statistics, Setting(geometry, self.cfg, self._name, self.joint))
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
@@ -132,7 +135,10 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
 
     @torch.jit.unused
     def _moments(self, x: Tensor, geometry: ConvGeometry) -> Moments:
-        mean, cov = sampled_moments(x, geometry.sampling, self.blocks)
+        if geometry.own_rows:
+            mean, cov = sampled_moments(geometry.sampled(x), geometry.sampling, self.blocks)
+        else:
+            mean, cov = no_moments(x, self.blocks)  # all rows of the joined batch are other processes'
         return Moments(mean, cov, geometry.row_count, geometry.padding)
 
     @torch.jit.unused
@@ -211,7 +217,8 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         if torch.compiler.is_compiling() or type(input) is not Tensor:  # a size may be a symbol
             return self._found_geometry(input)
         sizes = (self.kernel_size, _fixed(self.stride), _fixed(self.padding), _fixed(self.dilation))
-        key = (input.shape, *sizes, self.groups, self.padding_mode, self.in_channels, self.blocks, self.cfg)
+        joined = None if self.joint is None or self.statistics_frozen else self.joint.sizes
+        key = (input.shape, joined, *sizes, self.groups, self.padding_mode, self.in_channels, self.blocks, self.cfg)
         if self._known is None or self._known[0] != key:
             self._known = (key, self._found_geometry(input))
         return self._known[1]
@@ -243,7 +250,8 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
                 f"input of {height}x{width} pixels: smaller than the kernel {self.kernel_size} with dilation"
                 f" {self.dilation} and padding {self.padding!r}; use larger images or more padding"
             )
-        return conv_geometry(padded, self.window, self.groups, self.blocks, self.cfg)
+        share = None if self.statistics_frozen else self._share(images)
+        return conv_geometry(padded, self.window, self.groups, self.blocks, self.cfg, share)
 
 
 def _fixed(value: Any) -> Any:

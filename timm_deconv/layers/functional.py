@@ -9,9 +9,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Root, inverse_root
+from timm_deconv.kernels import PIXEL, Blocks, Root, Sampling, inverse_root, sampled_moments
 from timm_deconv.kernels.folding import fold
-from timm_deconv.kernels.roots import LEAST_VARIANCE
+from timm_deconv.linalg import promote
 
 from .config import DeconvCfg
 
@@ -20,8 +20,9 @@ __all__ = [
     "Statistics",
     "check_rows",
     "estimate",
-    "estimate_live",
     "fold",
+    "moments_of_pixels",
+    "no_moments",
     "root_of",
 ]
 
@@ -71,20 +72,17 @@ def estimate(moments: Moments, root: Root) -> Statistics:
     return Statistics(row_count, *inverse_root(mean, cov, row_count, padding, root))
 
 
-def estimate_live(moments: Moments, x: Tensor, cfg: DeconvCfg) -> Statistics:
-    """Estimate what a batch is whitened with, the whiteners of sets whose rows are all equal being zero.
+def no_moments(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Return zeros for mean (S, F) and covariance (S, F, F) of no rows of x (N, C, H, W)."""
+    zeros = promote(x.new_zeros(blocks.sets, blocks.features, blocks.features + 1))
+    return zeros[..., 0], zeros[..., 1:]
 
-    Args:
-        moments: of the batch.
-        x: the batch (N, C, ...); one row has no deviation, but others may differ from it.
-        cfg: the layer's.
-    """
-    statistics = estimate(moments, root_of(cfg))
-    if moments.row_count > 1:
-        return statistics
-    pixel = x.detach()[(slice(1), slice(None), *[slice(1)] * (x.ndim - 2))]
-    varies = ((x.detach() - pixel).square().mean() > LEAST_VARIANCE * cfg.eps).expand_as(statistics.varies)
-    return statistics._replace(whitener=statistics.whitener * varies[:, None, None], varies=varies)
+
+def moments_of_pixels(x: Tensor) -> Moments:
+    """Compute mean (C, 1) and variance (C, 1, 1) of every channel of images x (N, C, H, W), from all pixels."""
+    channels = x.shape[1]
+    mean, cov = sampled_moments(x, Sampling(PIXEL), Blocks(channels, 1, groups=channels))
+    return Moments(mean, cov, x.numel() // channels)
 
 
 def check_rows(row_count: int, name: str, input: Tensor) -> None:

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from timm_deconv.kernels import PIXEL, Blocks, Sampling, Window
+from torch import Tensor
+
+from timm_deconv.kernels import PIXEL, Blocks, Sampling, Share, Window
 
 from .config import DeconvCfg
 
@@ -67,9 +69,12 @@ class ConvGeometry(NamedTuple):
         window: the convolution's windows. groups: its groups.
         blocks: of features that are whitened together.
         seen: what samples are taken from: the convolution's windows, or single pixels of the image without padding.
-        sampling: which of those.
+        sampling: which of those, from the image `skipped` on.
         padding: the weight in the statistics of padding that the convolution sees but that is not among the samples.
         row_count: how many rows are sampled, in each set of statistics. most_rows: how many there are, sampled or not.
+        share: which images these are of a batch that several processes hold together, whose rows are counted; None
+            where they are all.
+        own_rows: how many of the rows lie in them.
     """
 
     window: Window
@@ -80,9 +85,28 @@ class ConvGeometry(NamedTuple):
     padding: float
     row_count: int
     most_rows: int
+    share: Share | None = None
+    own_rows: int = 0
+    skipped: int = 0
+
+    def sampled(self, images: Tensor) -> Tensor:
+        """Return the images (N, C, H, W) without those before the first that is sampled."""
+        return images[self.skipped :] if self.skipped else images
+
+    @property
+    def part(self) -> float:
+        """The share of the rows that lies in this process' images."""
+        return self.own_rows / self.row_count
 
 
-def conv_geometry(shape: Sequence[int], window: Window, groups: int, blocks: Blocks, cfg: DeconvCfg) -> ConvGeometry:
+def conv_geometry(
+    shape: Sequence[int],
+    window: Window,
+    groups: int,
+    blocks: Blocks,
+    cfg: DeconvCfg,
+    share: Share | None = None,
+) -> ConvGeometry:
     """Return what a convolution does with a batch of shape (N, C, H, W).
 
     Args:
@@ -90,6 +114,7 @@ def conv_geometry(shape: Sequence[int], window: Window, groups: int, blocks: Blo
         window, groups: the convolution's.
         blocks: by `conv_blocks`.
         cfg: how to sample.
+        share: which images of a batch of several processes these are.
     """
     seen, padding = window, 0.0
     if window.pointwise:
@@ -98,9 +123,23 @@ def conv_geometry(shape: Sequence[int], window: Window, groups: int, blocks: Blo
         seen = PIXEL
     if blocks.pixels and cfg.layout == "channels":
         padding = min(window.padding_share((shape[2], shape[3])), MOST_PADDING)
-    sampling, shared = choose_sampling(shape, seen, blocks, cfg), blocks.number // blocks.sets
-    row_count, most_rows = sampling.positions(shape) * shared, shape[0] * seen.positions((shape[2], shape[3])) * shared
-    return ConvGeometry(window, groups, blocks, seen, sampling, padding, row_count, most_rows)
+    whole = shape if share is None else (share.whole, *shape[1:])
+    sampling, shared = choose_sampling(whole, seen, blocks, cfg), blocks.number // blocks.sets
+    row_count, most_rows = sampling.positions(whole) * shared, whole[0] * seen.positions((shape[2], shape[3])) * shared
+    geometry = ConvGeometry(window, groups, blocks, seen, sampling, padding, row_count, most_rows, share, row_count)
+    if share is None:
+        return geometry
+    sampling, skipped = _sampling_of_share(sampling, shape, share)
+    own_rows = sampling.positions((max(shape[0] - skipped, 0), *shape[1:])) * shared
+    return geometry._replace(sampling=sampling, own_rows=own_rows, skipped=skipped)
+
+
+def _sampling_of_share(sampling: Sampling, shape: Sequence[int], share: Share) -> tuple[Sampling, int]:
+    """Return where a sampling of the whole batch goes on in a share (N, C, H, W) of it, and images to skip before."""
+    if not sampling.flat:
+        return sampling, -share.first % sampling.images
+    rows, cols = sampling.window.stride
+    return sampling._replace(offset=(0, -share.first * shape[2] * shape[3] % (rows * cols))), 0
 
 
 def choose_sampling(shape: Sequence[int], window: Window, blocks: Blocks, cfg: DeconvCfg) -> Sampling:

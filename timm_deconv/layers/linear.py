@@ -12,8 +12,9 @@ from timm_deconv.kernels import PIXEL, Sampling, apply_whitener, fold_whitening,
 from timm_deconv.kernels.blocks import spread_over_window
 
 from .config import DeconvCfg
-from .functional import Moments, Statistics, check_rows, estimate_live, fold
+from .functional import Moments, Statistics, check_rows, fold
 from .geometry import linear_blocks
+from .joint import Seen
 from .module import WhiteningMixin, check_dtype
 from .operation import computing_dtype
 from .presets import resolve_cfg
@@ -61,6 +62,12 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         layer._adopt(linear)
         return layer
 
+    __jit_unused_properties__ = ("_name",)
+
+    @property
+    def _name(self) -> str:
+        return f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
+
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             if self.training:
@@ -80,11 +87,13 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         step = self._begin_step()
         if step.frozen:
             return F.linear(vectors, *self._frozen_fold(step))
-        found = self.moments(vectors)
-        name = f"{type(self).__name__} {self.label or (self.in_features, self.out_features)}"
-        check_rows(found.row_count, name, vectors)
-        live = estimate_live(found, vectors, self.cfg)
-        return self._whitened(vectors, self._average_in(live, _as_images(vectors), found.mean, PIXEL, step))
+        found, share = self.moments(vectors), self._share(len(vectors))
+        own_rows = found.row_count
+        if share is not None:
+            found = found._replace(row_count=share.whole * self.blocks.number)
+        check_rows(found.row_count, self._name, vectors)
+        seen = Seen(_as_images(vectors), PIXEL, self.blocks)
+        return self._whitened(vectors, self._estimate(found, own_rows, seen, share, step))
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:

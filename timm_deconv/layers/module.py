@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Averaging, Blocks, Window, average_in_
+from timm_deconv.kernels import Averaging, Blocks, Share, average_in_
+from timm_deconv.kernels.roots import LEAST_VARIANCE
 from timm_deconv.kernels.tracking import CYCLE
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .functional import Moments, Statistics, fold
+from .functional import Moments, Statistics, estimate, fold, moments_of_pixels, root_of
+from .joint import JointBatch, Seen
 from .notices import LIVE_STATISTICS, UNCALIBRATED, Notices
 
 __all__ = ["MANY_BATCHES", "Step", "WhiteningMixin", "be_leaf", "check_dtype", "in_recomputation"]
@@ -51,6 +53,8 @@ class WhiteningMixin(nn.Module):
             `timm_deconv.freeze`. `requires_grad` changes no statistics, as in batch norm.
         saw_nonfinite: bool (), whether the latest batch's statistics were not finite. Such a batch leaves the running
             values as they were.
+        joint: the processes over which statistics are synchronised; None for this one's own. See
+            `timm_deconv.convert_sync`.
         notices, label: what the network's layers tell the user, and the layer's name in it; see `share_notices`.
 
     In evaluation every forward folds the weight anew, so that no output comes from stale weights, whoever wrote the new
@@ -69,12 +73,18 @@ class WhiteningMixin(nn.Module):
     if TYPE_CHECKING:  # at run time TorchScript would look for what only some layers have
         running_gain: Tensor
         running_power: Tensor
+        joint: JointBatch | None
         notices: Notices
         _counted: tuple[Tensor, int, int] | None
 
     @abstractmethod
     def moments(self, input: Tensor) -> Moments:
         """Compute mean (S, F) and covariance (S, F, F) of the samples that the layer takes of its input (N, ...)."""
+
+    @property
+    @abstractmethod
+    def _name(self) -> str:
+        """What errors call the layer."""
 
     @abstractmethod
     def fuse(self) -> nn.Module:
@@ -124,6 +134,7 @@ class WhiteningMixin(nn.Module):
         be_leaf(self)
         self.statistics_frozen = False
         self.cumulative = False
+        self.joint = None
         self.notices = Notices()
         self.label = ""
         factory: dict[str, Any] = {"device": device, "dtype": self.weight.dtype}
@@ -147,19 +158,52 @@ class WhiteningMixin(nn.Module):
         self._init_statistics(self.cfg, self.blocks, weight.device)
         self.training = source.training
 
-    # A training forward: _begin_step, then _frozen_fold or, with live statistics, _average_in; either counts it.
+    # A training forward: _begin_step, then _frozen_fold or, with live statistics, _estimate; either counts it.
 
     def _begin_step(self) -> Step:
         recomputing = in_recomputation()
         return Step(self.statistics_frozen or self._freezes(recomputing), recomputing)
 
-    def _average_in(self, live: Statistics, x: Tensor, own_mean: Tensor, seen: Window, step: Step) -> Statistics:
-        """Average a batch's statistics in, and return what to whiten it with: they, or the running ones if frozen.
+    def _share(self, images: int) -> Share | None:
+        """Return which images of the processes' joined batch a batch of so many is; None where nothing is joined."""
+        return None if self.joint is None else self.joint.share(images, self._name)
+
+    def _estimate(self, own: Moments, own_rows: int, seen: Seen, share: Share | None, step: Step) -> Statistics:
+        """Estimate a batch's statistics, average them in, and return what to whiten it with: they, or the running ones
+        if frozen.
 
         Args:
-            live: the batch's statistics.
-            x: (N, C, H, W), the batch. own_mean: (S, F), the mean of its samples, without a share of padding.
-            seen: the windows of it that the layer whitens.
+            own: moments of its samples; `row_count` is that of the joined batch, of which own_rows are here.
+            seen: what the layer whitens of it.
+            share: of `_share`.
+            step: of `_begin_step`.
+        """
+        found, probed = own, seen
+        if self.joint is not None and share is not None:
+            if self.cfg.gain_corrected:
+                found, probed = self.joint.join_seen(own, own_rows, seen, share)
+            else:
+                found = self.joint.join(own, own_rows)
+        live = estimate(found, root_of(self.cfg))
+        if found.row_count == 1:
+            live = self._unless_constant(live, seen.x.detach(), share)
+        return self._average_in(live, found.mean, probed, step)
+
+    @torch.no_grad()
+    def _unless_constant(self, live: Statistics, x: Tensor, share: Share | None) -> Statistics:
+        """Zero the whiteners where x (N, C, H, W) is constant: one row has no deviation, but others may differ."""
+        pixels = moments_of_pixels(x)
+        if self.joint is not None and share is not None:
+            pixels = self.joint.join(pixels._replace(row_count=share.whole), len(x))
+        varies = (pixels.cov.mean() > LEAST_VARIANCE * self.cfg.eps).expand_as(live.varies)
+        return live._replace(whitener=live.whitener * varies[:, None, None], varies=varies)
+
+    def _average_in(self, live: Statistics, own_mean: Tensor, seen: Seen, step: Step) -> Statistics:
+        """Average statistics in, and return them, or the running ones if frozen.
+
+        Args:
+            live: the batch's. own_mean: (S, F), the mean of its samples, without a share of padding.
+            seen: what whiteners are measured on.
             step: of `_begin_step`.
         """
         if not step.recomputing:
@@ -174,14 +218,14 @@ class WhiteningMixin(nn.Module):
                 self.running_deconv,
                 gained,
                 self.num_batches_tracked,
-                x,
+                seen.x,
                 own_mean,
                 live.mean,
                 live.whitener,
                 live.varies,
                 live.row_count,
-                seen,
-                self.blocks,
+                seen.window,
+                seen.blocks,
                 averaging,
             )
         self._follow(forwards, step)

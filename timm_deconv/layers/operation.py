@@ -24,6 +24,7 @@ from timm_deconv.linalg import full_precision
 from .config import DeconvCfg
 from .functional import Statistics, root_of
 from .geometry import ConvGeometry
+from .joint import JointBatch
 
 __all__ = ["Setting", "computing_dtype", "convolve", "whitened_conv", "whitens_input"]
 
@@ -66,11 +67,17 @@ def sum_outputs(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Setting(NamedTuple):
-    """What a whitened convolution is given beside tensors; `name` is the layer's, for errors."""
+    """What a whitened convolution is given beside tensors.
+
+    Attributes:
+        geometry, cfg: the layer's. name: its own, for errors.
+        joint: the processes that statistics are synchronised over, if they are.
+    """
 
     geometry: ConvGeometry
     cfg: DeconvCfg
     name: str
+    joint: JointBatch | None = None
 
 
 def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: Statistics, setting: Setting) -> Tensor:
@@ -80,7 +87,7 @@ def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: St
         x: (N, C, H, W).
         weight: (O, C / groups, h, w). bias: (O,); None counts as zeros.
         statistics: what to whiten with, estimated from x.
-        setting: the layer's geometry for x, configuration and name.
+        setting: the layer's.
 
     Returns:
         (N, O, H', W'), in the autocast dtype if there is one.
@@ -158,7 +165,7 @@ class _OnlyOnce(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, weight and bias, each None where it is not asked for."""
     x, weight, folded, mean, whitener, frozen, *kept = ctx.saved_tensors
-    geometry, cfg, _ = ctx.setting
+    geometry, cfg, _, joint = ctx.setting
     blocks, with_x = geometry.blocks, ctx.needs_input_grad[0]
     with full_precision(x):
         backward = _input_gradients if whitens_input(x, weight, geometry) else _weight_gradients
@@ -173,7 +180,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             own_mean, *of_moments = inverse_root_backward(
                 grad_mean, grad_whitener, mean, whitener, kept, ctx.row_count, geometry.padding, root_of(cfg)
             )
-            add_moments_gradient_(grad_x, x, own_mean, *of_moments, geometry.sampling, blocks)
+            if joint is not None:
+                of_moments = joint.join_gradients(*of_moments, geometry.part)
+            if geometry.own_rows:
+                images = (geometry.sampled(grad_x), geometry.sampled(x))
+                add_moments_gradient_(*images, own_mean, *of_moments, geometry.sampling, blocks)
     return grad_x, grad_weight, grad_bias if ctx.has_bias else None
 
 
