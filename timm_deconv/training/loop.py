@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3, adaptive_clip_grad, dispatch_clip_grad, rando
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from timm_deconv.convert import convert_sync
 from timm_deconv.errors import InputError, NonFiniteError
 from timm_deconv.linalg import widest
 from timm_deconv.models.weights import follow_saved, saved_arguments
@@ -102,6 +103,8 @@ class Trainer:
         self.order = self.train_loader.batch_sampler
         self.order.process, self.order.processes = accelerator.process_index, accelerator.num_processes
         task.calibrate(self.network.to(accelerator.device))
+        if recipe.sync_statistics and self.processes.group is not None:
+            self.network = convert_sync(self.network, host_group=self.processes.group)
         optimizer = create_optimizer(self.network, recipe)
         self.scheduler = create_scheduler(optimizer, recipe, len(self.train_loader))
         with warnings.catch_warnings():

@@ -47,7 +47,7 @@ def create_accelerator(recipe: Recipe, log_dir: Path | None = None, cpu: bool = 
         raise InputError("amp_dtype='float16': a processor would train in float32; set amp_dtype=bfloat16 or amp=false")
     AcceleratorState._reset_state()  # a second run in one process may ask for another precision
     handlers = [
-        # whitening matrices are large; `average_buffers` brings them together once an epoch
+        # whitening matrices are large; processes have the same, or `average_buffers` brings them together once an epoch
         DistributedDataParallelKwargs(broadcast_buffers=False),
         InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.process_timeout)),
     ]
@@ -120,7 +120,10 @@ class Processes:
 
 
 def average_buffers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Replace floating-point buffers (running means, whiteners) by their mean over processes: each saw other images."""
+    """Replace floating-point buffers (running means, whiteners) by their mean over processes.
+
+    Where statistics are not synchronised each saw other images; else they are alike already.
+    """
     if accelerator.num_processes == 1:
         return
     for buffer in model.buffers():

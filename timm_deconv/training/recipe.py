@@ -111,6 +111,9 @@ class Recipe(BaseModel):
             also goes back to the last checkpoint's weights and optimiser, and on with the images that follow.
         nonfinite_limit: so many updates of a run may be left out in that way; one more stops it.
         process_timeout: minutes that a process waits for the others before it ends.
+        sync_statistics: take the statistics of whitening layers, and of batch norms on GPUs, from the batches of all
+            processes, so that these learn what one process learns; else each takes its own, and running values are
+            averaged for evaluation.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -181,6 +184,7 @@ class Recipe(BaseModel):
     nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     nonfinite_limit: PositiveInt = 10
     process_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
+    sync_statistics: bool = True
 
     @field_validator("checkpoint_every", mode="before")
     @classmethod
