@@ -6,6 +6,7 @@ difference of a weight or running value stands beside that of one process whose 
 
 import copy
 import json
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,10 @@ from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvLinear
 from .killing import start
 from .rows import CONDITIONS, Row, conditions, rounded
 
-__all__ = ["CASES", "COLUMNS", "OPTIONS", "RESULT", "compare", "compared", "digits", "distance", "layers", "train"]
+__all__ = [
+    *("CASES", "COLUMNS", "OPTIONS", "RESULT", "compare", "compared", "digits", "distance", "layers", "pooled"),
+    *("said_by", "train"),
+]
 
 RESULT = "case processes dtype difference rounding moved".split()
 COLUMNS = [*RESULT, *CONDITIONS]
@@ -104,8 +108,7 @@ OPTIONS: dict[str, Options] = {
 
 CASES = [
     *("layers fast", "layers paper", "layers capped", "layers freezing", "pooled paper", "channels paper"),
-    *("resnet18_cifar fast", "resnet18_cifar paper", "resnext29_32x4d_cifar fast", "resnext29_32x4d_cifar paper"),
-    *("mobilenetv2_cifar fast", "mobilenetv2_cifar paper"),
+    *("resnet18_cifar fast", "resnet18_cifar paper", "resnext29_32x4d_cifar fast", "mobilenetv2_cifar fast"),
 ]
 """Network and options."""
 
@@ -117,11 +120,20 @@ def compared(cases: Sequence[str], processes: int, dtypes: Sequence[str] = ("flo
         RuntimeError: a process failed.
     """
     command = [sys.executable, "-m", "benchmarks.equivalence", json.dumps([list(cases), list(dtypes)])]
-    ended = [(*process.communicate(timeout=600), process.returncode) for process in start(command, processes)]
+    for line in said_by(start(command, processes)):
+        yield {**json.loads(line), **conditions("cpu")}
+
+
+def said_by(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """Return the lines that the first of some processes has printed when all have ended.
+
+    Raises:
+        RuntimeError: one ended otherwise.
+    """
+    ended = [(*process.communicate(timeout=900), process.returncode) for process in processes]
     if any(code for *_, code in ended):
         raise RuntimeError("\n".join(errors for _, errors, _ in ended)[-3000:])
-    for line in ended[0][0].splitlines():
-        yield {**json.loads(line), **conditions("cpu")}
+    return ended[0][0].splitlines()
 
 
 def shares(process: int, processes: int) -> list[slice]:

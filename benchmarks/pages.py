@@ -43,6 +43,7 @@ from .cost_tables import (
     scaling,
     steps,
 )
+from .sharing_tables import equivalence, sent_bytes
 from .survival_tables import killed_runs
 from .tables import markdown
 
@@ -198,6 +199,8 @@ TABLES: dict[str, Maker] = {
     "README: accuracy": readme_accuracy,
     "README: cost": readme_cost,
     "killed runs": killed_runs,
+    "equivalence": equivalence,
+    "sent bytes": sent_bytes,
     "one epoch, full width": networks_by_form(
         ["resnet18_cifar", "mobilenetv2_cifar", "senet18_cifar", "efficientnet_b0_cifar", "pnasnet_a_cifar"],
         FORMS,

@@ -45,6 +45,17 @@ def test_a_script_sees_our_networks_and_its_own_arguments_and_neighbours() -> No
     assert done.stdout.split() == [str(SCRIPT), "__main__", "CifarResNet", "7", "neighbour"]
 
 
+def test_what_synchronises_batch_norms_synchronises_whitening_too(
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As timm's train.py --sync-bn does."""
+    (tmp_path / "script.py").write_text("from timm.layers import convert_sync_batchnorm\nconvert_sync_batchnorm('net')")
+    given: list[str] = []
+    monkeypatch.setattr(runner, "convert_sync", given.append)
+    run_here(str(tmp_path / "script.py"))
+    assert given == ["net"] and timm.layers.convert_sync_batchnorm is not given.append
+
+
 def test_without_a_script_the_usage_is_shown(run_here: Run) -> None:
     with pytest.raises(SystemExit, match=r"^usage:"):
         run_here()

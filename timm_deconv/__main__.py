@@ -1,18 +1,21 @@
 """python -m timm_deconv SCRIPT.py [arguments]: run a script that knows nothing of this package with its networks.
 
 So timm's own train.py, validate.py, inference.py and benchmark.py take --model resnet18_cifar_deconv. With --calibrate
-the networks that they make of batch-norm weights are calibrated on images before the optimiser sees them.
+the networks that they make of batch-norm weights are calibrated on images before the optimiser sees them. Where they
+synchronise batch norms (train.py --sync-bn), whitening layers' statistics are synchronised too.
 """
 
 import os
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
+import timm.layers
 import torch
 from torch import nn
 
-from timm_deconv.convert import calibrate
+from timm_deconv.convert import calibrate, convert_sync
 from timm_deconv.data.calibration import calibration_loader
 from timm_deconv.errors import InputError
 from timm_deconv.models.registration import when_transferred
@@ -20,7 +23,8 @@ from timm_deconv.models.registration import when_transferred
 USAGE = """\
 usage: python -m timm_deconv [--calibrate DATA [--images N] [--image-size N]] SCRIPT.py [arguments]
 
-Runs the script as `python SCRIPT.py [arguments]` would, with the deconvolution networks registered with timm.
+Runs the script as `python SCRIPT.py [arguments]` would, with the deconvolution networks registered with timm. Where it
+calls timm.layers.convert_sync_batchnorm (train.py --sync-bn), whitening layers are synchronised as by convert_sync.
 
   --calibrate DATA   folder or tar of images, or 'digits': networks that timm.create_model makes of batch-norm weights
                      (pretrained=True) are calibrated on them, so that training starts from the function of the weights
@@ -115,7 +119,8 @@ def main() -> None:
     sys.argv = command
     if not sys.flags.safe_path:
         sys.path[0] = str(script.resolve().parent)
-    runpy.run_path(str(script), run_name="__main__")
+    with patch.object(timm.layers, "convert_sync_batchnorm", convert_sync):  # which leaves batch norms to timm's own
+        runpy.run_path(str(script), run_name="__main__")
     if calibrator is not None and not calibrator.networks:
         calibrator.say("--calibrate: the script has created no network of transferred weights; nothing was calibrated")
 

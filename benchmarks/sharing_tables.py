@@ -1,0 +1,37 @@
+"""Tables of synchronised statistics: whether processes learn the same, and what they send."""
+
+from pathlib import Path
+
+from .tables import Table, read_rows
+
+__all__ = ["equivalence", "sent_bytes"]
+
+
+def equivalence(results: Path) -> Table:
+    """Make the table of differences between several processes and one."""
+    rows = read_rows(results / "equivalence.csv")
+    found = {(row["case"], row["processes"], row["dtype"]): row for row in rows}
+    body = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        network, options = case.rsplit(" ", 1)
+        cells = [f"`{network}`, `{options}`"]
+        for dtype in ("float64", "float32"):
+            cells += [_short(found[case, processes, dtype]["difference"]) for processes in ("2", "4")]
+            cells.append(_short(max((found[case, number, dtype]["rounding"] for number in ("2", "4")), key=float)))
+        body.append(cells)
+    columns = ("2 processes", "4 processes", "rounding")
+    head = ["network", *(f"{dtype}: {column}" for dtype in ("float64", "float32") for column in columns)]
+    return Table(head, body, rows, "equivalence.csv", "python scripts/processes.py equivalence")
+
+
+def sent_bytes(results: Path) -> Table:
+    """Make the table of what a process hands over in a step, in two processes."""
+    rows = [row for row in read_rows(results / "sharing.csv") if row["statistics"] == "synchronised"]
+    names = ("statistics_bytes", "sync_batch_norm_bytes", "gradient_bytes")
+    body = [[f"`{row['network']}`", *(f"{int(row[name]) / 1e6:.2f}" for name in names)] for row in rows]
+    head = ["MB a step, 2 processes", "`fast`, synchronised", "SyncBatchNorm, of its twin", "gradients, as in local mode"]
+    return Table(head, body, rows, "sharing.csv", "python scripts/processes.py cost")
+
+
+def _short(value: str) -> str:
+    return f"{float(value):.0e}".replace("e-0", "e-").replace("e+0", "e")
