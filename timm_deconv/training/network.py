@@ -47,7 +47,7 @@ def create_model(recipe: Recipe) -> nn.Module:
     if recipe.freeze_backbone:
         freeze(model)
         unfreeze(model, list(classifier_names(model)))
-    return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+    return _laid_out(model, recipe)
 
 
 def create_segmentation_model(recipe: Recipe) -> nn.Module:
@@ -83,6 +83,16 @@ def _segmenter(recipe: Recipe) -> nn.Module:
         model.whiten(deconv, recipe.input_size if trained else None)
     if recipe.head_init_scale is not None:
         _scale_classifier(model, recipe.head_init_scale)
+    return _laid_out(model, recipe)
+
+
+def _laid_out(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Let the network save or keep activations, in the memory format that the recipe says."""
+    if recipe.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):  # timm's way of refusing
+            raise InputError(f"grad_checkpointing: {recipe.model} has no blocks to run twice; leave it out") from None
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
 
