@@ -122,6 +122,7 @@ class Trainer:
         self.saver = Saver(folder, state, self.processes, self.signals, self.say)
         self.recovery = Recovery(recipe, self.network, self.saver.rewind)
         self.guard = NanGuard(self.network, self.processes, at_once=self.recovery.active)
+        self.count_update: Callable[[], None] = lambda: None
         self._reset_figures()
 
     def run(self, resume: bool, profile: bool = False) -> dict[str, object]:
@@ -168,7 +169,7 @@ class Trainer:
     def _epoch(self) -> None:
         self.clock = time.perf_counter()
         if self.progress.consumed < self._images_per_epoch:
-            self._train_epoch()
+            self.train_epoch()
             self.guard.finish()
             for network in filter(None, (self.network, self.averaged)):
                 average_buffers(self.accelerator, network)
@@ -184,7 +185,7 @@ class Trainer:
         self.processes.main_does(lambda: self.folder.export(self.result, self.progress, is_best))
         self.saver.save(self.progress, self._own())
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> None:
         """Train on what is left of the epoch."""
         if self.progress.consumed == 0:
             self._seed()

@@ -56,7 +56,7 @@ def create_accelerator(recipe: Recipe, log_dir: Path | None = None, cpu: bool = 
             cpu=cpu,
             mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no",
             gradient_accumulation_steps=recipe.grad_accum_steps,
-            log_with=create_trackers(recipe, log_dir) if log_dir else None,
+            log_with=(create_trackers(recipe, log_dir) if log_dir else None) or None,
             dynamo_plugin=compile_whole(recipe),
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
             kwargs_handlers=handlers,

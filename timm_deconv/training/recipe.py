@@ -202,6 +202,16 @@ class Recipe(BaseModel):
     nonfinite_limit: PositiveInt = 10
     process_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
 
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _of_folders(cls, dataset: Any) -> Any:
+        return "" if dataset is None else dataset  # `dataset=` of a command line
+
+    @field_validator("log_with", mode="before")
+    @classmethod
+    def _of_one(cls, trackers: Any) -> Any:
+        return (trackers,) if isinstance(trackers, str) else trackers
+
     @field_validator("checkpoint_every", mode="before")
     @classmethod
     def _is_an_interval(cls, value: Any) -> Any:
