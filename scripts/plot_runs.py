@@ -16,11 +16,15 @@ with one_line_errors(), needs_extra("benchmark"):
     from benchmarks.run_pictures import curves_picture
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders")
     parser.add_argument("--output", type=Path, default=Path("runs.png"), help="picture; its ending says the format")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     with one_line_errors():
         curves_picture(args.runs, args.output)
         print(f"picture: {args.output}")

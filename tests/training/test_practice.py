@@ -247,8 +247,7 @@ def test_arguments_of_the_optimiser_reach_it():
     assert list(create_optimizer(nn.Linear(2, 2), recipe).param_groups[0]["betas"]) == [0.8, 0.9]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # both of torch's own modules, raised while it compiles
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, raised while it compiles
 @pytest.mark.parametrize("regions", [False, True])
 def test_a_compiled_network_learns_what_an_uncompiled_one_learns(whitened, tmp_path, regions):
     torch._dynamo.reset()

@@ -91,6 +91,17 @@ def test_other_trackers_are_accelerates_where_they_are_installed(short_recipe, t
     assert scalars(tmp_path / "run")["train/loss"].keys() == {2, 4}
 
 
+def test_a_tracker_that_does_not_start_is_named_in_one_line(short_recipe, tmp_path, monkeypatch):
+    def init(**settings):
+        raise RuntimeError("no API key configured\nuse wandb login")
+
+    stand_in = types.ModuleType("wandb")
+    stand_in.init, stand_in.__spec__ = init, types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with pytest.raises(InputError, match=r"one of wandb does not start \(no API key configured use wandb login\)"):
+        train(short_recipe.merged({"log_with": "wandb"}), tmp_path, cpu=True)
+
+
 def test_a_run_may_have_no_tracker(short_recipe, tmp_path):
     train(short_recipe.merged({"log_with": []}), tmp_path, cpu=True)
     assert not (tmp_path / "tensorboard").exists()

@@ -142,7 +142,7 @@ class Trainer:
             self._resume(state)
         elif self.recovery.mode == "rewind":
             self.saver.save(self.progress, self._own())
-        self.accelerator.init_trackers(self.recipe.name)
+        self.processes.main_does(self.report.open)
 
     def _resume(self, state: dict[str, Any]) -> None:
         for network in filter(None, (self.network, self.averaged)):

@@ -57,6 +57,20 @@ class Reporter:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, headline: str, images: int) -> None:
         self.recipe, self.accelerator, self.headline, self.images = recipe, accelerator, headline, images
 
+    def open(self) -> None:
+        """Start the trackers.
+
+        Raises:
+            InputError: one does not start, as it is not logged in, for example.
+        """
+        try:
+            self.accelerator.init_trackers(self.recipe.name)
+        except Exception as error:  # whatever their packages raise
+            self.accelerator.trackers.clear()  # of which some have not started, and cannot end
+            reason = " ".join(str(error).split()) or type(error).__name__
+            names = ", ".join(self.recipe.log_with)
+            raise InputError(f"log_with: one of {names} does not start ({reason}); leave it out") from error
+
     def say(self, text: str) -> None:
         """Say a line."""
         if self.accelerator.is_main_process:
