@@ -63,6 +63,12 @@ def test_padding_is_counted_as_the_whitener_counts_it():
     assert whitening_health(net, lambda: net(torch.randn(64, 4, 4, 4) + 3))["0/residual"] < 0.05
 
 
+def test_a_batch_that_is_not_finite_has_no_health_and_stops_nothing():
+    net = nn.Sequential(Deconv2d(4, 3, 1))
+    found = whitening_health(net, lambda: net(torch.full((8, 4, 4, 4), torch.inf)))
+    assert np.isnan(found["0/residual"]) and np.isnan(found["0/condition"])
+
+
 def test_looking_at_health_changes_nothing(whitened, tmp_path):
     recipe = whitened.merged({"mixup": 0.2, "model_kwargs": {"width": 0.125, "drop_rate": 0.2}})
     rows = [train(recipe.merged({"health_interval": n}), tmp_path / str(n), cpu=True) for n in (0, 1)]

@@ -58,10 +58,17 @@ def _measures(layer: WhiteningMixin, input: Tensor) -> dict[str, float]:
     cov = (1 - zeros) * (moments.cov + zeros * moments.mean[..., None] * moments.mean[:, None]).to(whitener.dtype)
     eye = torch.eye(features, device=cov.device, dtype=cov.dtype)
     residuals = (whitener @ cov @ whitener - eye).norm(dim=(-2, -1)) / features**0.5
-    values = torch.linalg.eigvalsh(cov).clamp(min=0) + layer.cfg.eps
-    conditions = values[..., -1] / values[..., 0]
-    residual, condition = torch.stack([residuals.max(), conditions.max()]).tolist()
+    residual, condition = torch.stack([residuals.max(), _condition(cov, layer.cfg.eps)]).tolist()
     return {"residual": residual, "condition": condition, "rows_to_features": moments.row_count / features}
+
+
+def _condition(cov: Tensor, eps: float) -> Tensor:
+    """Return the largest condition () of covariances (S, F, F); NaN where they are not finite."""
+    try:
+        values = torch.linalg.eigvalsh(cov).clamp(min=0) + eps
+    except torch.linalg.LinAlgError:
+        return cov.new_tensor(torch.nan)
+    return (values[..., -1] / values[..., 0]).max()
 
 
 @contextmanager
