@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from timm_deconv.convert import kept_buffers
 from timm_deconv.data.sampling import kept_random_states
 from timm_deconv.layers import WhiteningMixin
-from timm_deconv.layers.functional import estimate_live
+from timm_deconv.layers.functional import estimate, root_of
 
 __all__ = ["whitening_health"]
 
@@ -52,7 +52,7 @@ def whitening_health(model: nn.Module, repeat: Callable[[], object]) -> dict[str
 
 def _measures(layer: WhiteningMixin, input: Tensor) -> dict[str, float]:
     moments = layer.moments(input)
-    whitener = estimate_live(moments, input, layer.cfg).whitener
+    whitener = estimate(moments, root_of(layer.cfg)).whitener
     features, zeros = whitener.shape[-1], moments.padding
     # as the whitener counts zeros of padding that are not among the rows
     cov = (1 - zeros) * (moments.cov + zeros * moments.mean[..., None] * moments.mean[:, None]).to(whitener.dtype)
