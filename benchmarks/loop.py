@@ -1,6 +1,7 @@
 """What the training loop and its loader add to a bare loop over the same network."""
 
 import copy
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,16 +20,15 @@ from timm_deconv.training.processes import create_accelerator
 from timm_deconv.training.tasks import create_task
 
 from .rows import CONDITIONS, Row, conditions, rounded
-from .timing import interleave
+from .timing import Timings, interleave
 
 __all__ = ["COLUMNS", "SHOWN", "LoopSettings", "loop_rows"]
 
-COLUMNS = [
-    *"network width batch workers updates script bare overhead overhead_lower overhead_upper rounds".split(),
-    *CONDITIONS,
-]
+OVERHEADS = [f"{kind}{edge}" for kind in ("overhead", "cpu_overhead") for edge in ("", "_lower", "_upper")]
 
-SHOWN = COLUMNS[:10]
+COLUMNS = [*"network width batch workers updates script bare".split(), *OVERHEADS, "rounds", *CONDITIONS]
+
+SHOWN = COLUMNS[:13]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,9 @@ class LoopSettings:
 def loop_rows(settings: LoopSettings, progress: Callable[[str], object] = print) -> Iterator[Row]:
     """Measure a row: seconds of an update by the script and by the bare loop, and by which share they differ.
 
+    `overhead` is that of the clock, `cpu_overhead` that of the processors' time, workers included: what a machine with
+    nothing to spare pays, whatever else runs on it.
+
     The script's loop reads files, augments, normalises, checks losses, counts and logs. The bare one has its batches in
     memory, augmented and normalised, and does nothing but forward pass, backward pass and SGD.
     """
@@ -82,18 +85,31 @@ def loop_rows(settings: LoopSettings, progress: Callable[[str], object] = print)
         accelerator.init_trackers(recipe.name)
         batches = [(task.normalise(images), targets) for images, targets in trainer.train_loader]
         actions = {"script": _script(trainer), "bare": _bare(copy.deepcopy(trainer.network).train(), batches, recipe)}
-        timings = interleave(actions, rounds=settings.rounds, warmup=settings.warmup, progress=progress)
+        spent: dict[str, list[float]] = {label: [] for label in actions}
+        counted = {label: _counted(action, spent[label]) for label, action in actions.items()}
+        timings = interleave(counted, rounds=settings.rounds, warmup=settings.warmup, progress=progress)
         accelerator.end_training()
-    overhead = timings.ratio("script", "bare")
+    cpu = Timings({label: seconds[settings.warmup :] for label, seconds in spent.items()})
+    overheads = [timings.ratio("script", "bare"), cpu.ratio("script", "bare")]
+    edges = [edge for ratio in overheads for edge in (ratio.median, ratio.lower, ratio.upper)]
     yield {
         **{key: getattr(settings, key) for key in ("network", "batch", "workers", "updates", "rounds")},
         "width": "" if settings.width is None else settings.width,
         **{label: rounded(timings.spread(label).median / settings.updates) for label in actions},
-        "overhead": rounded(overhead.median - 1),
-        "overhead_lower": rounded(overhead.lower - 1),
-        "overhead_upper": rounded(overhead.upper - 1),
+        **{name: rounded(edge - 1) for name, edge in zip(OVERHEADS, edges, strict=True)},
         **conditions("cpu"),
     }
+
+
+def _counted(action: Callable[[], None], spent: list[float]) -> Callable[[], None]:
+    """Note the processors' time of an action, that of the workers that it has ended included."""
+
+    def act() -> None:
+        before = sum(os.times()[:4])
+        action()
+        spent.append(sum(os.times()[:4]) - before)
+
+    return act
 
 
 def _script(trainer: Trainer) -> Callable[[], None]:

@@ -80,7 +80,7 @@ def test_accumulated_passes_whiten_each_by_its_own_statistics(whitened, tmp_path
 
 
 def test_an_averaged_network_evaluates_as_well_as_the_plain_one(recipe, tmp_path):
-    recipe = recipe.merged({**WHITENED, "batch_size": 64, "epochs": 2, "train_images": 960})
+    recipe = recipe.merged({**WHITENED, "batch_size": 64, "epochs": 2, "train_images": 768})
     plain = train(recipe, tmp_path / "plain", cpu=True)
     averaged = train(recipe.merged({"model_ema": True, "model_ema_decay": 0.8}), tmp_path / "ema", cpu=True)
     assert plain["train_loss"] == averaged["train_loss"]
