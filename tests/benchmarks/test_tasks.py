@@ -45,7 +45,7 @@ def test_scripts_run_from_anywhere_in_a_checkout_that_is_not_installed(tmp_path:
     assert done.stdout.startswith("usage: study.py ")
 
 
-@pytest.mark.parametrize("name", ["benchmark.py", "study.py"])
+@pytest.mark.parametrize("name", ["benchmark.py", "study.py", "plot_runs.py", "soak.py"])
 def test_scripts_stay_thin(name: str) -> None:
     assert len((ROOT / "scripts" / name).read_text().splitlines()) < 60
 

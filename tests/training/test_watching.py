@@ -120,6 +120,8 @@ def test_a_profile_names_the_operations_of_a_few_updates(whitened, tmp_path, cap
     calls = next(line.split()[-1] for line in told.splitlines() if "_WhitenedConvBackward" in line)
     assert calls == str(4 * 20)
     assert (tmp_path / "profile" / "trace.json").stat().st_size > 10_000
+    train(whitened, tmp_path / "short", cpu=True, profile=True)
+    assert "no profile: the run had fewer than 7 updates" in capsys.readouterr().err
 
 
 def test_the_best_epoch_is_kept_and_said_with_what_comes_next(short_recipe, tmp_path, monkeypatch, capsys):

@@ -154,7 +154,11 @@ def profiled(folder: Path | None, device: torch.device, say: Callable[[str], Non
         return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
 
+    kept = False
+
     def keep(profiler: profile) -> None:
+        nonlocal kept
+        kept = True
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json"))
         order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
@@ -164,3 +168,5 @@ def profiled(folder: Path | None, device: torch.device, say: Callable[[str], Non
     steps = schedule(wait=WAITED, warmup=WARMED_UP, active=PROFILED, repeat=1)
     with profile(activities=activities, schedule=steps, on_trace_ready=keep, acc_events=True) as profiler:
         yield profiler.step
+    if not kept:
+        say(f"no profile: the run had fewer than {WAITED + WARMED_UP + 1} updates")
