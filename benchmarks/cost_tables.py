@@ -14,6 +14,7 @@ __all__ = [
     "kernels",
     "latest_runs",
     "layers",
+    "loop_cost",
     "memory",
     "operations",
     "published_steps",
@@ -274,3 +275,18 @@ def readme_cost(results: Path) -> Table:
     head = ["ms a training step", "on", "no norm", "batch norm", "`fast`"]
     used = [row for run in chosen for row in run.values()]
     return Table(head, body, used, "benchmark.csv", BENCHMARK.format(task="step"))
+
+
+def loop_cost(results: Path) -> Table:
+    """Make the table of what the training loop adds to a bare one."""
+    rows = read_rows(results / "benchmark_loop.csv")
+    body = [
+        [
+            f"`{row['network']}`, {row['batch']} images",
+            row["updates"],
+            *(f"{100 * float(row[key]):.1f} %" for key in ("cpu_overhead", "cpu_overhead_lower", "cpu_overhead_upper")),
+        ]
+        for row in rows
+    ]
+    head = ["network", "updates from the start of the loaders", "processors' time over a bare loop", "quartiles:", "to"]
+    return Table(head, body, rows, "benchmark_loop.csv", "python scripts/benchmark.py loop --data-dir IMAGES")

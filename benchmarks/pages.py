@@ -37,6 +37,7 @@ from .cost_tables import (
     host,
     kernels,
     layers,
+    loop_cost,
     memory,
     operations,
     published_steps,
@@ -199,6 +200,7 @@ TABLES: dict[str, Maker] = {
     "README: accuracy": readme_accuracy,
     "README: cost": readme_cost,
     "killed runs": killed_runs,
+    "loop": loop_cost,
     "one epoch, full width": networks_by_form(
         ["resnet18_cifar", "mobilenetv2_cifar", "senet18_cifar", "efficientnet_b0_cifar", "pnasnet_a_cifar"],
         FORMS,
