@@ -37,6 +37,7 @@ def curves_picture(folders: Sequence[Path], path: Path) -> None:
         ):
             values = [[float(row[key]) for row in curve] for key in (x, y)]
             panel.plot(*values, "o-", color=own, label=name, markersize=3)
+    panels[2].xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(FIGURES[headline])
     panels[2].set(xlabel="epochs", ylabel="loss in training")
     panels[3].set_xlabel("seconds")
