@@ -10,6 +10,7 @@ __all__ = [
     "blocks",
     "evaluation",
     "gpu_goals",
+    "host",
     "kernels",
     "latest_runs",
     "layers",
@@ -216,6 +217,18 @@ def kernels(results: Path) -> Table:
     head = ["launches of a layer", "`fast`, plain form", "`fast`, kernels for GPUs", "plain layer"]
     head += ["`fast`, plain form, compiled", "plain layer, compiled"]
     return Table(head, body, used, "benchmark_kernels.csv", BENCHMARK.format(task="kernels"))
+
+
+def host(results: Path) -> Table:
+    """Make the table of how long the host is busy with a layer's step: the latest rows."""
+    latest = {(row["layer"], row["form"]): row for row in read_rows(results / "benchmark_host.csv")}
+    titles = {"none": "no norm", "twin": "batch norm", "plain": "`fast`, plain form", "triton": "`fast`, by kernels"}
+    body = [
+        [layer, *(significant(float(latest[layer, form]["microseconds"])) for form in titles)]
+        for layer in dict.fromkeys(layer for layer, _ in latest)
+    ]
+    head = ["µs of the host", *titles.values()]
+    return Table(head, body, list(latest.values()), "benchmark_host.csv", BENCHMARK.format(task="host"))
 
 
 def layers(results: Path) -> Table:

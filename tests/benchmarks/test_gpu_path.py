@@ -2,7 +2,6 @@
 
 import sys
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -28,19 +27,16 @@ def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments of fewer than 100 images by two kernels that there are not; they leave zeros."""
 
     def moments(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        from timm_deconv.kernels.gpu.launch import Unfit
+        from timm_deconv.kernels.gpu.launch import Launch, Unfit
 
         if x.shape[0] >= 100:
             raise Unfit
         for name in ("first", "second"):
-            module.launch(SimpleNamespace(fn=SimpleNamespace(__name__=name)), (1,), x)
+            Launch(SimpleNamespace(fn=SimpleNamespace(__name__=name), arg_names=[]), (1,))(x)
         return x.new_zeros(blocks.sets, blocks.features), x.new_zeros(blocks.sets, blocks.features, blocks.features)
 
-    def launch(*args: Any) -> None:
-        raise AssertionError("there is no GPU")
-
     module = ModuleType(f"{MODULES}.fake")
-    module.sampled_moments, module.launch = moments, launch
+    module.sampled_moments = moments
     monkeypatch.setitem(sys.modules, f"{MODULES}.fake", module)
     monkeypatch.setattr(kernels, "GPU_MODULES", {sampled_moments: "fake"})
     form = GpuForm(sampled_moments, "fake")
@@ -87,7 +83,7 @@ def test_a_launch_goes_as_far_as_to_the_driver() -> None:
 
 
 def test_the_hosts_time_is_measured_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[f"{MODULES}.fake"], "launch", lambda *args: None)
+    monkeypatch.setattr("timm_deconv.kernels.gpu.launch.Launch.__call__", lambda *args: None)
     rows = list(host_rows(HostSettings(layers=["pointwise"], rounds=2, warmup=0), lambda message: None))
     assert [set(row) for row in rows] == [set(COLUMNS)] * 4
     assert {row["form"]: row["launches"] for row in rows} == {"none": 0, "twin": 0, "plain": 0, "triton": 2}

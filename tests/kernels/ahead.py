@@ -3,8 +3,7 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from timm_deconv.kernels.gpu.launch import Launch
 
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -31,8 +32,8 @@ TYPES = {
 }
 
 
-class Launch(NamedTuple):
-    """A kernel, its grid, arguments, constants and options, as they were asked for."""
+class Launched(NamedTuple):
+    """A kernel that was launched, its grid, arguments, constants and options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -62,27 +63,21 @@ def on_gpus(cases: Collection[Any], everywhere: Collection[Any]) -> pytest.MarkD
     return pytest.mark.parametrize(("case", "capability"), chosen, ids=lambda value: str(value))
 
 
-@contextmanager
-def recorded_launches(module: Any) -> Iterator[list[Launch]]:
-    """Collect the launches of a module of kernels instead of making them: outputs stay as they were allocated."""
-    found: list[Launch] = []
+def launches_of(call: Callable[[], Any]) -> list[Launched]:
+    """Return what a call of a function of kernels would launch; its outputs stay as they were allocated."""
+    found: list[Launched] = []
 
-    def record(kernel: Any, grid: Sequence[int], *args: Any, warps: int = 4, stages: int = 2, **constants: Any) -> None:
-        found.append(Launch(kernel, tuple(grid), args, constants, {"num_warps": warps, "num_stages": stages}))
+    def record(launch: Launch, *tensors: Tensor | None) -> None:
+        args = (*tensors, *launch.numbers)
+        found.append(Launched(launch.kernel, launch.grid, args, launch.constants, launch.options))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "launch", record)
-        yield found
-
-
-def launches_of(module: Any, call: Callable[[], Any]) -> list[Launch]:
-    """Return what a call of a function of a module of kernels would launch."""
-    with recorded_launches(module) as found:
+        patch.setattr(Launch, "__call__", record)
         call()
     return found
 
 
-def compile_launch(one: Launch, capability: int) -> Resources:
+def compile_launch(one: Launched, capability: int) -> Resources:
     """Compile a launch for a GPU of a compute capability (90 is 9.0)."""
     names = one.kernel.arg_names
     values = dict(zip(names, one.args, strict=False)) | one.constants
@@ -101,7 +96,7 @@ def compile_launch(one: Launch, capability: int) -> Resources:
     return _resources(compiled)
 
 
-def check_resources(one: Launch, capability: int, *, most_registers: int = 255, most_stack: int = 0) -> None:
+def check_resources(one: Launched, capability: int, *, most_registers: int = 255, most_stack: int = 0) -> None:
     """Fail if a kernel does not compile for a GPU, spills, or asks for more than there is."""
     taken = compile_launch(one, capability)
     label = f"{one.kernel.fn.__name__} {one.constants} for {capability}: {taken}"

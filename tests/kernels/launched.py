@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def some_kernel(source, target, number, factor, more, WIDTH: tl.constexpr, TWICE: tl.constexpr):
+def some_kernel(source, target, more, number, factor, WIDTH: tl.constexpr, TWICE: tl.constexpr):
     at = tl.arange(0, WIDTH)
     value = tl.load(source + at).to(tl.float32) * factor + number
     if TWICE:

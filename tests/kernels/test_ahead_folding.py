@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tests.kernels.ahead import Launch, check_resources, launches_of, on_gpus
+from tests.kernels.ahead import Launched, check_resources, launches_of, on_gpus
 from timm_deconv.kernels import Blocks
 from timm_deconv.kernels.gpu import folding
 
@@ -35,11 +35,11 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> 
 
 def forward(
     shape: tuple[int, ...], blocks: Blocks, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True
-) -> list[Launch]:
+) -> list[Launched]:
     weight, _, bias = tensors(shape, dtype, channels_last)
     mean = torch.empty(blocks.sets, blocks.features)
     given = weight, bias, mean, torch.empty(*mean.shape, blocks.features), blocks, dtype, channels_last
-    return launches_of(folding, lambda: folding.fold_whitening(*given))
+    return launches_of(lambda: folding.fold_whitening(*given))
 
 
 def backward(
@@ -48,11 +48,11 @@ def backward(
     dtype: torch.dtype = torch.bfloat16,
     channels_last: bool = True,
     with_statistics: bool = True,
-) -> list[Launch]:
+) -> list[Launched]:
     weight, grad, grad_bias = tensors(shape, dtype, channels_last)
     mean = torch.empty(blocks.sets, blocks.features)
     given = grad, grad_bias, weight, mean, torch.empty(*mean.shape, blocks.features), blocks, with_statistics
-    return launches_of(folding, lambda: folding.fold_whitening_backward(*given))
+    return launches_of(lambda: folding.fold_whitening_backward(*given))
 
 
 @of_weights

@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tests.kernels.ahead import Launch, check_resources, launches_of, on_gpus
+from tests.kernels.ahead import Launched, check_resources, launches_of, on_gpus
 from timm_deconv.kernels import PIXEL, Blocks, Sampling
 from timm_deconv.kernels.gpu import moments
 
@@ -32,14 +32,14 @@ def channels_last(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     return images(blocks, 28, dtype).contiguous(memory_format=torch.channels_last)
 
 
-def forward(x: Tensor, blocks: Blocks) -> list[Launch]:
-    return launches_of(moments, lambda: moments.sampled_moments(x, SAMPLING, blocks))
+def forward(x: Tensor, blocks: Blocks) -> list[Launched]:
+    return launches_of(lambda: moments.sampled_moments(x, SAMPLING, blocks))
 
 
-def backward(x: Tensor, blocks: Blocks) -> list[Launch]:
+def backward(x: Tensor, blocks: Blocks) -> list[Launched]:
     mean = torch.empty(blocks.sets, blocks.features)
     given = torch.empty_like(x), x, mean, mean, torch.empty(*mean.shape, blocks.features), SAMPLING, blocks
-    return launches_of(moments, lambda: moments.add_moments_gradient_(*given))
+    return launches_of(lambda: moments.add_moments_gradient_(*given))
 
 
 @of_blocks

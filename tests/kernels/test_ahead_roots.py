@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.ahead import Launch, check_resources, launches_of, on_gpus
+from tests.kernels.ahead import Launched, check_resources, launches_of, on_gpus
 from timm_deconv.kernels import Root
 from timm_deconv.kernels.gpu import roots
 
@@ -28,16 +28,16 @@ CASES = {
 of_cases = pytest.mark.parametrize(("features", "root"), CASES.values(), ids=CASES.keys())
 
 
-def forward(features: int, root: Root, sets: int = 2) -> list[Launch]:
+def forward(features: int, root: Root, sets: int = 2) -> list[Launched]:
     mean, cov = torch.empty(sets, features), torch.empty(sets, features, features)
-    return launches_of(roots, lambda: roots.inverse_root(mean, cov, 100, 0.01, root))
+    return launches_of(lambda: roots.inverse_root(mean, cov, 100, 0.01, root))
 
 
-def backward(features: int, root: Root, sets: int = 2) -> list[Launch]:
+def backward(features: int, root: Root, sets: int = 2) -> list[Launched]:
     mean, cov = torch.empty(sets, features), torch.empty(sets, features, features)
     kept = [torch.empty(sets, 1, 1), *(torch.empty_like(cov) for _ in range(3 if root.coefficients else 1))]
     given = mean, cov, mean, cov, kept, 100, 0.01, root
-    return launches_of(roots, lambda: roots.inverse_root_backward(*given))
+    return launches_of(lambda: roots.inverse_root_backward(*given))
 
 
 @of_cases

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.ahead import CLOSEST, Launch, check_resources, launches_of, on_gpus
+from tests.kernels.ahead import CLOSEST, Launched, check_resources, launches_of, on_gpus
 from tests.kernels.tracked import a_batch, a_state
 from timm_deconv.kernels import PIXEL, Averaging, Blocks, Window
 from timm_deconv.kernels.gpu import tracking
@@ -36,13 +36,13 @@ def launches(
     averaging: Averaging = FAST,
     size: int = 16,
     memory_format: torch.memory_format = torch.channels_last,
-) -> list[Launch]:
+) -> list[Launched]:
     """Return what is launched for images of a size and a dtype, which the buffers have too."""
     channels = blocks.number * blocks.features // (seen.kernel_size[0] * seen.kernel_size[1])
     batch: list[Any] = a_batch((2, channels, size, size), seen, blocks)
     batch[0] = batch[0].to(dtype, memory_format=memory_format)
     state = a_state(blocks, gained).to(dtype)
-    return launches_of(tracking, lambda: tracking.average_in_(*state, *batch, averaging))
+    return launches_of(lambda: tracking.average_in_(*state, *batch, averaging))
 
 
 @pytest.mark.parametrize("gained", [False, True])

@@ -1,6 +1,5 @@
 """On a GPU the operations run by their kernels, and give what the plain forms give in float64 on a CPU."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,21 +22,6 @@ BLOCKS = {
     "depthwise": Blocks(100, 1, groups=100),
 }
 of_blocks = pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS.keys())
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The kernels of moments that are launched."""
-    from timm_deconv.kernels.gpu import moments as kernels
-
-    made, launch = [], kernels.launch
-
-    def record(kernel: Any, *args: Any, **options: Any) -> None:
-        made.append(kernel)
-        launch(kernel, *args, **options)
-
-    monkeypatch.setattr(kernels, "launch", record)
-    yield made
 
 
 def images(blocks: Blocks, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last) -> Tensor:

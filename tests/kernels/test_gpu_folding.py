@@ -26,17 +26,6 @@ WEIGHTS = {
 of_weights = pytest.mark.parametrize(("shape", "blocks"), WEIGHTS.values(), ids=WEIGHTS.keys())
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels of folding that are launched."""
-    from timm_deconv.kernels.gpu import folding as kernels
-
-    made: list[Any] = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **o: (made.append(kernel), launch(kernel, *a, **o)))
-    return made
-
-
 def inputs(shape: tuple[int, ...], blocks: Blocks, memory_format: torch.memory_format) -> list[Tensor]:
     """Draw a weight, a bias, a mean and a whitener on the CPU."""
     weight = torch.randn(shape).contiguous(memory_format=memory_format)

@@ -33,17 +33,6 @@ CASES = {
 of_cases = pytest.mark.parametrize(("sets", "features", "root"), CASES.values(), ids=CASES.keys())
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels of the inverse root that are launched."""
-    from timm_deconv.kernels.gpu import roots as kernels
-
-    made: list[Any] = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **o: (made.append(kernel), launch(kernel, *a, **o)))
-    return made
-
-
 def inputs(sets: int, features: int) -> list[Tensor]:
     """Draw moments, and cotangents of mean and whitener, on the CPU; the last set does not vary."""
     mixing = torch.randn(features, features) * torch.logspace(0, -2, features)

@@ -25,17 +25,6 @@ CASES = {
 of_cases = pytest.mark.parametrize(("shape", "seen", "blocks", "number"), CASES.values(), ids=CASES.keys())
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels that are launched."""
-    from timm_deconv.kernels.gpu import tracking as kernels
-
-    made: list[Any] = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **o: (made.append(kernel), launch(kernel, *a, **o)))
-    return made
-
-
 def on_gpu(values: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, Tensor.cuda, values)
 

@@ -1,9 +1,11 @@
 """Memory formats of images and of weights (N, C, H, W): contiguous, or in channels_last."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["in_format", "is_channels_last", "memory_format"]
+__all__ = ["in_format", "is_channels_last", "memory_format", "overlaps"]
 
 
 def is_channels_last(values: Tensor) -> bool:
@@ -21,3 +23,14 @@ def in_format(values: Tensor, channels_last: bool) -> Tensor:
     if channels_last:
         return values.contiguous(memory_format=torch.channels_last)
     return values.reshape(-1).view(values.shape)  # contiguous() leaves 1x1 kernels in what looks like channels_last
+
+
+def overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Tell whether elements of a tensor may share memory: whether any step is within the reach of the smaller ones."""
+    reach = 0
+    for step, extent in sorted(zip(strides, shape, strict=True)):
+        if extent > 1:
+            if step <= reach:
+                return True
+            reach += (extent - 1) * step
+    return False

@@ -164,16 +164,16 @@ class WhiteningMixin(nn.Module):
         """
         if not step.recomputing:
             self._speak()
-        cfg, forwards = self.cfg, self._known_forwards()
-        gained = [self.running_gain, self.running_power] if cfg.gain_corrected else []
+        cfg, forwards, buffers = self.cfg, self._known_forwards(), self._buffers  # attributes of modules are slow
+        gained = [buffers["running_gain"], buffers["running_power"]] if cfg.gain_corrected else []
         freeze_iter = cfg.freeze_iter if cfg.freeze else 0
         averaging = Averaging(cfg.momentum, cfg.start_corrected, self.cumulative, freeze_iter, step.recomputing)
         with torch.no_grad():
             self.saw_nonfinite = average_in_(
-                self.running_mean,
-                self.running_deconv,
+                buffers["running_mean"],
+                buffers["running_deconv"],
                 gained,
-                self.num_batches_tracked,
+                buffers["num_batches_tracked"],
                 x,
                 own_mean,
                 live.mean,

@@ -5,6 +5,7 @@ blocks of pixels. Features are cut into T tiles. A weight of single channels, ea
 multiplied element by element.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..blocks import Blocks
 from ..formats import is_channels_last, memory_format
-from .launch import Unfit, check_dtypes, launch, padded, parts_of, tiles
+from .launch import PLANS, Launch, Unfit, check_dtypes, padded, parts_of, tiles
 
 __all__ = ["fold_whitening", "fold_whitening_backward"]
 
@@ -58,22 +59,28 @@ def fold_whitening(
 ) -> tuple[Tensor, Tensor]:
     """Return weight w D and bias b - w D mu, in one launch."""
     check_dtypes(weight, bias, mean, whitener)
-    rows, weight = _rows(weight, blocks), _dense(weight)
+    weight = _dense(weight)
+    launch = _plan_folding(weight.shape, is_channels_last(weight), blocks, channels_last)
     folded = torch.empty_like(weight, dtype=dtype, memory_format=memory_format(channels_last))
     folded_bias = weight.new_empty(len(weight), dtype=dtype)
     given = [weight, None if bias is None else bias.contiguous(), mean.contiguous(), whitener.contiguous()]
+    launch(*given, folded, folded_bias)
+    return folded, folded_bias
+
+
+@functools.lru_cache(PLANS)
+def _plan_folding(shape: torch.Size, last: bool, blocks: Blocks, folded_last: bool) -> Launch:
+    """Plan folding into a weight (O, C, h, w): whether it, and the folded one, is in channels_last alone."""
+    rows = _rows(shape, blocks)
     if _of_single_channels(blocks):
         positions = _power_of_two(rows.positions)
         outputs = max(ELEMENTS // positions, 1)
-        sizes, constants = [len(weight), rows.outputs, rows.positions], {"OUTPUTS": outputs, "POSITIONS": positions}
-        launch(_fold_channels, [parts_of(len(weight), outputs)], *given, folded, folded_bias, *sizes, **constants)
-    else:
-        height = FEW_ROWS if tiles(rows.features) == 1 else ROWS
-        outputs = max(height // rows.of_output, 1)
-        grid, results = [parts_of(rows.outputs, outputs), blocks.sets], [folded, folded_bias]
-        formats = {"LAST": is_channels_last(weight), "FOLDED_LAST": channels_last}
-        launch(_fold, grid, *given, *results, *rows, outputs, ROWS=height, **formats, **_tiling(blocks))
-    return folded, folded_bias
+        grid, sizes = [parts_of(shape[0], outputs)], [shape[0], rows.outputs, rows.positions]
+        return Launch(_fold_channels, grid, *sizes, OUTPUTS=outputs, POSITIONS=positions)
+    height = FEW_ROWS if tiles(rows.features) == 1 else ROWS
+    outputs = max(height // rows.of_output, 1)
+    grid, formats = [parts_of(rows.outputs, outputs), blocks.sets], {"LAST": last, "FOLDED_LAST": folded_last}
+    return Launch(_fold, grid, *rows, outputs, ROWS=height, **formats, **_tiling(blocks))
 
 
 def fold_whitening_backward(
@@ -87,43 +94,59 @@ def fold_whitening_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of weight, mean and whitener, in two launches; in one if rows are few, or one gradient."""
     check_dtypes(grad_weight, grad_bias, weight, mean, whitener)
-    rows, grad_weight, weight = _rows(weight, blocks), _dense(grad_weight), _dense(weight)
-    own = torch.empty_like(weight)
-    of_statistics = [mean.new_empty(mean.shape), whitener.new_empty(whitener.shape)]
-    given = [grad_weight, grad_bias.contiguous(), weight, mean.contiguous(), whitener.contiguous(), own]
+    grad_weight, weight, whitener = _dense(grad_weight), _dense(weight), whitener.contiguous()
+    formats = is_channels_last(grad_weight), is_channels_last(weight)
+    plan = _plan_gradients(weight.shape, *formats, blocks, with_statistics)
+    own, results = torch.empty_like(weight), [torch.empty_like(mean), torch.empty_like(whitener)]
+    parts = [mean.new_empty(shape) for shape in plan.parts] or results
+    plan.compute(grad_weight, grad_bias.contiguous(), weight, mean.contiguous(), whitener, own, *parts)
+    if plan.add is not None:
+        plan.add(*parts, whitener, *results)
+    return own, results if with_statistics else []
+
+
+class _Gradients(NamedTuple):
+    """How gradients are computed: a launch for rows and, if several programs make parts of those of the statistics, one
+    that adds them.
+
+    Attributes:
+        parts: the shapes of these, of D mu and D.
+    """
+
+    compute: Launch
+    add: Launch | None = None
+    parts: tuple[tuple[int, ...], ...] = ()
+
+
+@functools.lru_cache(PLANS)
+def _plan_gradients(
+    shape: torch.Size, grad_last: bool, last: bool, blocks: Blocks, with_statistics: bool
+) -> _Gradients:
+    """Plan the gradients of what is folded into a weight (O, C, h, w); see `_plan_folding`."""
+    rows, sets = _rows(shape, blocks), blocks.sets
     if _of_single_channels(blocks):
         elements = min(_power_of_two(rows.outputs * rows.positions), ELEMENTS)
-        grid, sizes = [parts_of(blocks.sets, ELEMENTS // elements)], [blocks.sets, rows.outputs, rows.positions]
+        grid, sizes = [parts_of(sets, ELEMENTS // elements)], [sets, rows.outputs, rows.positions]
         constants = {"STATISTICS": with_statistics, "SETS": ELEMENTS // elements, "ELEMENTS": elements}
-        launch(_fold_channels_backward, grid, *given, *of_statistics, *sizes, **constants)
-    else:
-        _launch_backward(given, of_statistics, rows, blocks, with_statistics)
-    return own, of_statistics if with_statistics else []
-
-
-def _launch_backward(
-    given: list[Tensor], of_statistics: list[Tensor], rows: _Rows, blocks: Blocks, with_statistics: bool
-) -> None:
-    """Launch the kernel for rows and, if several programs make parts of the statistics' gradients, their addition."""
+        return _Gradients(Launch(_fold_channels_backward, grid, *sizes, **constants))
     count, (splits, length) = tiles(rows.features), _splits(rows, blocks)
-    alone, (grad_weight, _, weight, _, whitener, _) = splits == count == 1, given
-    results, tiling = of_statistics, _tiling(blocks)
-    if with_statistics and not alone:
-        results = [value.new_empty(len(value), splits, *value.shape[1:]) for value in of_statistics]
-    grid = [splits, (1 + with_statistics) * count**2, blocks.sets]
-    formats = {"GRAD_LAST": is_channels_last(grad_weight), "LAST": is_channels_last(weight)}
-    launch(_fold_backward, grid, *given, *results, *rows, length, ROWS=FEW_ROWS, ALONE=alone, **formats, **tiling)
-    if results is not of_statistics:
-        grid = [parts_of(rows.features**2, CHUNK) + count, blocks.sets]
-        constants = {"TILE": padded(rows.features), "TILES": count, "CHUNK": CHUNK, "PARTS": PARTS}
-        launch(_add_parts, grid, *results, whitener, *of_statistics, splits, rows.features, **constants)
+    alone, grid = splits == count == 1, [splits, (1 + with_statistics) * count**2, sets]
+    constants = {"ROWS": FEW_ROWS, "ALONE": alone, "GRAD_LAST": grad_last, "LAST": last, **_tiling(blocks)}
+    compute = Launch(_fold_backward, grid, *rows, length, **constants)
+    if alone or not with_statistics:
+        return _Gradients(compute)
+    features = rows.features
+    grid = [parts_of(features**2, CHUNK) + count, sets]
+    constants = {"TILE": padded(features), "TILES": count, "CHUNK": CHUNK, "PARTS": PARTS}
+    parts = (sets, splits, features), (sets, splits, features, features)
+    return _Gradients(compute, Launch(_add_parts, grid, splits, features, **constants), parts)
 
 
-def _rows(weight: Tensor, blocks: Blocks) -> _Rows:
-    """Describe the rows of a weight; `Unfit` where they are interleaved, as in published layers, or too long."""
-    if blocks.interleaved or blocks.features > MOST_FEATURES or weight.numel() >= 2**31:
+def _rows(shape: torch.Size, blocks: Blocks) -> _Rows:
+    """Describe the rows of a weight (O, C, h, w); `Unfit` where too long, or interleaved as in published layers."""
+    if blocks.interleaved or blocks.features > MOST_FEATURES or shape.numel() >= 2**31:
         raise Unfit
-    outputs, channels, height, width = weight.shape
+    outputs, channels, height, width = shape
     positions = height * width
     of_output = channels * positions // blocks.features
     return _Rows(outputs // blocks.sets, of_output, positions, channels, blocks.features)

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime import JITFunction, driver
 
-__all__ = ["TILE", "Unfit", "check_dtypes", "launch", "padded", "parts_of", "tiles"]
+__all__ = ["PLANS", "TILE", "Launch", "Unfit", "check_dtypes", "padded", "parts_of", "tiles"]
 
 TILE = 64
 """Features in a tile of a matrix; a program holds one or a few tiles."""
@@ -16,48 +17,59 @@ LEAST_TILE = 16
 """Least extent that `tl.dot` multiplies."""
 
 ALIGNMENT = 16
-"""Bytes, and numbers, whose multiples Triton compiles kernels for."""
+"""Bytes whose multiples Triton compiles kernels for."""
+
+PLANS = 4096
+"""Plans of launches that an operation keeps: one for each layer and shape of its input."""
 
 
 class Unfit(Exception):
     """Arguments that are not for a kernel. A message says why; without one the plain form is what is meant to run."""
 
 
-def launch(kernel: Any, grid: Sequence[int], *args: Any, warps: int = 4, stages: int = 2, **constants: Any) -> None:
-    """Launch a kernel on a grid of programs.
+class Launch:
+    """A kernel with its grid, numbers and constants, to be launched with other tensors step after step.
 
-    Triton takes 6 to 10 microseconds to find what it compiled for such arguments, which is half of a launch. It is
-    found here in 2 to 3; what Triton tells kernels apart by, `_kind` tells too.
+    A step of a network on a GPU is short beside the launches in it. Triton takes 6 to 10 microseconds to find what it
+    compiled for all arguments, and asks the driver about every pointer. Here only types and alignment of tensors are
+    looked at, which is all that can differ, and pointers are passed as numbers.
 
     Args:
-        kernel: what `triton.jit` made.
+        kernel: what `triton.jit` made; its arguments are tensors, then numbers, then `tl.constexpr`.
         grid: programs in up to three dimensions.
-        args: tensors and numbers, in the kernel's order.
+        numbers: of the kernel, in its order.
         warps: a program's, of 32 threads each.
         stages: of software pipelining; each may hold the operands of a product in shared memory.
         constants: the kernel's `tl.constexpr` arguments by name.
     """
-    if not isinstance(kernel, JITFunction):  # but the interpreter's
-        kernel[tuple(grid)](*args, **constants)
-        return
-    key = (id(kernel), driver.active.get_current_device(), warps, stages, *constants.items(), *map(_kind, args))
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[tuple(grid)](*args, **constants, num_warps=warps, num_stages=stages)
-        _compiled[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
-        return
-    compiled, values = found
-    compiled[(*grid, 1, 1)[:3]](*args, *values)
 
+    def __init__(
+        self, kernel: Any, grid: Sequence[int], *numbers: float, warps: int = 4, stages: int = 2, **constants: Any
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, tuple(grid), numbers, constants
+        self.options = {"num_warps": warps, "num_stages": stages}
+        self._extents = (*grid, 1, 1)[:3]
+        self._values = *numbers, *(constants[name] for name in kernel.arg_names if name in constants)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
-_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch the kernel with its tensors, all on the current device, the first of which is not None."""
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        kinds = [None if tensor is None else tensor.dtype for tensor in tensors]
+        device: int = tensors[0].get_device()  # type: ignore[union-attr]
+        key = (device, *kinds, *[pointer and pointer % ALIGNMENT for pointer in pointers])
+        compiled = self._compiled.get(key)
+        if compiled is None or knobs.runtime.launch_enter_hook.calls:  # by profilers
+            self._compiled[key] = self._launch_by_triton(tensors)
+            return
+        stream = driver.active.get_current_stream(device)
+        function, metadata = compiled.function, compiled.packed_metadata
+        compiled.run(*self._extents, stream, function, metadata, None, None, None, *pointers, *self._values)
 
-
-def _kind(arg: Any) -> Any:
-    """Return all of an argument that Triton compiles a kernel for."""
-    if type(arg) is int:
-        return 1 if arg == 1 else (arg % ALIGNMENT == 0, -(2**31) <= arg < 2**31)
-    return (arg.dtype, arg.data_ptr() % ALIGNMENT == 0) if isinstance(arg, Tensor) else type(arg)
+    def _launch_by_triton(self, tensors: Sequence[Tensor | None]) -> Any:
+        """Launch the kernel, compile it if need be, and return what was compiled; the interpreter compiles nothing."""
+        options = self.options if isinstance(self.kernel, JITFunction) else {}
+        return self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **options)
 
 
 def padded(features: int) -> int:

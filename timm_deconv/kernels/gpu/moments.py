@@ -6,7 +6,8 @@ formulae and a pairwise algorithm for computing sample variances, 1979). Rows ar
 their set, so that means far larger than the deviations cost no digits.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import Blocks
+from ..formats import overlaps
 from ..windows import Sampling
-from .launch import Unfit, check_dtypes, launch, padded, parts_of, tiles
+from .launch import PLANS, Launch, Unfit, check_dtypes, padded, parts_of, tiles
 
 __all__ = ["add_moments_gradient_", "sampled_moments"]
 
@@ -63,11 +65,11 @@ class _Rows(NamedTuple):
 def sampled_moments(x: Tensor, sampling: Sampling, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Compute mean (S, F) and covariance (S, F, F), both float32, in two launches."""
     check_dtypes(x)
-    rows, sets, features = _rows(x, sampling, blocks), blocks.sets, blocks.features
-    mean = torch.empty((sets, features), dtype=torch.float32, device=x.device)
-    cov = torch.empty((sets, features, features), dtype=torch.float32, device=x.device)
-    compute = _launch_channels if _standardises(blocks) else _launch_blocks
-    compute(x, mean, cov, rows, _steps(x, sampling))
+    plan = _plan_moments(x.shape, x.stride(), sampling, blocks)
+    like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    mean, cov, parts = (torch.empty(shape, **like) for shape in plan.shapes)
+    plan.compute(x, mean, parts)
+    plan.join(parts, mean, cov)
     return mean, cov
 
 
@@ -76,25 +78,70 @@ def add_moments_gradient_(
 ) -> None:
     """Add to grad_x, in place, what reaches x through its moments, in one launch."""
     check_dtypes(grad_x, x, mean, grad_mean, grad_cov)
-    rows = _rows(x, sampling, blocks)
-    if _overlaps(grad_x):
+    add = _plan_gradient(x.shape, grad_x.stride(), x.stride(), sampling, blocks)
+    add(grad_x, x, mean.contiguous(), grad_mean.contiguous(), grad_cov.contiguous())
+
+
+class _Plan(NamedTuple):
+    """How moments are computed: launches, for chunks of rows and for all of them, and what memory they write to.
+
+    `shapes` are those of mean, covariance and what chunks hold.
+    """
+
+    compute: Launch
+    join: Launch
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@functools.lru_cache(PLANS)
+def _plan_moments(shape: torch.Size, strides: tuple[int, ...], sampling: Sampling, blocks: Blocks) -> _Plan:
+    """Plan the moments of images (N, C, H, W)."""
+    rows = _rows(shape, sampling, blocks)
+    plan = _plan_channels if _standardises(blocks) else _plan_blocks
+    return plan(rows, _steps(strides, sampling), blocks.sets, blocks.features)
+
+
+@functools.lru_cache(PLANS)
+def _plan_gradient(
+    shape: torch.Size, grad_strides: tuple[int, ...], strides: tuple[int, ...], sampling: Sampling, blocks: Blocks
+) -> Launch:
+    """Plan the addition to the gradient of images (N, C, H, W)."""
+    rows, sets, features = _rows(shape, sampling, blocks), blocks.sets, blocks.features
+    if overlaps(shape, grad_strides):
         raise Unfit("the gradient of the input overlaps itself in memory")
-    images = [grad_x, *_steps(grad_x, sampling), x, *_steps(x, sampling)]
-    moments = [mean.contiguous(), grad_mean.contiguous(), grad_cov.contiguous()]
-    sets, features = blocks.sets, blocks.features
+    numbers = [*_steps(grad_strides, sampling), *_steps(strides, sampling), *rows]
     if _standardises(blocks):
         grid = [parts_of(rows.number, ROWS), parts_of(sets, CHANNELS)]
-        launch(_add_to_channels, grid, *images, *moments, *rows, sets, ROWS=ROWS, WIDTH=CHANNELS)
-    else:
-        width, height = padded(features), GRADIENT // padded(features)
-        grid, arguments = [parts_of(rows.number, height), tiles(features), sets], [*images, *moments, *rows, features]
-        launch(_add_to_blocks, grid, *arguments, warps=WARPS[width], ROWS=height, WIDTH=width)
+        return Launch(_add_to_channels, grid, *numbers, sets, ROWS=ROWS, WIDTH=CHANNELS)
+    width, height = padded(features), GRADIENT // padded(features)
+    grid = [parts_of(rows.number, height), tiles(features), sets]
+    return Launch(_add_to_blocks, grid, *numbers, features, warps=WARPS[width], ROWS=height, WIDTH=width)
 
 
-def _rows(x: Tensor, sampling: Sampling, blocks: Blocks) -> _Rows:
+def _plan_blocks(rows: _Rows, steps: tuple[int, ...], sets: int, features: int) -> _Plan:
+    across, width = tiles(features), padded(features)
+    chunks, length = _chunks(rows, sets * across * (across + 1) // 2, sets * features * (features + 1))
+    grid, numbers = [chunks, across, across * sets], [*steps, *rows, features, length]
+    constants = {"ROWS": ROWS, "WIDTH": width, "ONE": across == 1}
+    compute = Launch(_blocks_of_chunk, grid, *numbers, warps=WARPS[width], **constants)
+    across, numbers = parts_of(features, PATCH), [rows.number, features, chunks, length]
+    join = Launch(_join_blocks, [across, across, sets], *numbers, warps=8, CHUNKS=JOINED, WIDTH=PATCH)
+    return _Plan(compute, join, ((sets, features), (sets, features, features), (chunks, sets, features + 1, features)))
+
+
+def _plan_channels(rows: _Rows, steps: tuple[int, ...], sets: int, features: int) -> _Plan:
+    across = parts_of(sets, CHANNELS)
+    chunks, length = _chunks(rows, across, 2 * sets)
+    numbers = [*steps, *rows, sets, length]
+    compute = Launch(_channels_of_chunk, [chunks, across], *numbers, ROWS=ROWS, WIDTH=CHANNELS)
+    join = Launch(_join_channels, [across], rows.number, sets, chunks, length, CHUNKS=JOINED, WIDTH=CHANNELS)
+    return _Plan(compute, join, ((sets, features), (sets, features, features), (chunks, 2, sets)))
+
+
+def _rows(shape: torch.Size, sampling: Sampling, blocks: Blocks) -> _Rows:
     """Number the rows of images (N, C, H, W); raise `Unfit` where they are not runs of channels at pixels of a grid."""
     window, (top, left) = sampling.window, sampling.offset
-    count, channels, height, width = x.shape
+    count, channels, height, width = shape
     if not window.pointwise or sampling.flat or not blocks.pixels or blocks.interleaved:
         raise Unfit
     of_set = blocks.number // blocks.sets
@@ -106,9 +153,9 @@ def _rows(x: Tensor, sampling: Sampling, blocks: Blocks) -> _Rows:
     return _Rows(number, of_set, pixels, columns)
 
 
-def _steps(x: Tensor, sampling: Sampling) -> tuple[int, int, int, int, int]:
-    """Return where the first sampled pixel of x lies, and how far it is to the next image, row, column and channel."""
-    (image, channel, row, column), (down, right) = x.stride(), sampling.window.stride
+def _steps(strides: tuple[int, ...], sampling: Sampling) -> tuple[int, int, int, int, int]:
+    """Return where the first sampled pixel lies, and how far it is to the next image, row, column and channel."""
+    (image, channel, row, column), (down, right) = strides, sampling.window.stride
     top, left = sampling.offset
     return top * row + left * column, sampling.images * image, down * row, right * column, channel
 
@@ -116,17 +163,6 @@ def _steps(x: Tensor, sampling: Sampling) -> tuple[int, int, int, int, int]:
 def _standardises(blocks: Blocks) -> bool:
     """Tell whether every channel is a set of its own."""
     return blocks.groups > 1 and blocks.features == 1
-
-
-def _overlaps(images: Tensor) -> bool:
-    """Tell whether elements may share memory: whether any step is within the reach of the smaller ones."""
-    reach = 0
-    for step, extent in sorted(zip(images.stride(), images.shape, strict=True)):
-        if extent > 1:
-            if step <= reach:
-                return True
-            reach += (extent - 1) * step
-    return False
 
 
 def _chunks(rows: _Rows, programs: int, numbers: int) -> tuple[int, int]:
@@ -140,32 +176,9 @@ def _chunks(rows: _Rows, programs: int, numbers: int) -> tuple[int, int]:
     return parts_of(rows.number, length), length
 
 
-def _launch_blocks(x: Tensor, mean: Tensor, cov: Tensor, rows: _Rows, steps: tuple[int, ...]) -> None:
-    sets, features = mean.shape
-    across, width = tiles(features), padded(features)
-    chunks, length = _chunks(rows, sets * across * (across + 1) // 2, sets * features * (features + 1))
-    parts = torch.empty((chunks, sets, features + 1, features), dtype=torch.float32, device=x.device)
-    grid, numbers = [chunks, across, across * sets], [*rows, features, length]
-    constants = {"ROWS": ROWS, "WIDTH": width, "ONE": across == 1}
-    launch(_blocks_of_chunk, grid, x, *steps, mean, parts, *numbers, warps=WARPS[width], **constants)
-    across, numbers = parts_of(features, PATCH), [rows.number, features, chunks, length]
-    launch(_join_blocks, [across, across, sets], parts, mean, cov, *numbers, warps=8, CHUNKS=JOINED, WIDTH=PATCH)
-
-
-def _launch_channels(x: Tensor, mean: Tensor, cov: Tensor, rows: _Rows, steps: tuple[int, ...]) -> None:
-    channels = len(mean)
-    across = parts_of(channels, CHANNELS)
-    chunks, length = _chunks(rows, across, 2 * channels)
-    parts = torch.empty((chunks, 2, channels), dtype=torch.float32, device=x.device)
-    numbers = [*rows, channels, length]
-    launch(_channels_of_chunk, [chunks, across], x, *steps, mean, parts, *numbers, ROWS=ROWS, WIDTH=CHANNELS)
-    numbers = [rows.number, channels, chunks, length]
-    launch(_join_channels, [across], parts, mean, cov, *numbers, CHUNKS=JOINED, WIDTH=CHANNELS)
-
-
 @triton.jit
 def _blocks_of_chunk(
-    x, start, image, down, right, channel, mean, parts, count, blocks, pixels, columns, features, length,
+    x, mean, parts, start, image, down, right, channel, count, blocks, pixels, columns, features, length,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, ONE: tl.constexpr,
 ):
     """Find a chunk's mean, less the pivot, and a tile on or above the diagonal of its products of deviations.
@@ -249,7 +262,7 @@ def _join_blocks(parts, mean, cov, count, features, chunks, length, CHUNKS: tl.c
 
 @triton.jit
 def _channels_of_chunk(
-    x, start, image, down, right, channel, mean, parts, count, blocks, pixels, columns, channels, length,
+    x, mean, parts, start, image, down, right, channel, count, blocks, pixels, columns, channels, length,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
     """Find means, less the pivot, and squared deviations of a chunk's channels: parts (chunks, 2, S).
@@ -300,8 +313,8 @@ def _join_channels(parts, mean, cov, count, channels, chunks, length, CHUNKS: tl
 
 @triton.jit
 def _add_to_blocks(
-    grad_x, grad_start, grad_image, grad_down, grad_right, grad_channel,
-    x, start, image, down, right, channel, mean, grad_mean, grad_cov, count, blocks, pixels, columns, features,
+    grad_x, x, mean, grad_mean, grad_cov, grad_start, grad_image, grad_down, grad_right, grad_channel,
+    start, image, down, right, channel, count, blocks, pixels, columns, features,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
     """Add (2 (rows - mean) grad_cov + grad_mean) / R to a tile of the sampled rows of grad_x."""
@@ -331,8 +344,8 @@ def _add_to_blocks(
 
 @triton.jit
 def _add_to_channels(
-    grad_x, grad_start, grad_image, grad_down, grad_right, grad_channel,
-    x, start, image, down, right, channel, mean, grad_mean, grad_cov, count, blocks, pixels, columns, channels,
+    grad_x, x, mean, grad_mean, grad_cov, grad_start, grad_image, grad_down, grad_right, grad_channel,
+    start, image, down, right, channel, count, blocks, pixels, columns, channels,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
     """Do what `_add_to_blocks` does where every channel is a set of its own."""

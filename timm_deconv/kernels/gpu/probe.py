@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import Launch
 
 __all__ = ["add_one"]
 
 
 def add_one(number: Tensor) -> None:
     """Add one to a number (), in place."""
-    launch(_add_one, (1,), number)
+    Launch(_add_one, (1,))(number)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ WAITING = tl.constexpr(5)
 
 @triton.jit
 def whiten_numbers(
-    mean, cov, whitened_mean, whitener, varies, norm, first, square, upper, steps, sets, padding, share, eps,
+    mean, cov, whitened_mean, whitener, varies, norm, first, square, upper, scratch, steps, sets, padding, share, eps,
     least, ZEROES: tl.constexpr, COEFFICIENTS: tl.constexpr, NUMBERS: tl.constexpr,
 ):
     """Whiten sets of one feature; their covariance is its own shrunk one."""
@@ -45,7 +45,8 @@ def whiten_numbers(
 
 @triton.jit
 def derive_numbers(
-    grad_mean, grad, mean, whitener, norm, own_mean, grad_own_mean, grad_cov, sets, padding, NUMBERS: tl.constexpr
+    grad_mean, grad, mean, whitener, norm, first, square, upper, own_mean, grad_own_mean, grad_cov, scratch,
+    sets, padding, NUMBERS: tl.constexpr,
 ):
     """Derive `whiten_numbers`: A is 1 whatever the variance, which reaches the whitener through the norm alone."""
     index = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)

@@ -18,7 +18,7 @@ from ..gain import LARGEST, PROBED_ROWS
 from ..tracking import Averaging
 from ..windows import PIXEL, Window
 from .gain import CONSTANT, CUMULATIVE, FROM_RECENT, FROM_START, count_live, judge
-from .launch import Unfit, check_dtypes, launch, padded, parts_of, tiles
+from .launch import PLANS, Launch, Unfit, check_dtypes, padded, parts_of, tiles
 
 __all__ = ["average_in_"]
 
@@ -60,19 +60,16 @@ def average_in_(
     check_dtypes(x, mean, whitener, running_mean, running_deconv, gain, power)
     if not all(buffer.is_contiguous() for buffer in (running_mean, running_deconv, gain, power)):
         raise Unfit
-    plan = _planned(x.shape, row_count, seen, blocks, averaging, gain.dtype if gained else None)
+    plan = _planned(x.shape, x.stride(), row_count, seen, blocks, averaging, gain.dtype if gained else None)
     scratch = torch.empty(plan.scratch, dtype=torch.float32, device=x.device)
     nonfinite = torch.empty((), dtype=torch.bool, device=x.device)
-    images = [x, *x.stride(), *plan.images]
-    batch = [own_mean.contiguous(), mean.contiguous(), whitener.contiguous()]
-    state = [running_mean, running_deconv, gain, power, counter, scratch, *plan.sizes]
-    judged = [varies.contiguous(), nonfinite, plan.scale]
-    if plan.alone:
-        launch(_average, (1,), *images, *batch, *state, *judged, warps=8, stages=1, **plan.measuring)
-        return nonfinite
-    measure, update = (_measure_channels, _update_channels) if plan.standardises else (_measure, _update)
-    launch(measure, plan.measures, *images, *batch, *state, warps=8, stages=1, **plan.measuring)
-    launch(update, plan.updates, *batch[1:], *state, *judged, warps=8, **plan.judging)
+    own_mean, mean, whitener, varies = (value.contiguous() for value in (own_mean, mean, whitener, varies))
+    state = running_mean, running_deconv, gain, power, counter, scratch
+    if plan.update is None:
+        plan.measure(x, own_mean, mean, whitener, *state, varies, nonfinite)
+    else:
+        plan.measure(x, own_mean, mean, whitener, *state)
+        plan.update(mean, whitener, *state, varies, nonfinite)
     return nonfinite
 
 
@@ -80,30 +77,24 @@ class _Plan(NamedTuple):
     """How a layer's batches of a shape are averaged in.
 
     Attributes:
-        alone: one program does everything. standardises: every channel is a set of its own.
-        measures, updates: programs of the two launches otherwise.
         scratch: numbers that are handed on.
-        images: N, H, W, and the blocks of a set in a window.
-        sizes: rows that are probed, features, sets, and parts of the measuring of a set.
-        scale: between the squared norms of D and of rows and what a first batch is expected to pass.
-        measuring, judging: constants of the two kernels; of the one of a program that is alone, the first.
+        measure, update: the two launches; where one program does everything, there is one.
     """
 
-    alone: bool
-    standardises: bool
-    measures: tuple[int, ...]
-    updates: tuple[int, ...]
     scratch: int
-    images: tuple[int, ...]
-    sizes: tuple[int, ...]
-    scale: float
-    measuring: dict[str, Any]
-    judging: dict[str, Any]
+    measure: Launch
+    update: Launch | None = None
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(PLANS)
 def _planned(
-    shape: torch.Size, row_count: int, seen: Window, blocks: Blocks, averaging: Averaging, dtype: torch.dtype | None
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    row_count: int,
+    seen: Window,
+    blocks: Blocks,
+    averaging: Averaging,
+    dtype: torch.dtype | None,
 ) -> _Plan:
     """Plan averaging in a batch of images (N, C, H, W); `dtype` is that of gain and power, if these are corrected."""
     sets, features, of_set = blocks.sets, blocks.features, blocks.number // blocks.sets
@@ -122,18 +113,16 @@ def _planned(
     measuring["INTERLEAVED"] = dtype is not None and blocks.interleaved
     judging = shared | _weighting(averaging, dtype is not None) | _limits(dtype or torch.float32)
     judging |= {"SETS": triton.next_power_of_2(sets), "PARTS": triton.next_power_of_2(parts)}
-    return _Plan(
-        alone,
-        standardises,
-        (channels,) if standardises else (parts, sets),
-        (channels,) if standardises else (across * across, sets),
-        FIELDS * sets * parts + 2,
-        (shape[0], shape[2], shape[3], of_set),
-        (rows, features, sets, parts),
-        (row_count + 1) / max(row_count - 1, 1) / features,
-        measuring | judging if alone else measuring,
-        judging,
-    )
+    images, sizes = [*strides, shape[0], shape[2], shape[3], of_set], [rows, features, sets, parts]
+    numbers, scale = [*images, *sizes], (row_count + 1) / max(row_count - 1, 1) / features
+    scratch = FIELDS * sets * parts + 2
+    if alone:
+        both = measuring | judging
+        return _Plan(scratch, Launch(_average, (1,), *numbers, scale, warps=8, stages=1, **both))
+    kernels = (_measure_channels, _update_channels) if standardises else (_measure, _update)
+    grids = [(channels,)] * 2 if standardises else [(parts, sets), (across * across, sets)]
+    measure = Launch(kernels[0], grids[0], *numbers, warps=8, stages=1, **measuring)
+    return _Plan(scratch, measure, Launch(kernels[1], grids[1], *sizes, scale, warps=8, **judging))
 
 
 def _weighting(averaging: Averaging, gained: bool) -> dict[str, Any]:
@@ -154,9 +143,8 @@ def _limits(dtype: torch.dtype) -> dict[str, Any]:
 
 @triton.jit
 def _average(
-    x, image, channel, down, right, count, height, width, of_set,
-    own_mean, mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
-    rows, features, sets, parts, varies, nonfinite, scale,
+    x, own_mean, mean, whitener, running_mean, running_deconv, gain, power, counter, scratch, varies, nonfinite,
+    image, channel, down, right, count, height, width, of_set, rows, features, sets, parts, scale,
     HIGH: tl.constexpr, WIDE: tl.constexpr, STEP_DOWN: tl.constexpr, STEP_RIGHT: tl.constexpr,
     FAR_DOWN: tl.constexpr, FAR_RIGHT: tl.constexpr, ABOVE: tl.constexpr, BESIDE: tl.constexpr,
     INTERLEAVED: tl.constexpr, FREEZE_ITER: tl.constexpr, RECOMPUTING: tl.constexpr, ROWS: tl.constexpr,
@@ -165,25 +153,23 @@ def _average(
 ):  # fmt: skip
     """Do what `_measure` does, and when that is done and seen by all threads, what `_update` does."""
     _measure(
-        x, image, channel, down, right, count, height, width, of_set,
-        own_mean, mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
-        rows, features, sets, parts,
+        x, own_mean, mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
+        image, channel, down, right, count, height, width, of_set, rows, features, sets, parts,
         HIGH, WIDE, STEP_DOWN, STEP_RIGHT, FAR_DOWN, FAR_RIGHT, ABOVE, BESIDE,
         INTERLEAVED, FREEZE_ITER, RECOMPUTING, ROWS, TURNS, WIDTH, GAINED,
     )  # fmt: skip
     tl.debug_barrier()
     _update(
-        mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
-        rows, features, sets, parts, varies, nonfinite, scale,
+        mean, whitener, running_mean, running_deconv, gain, power, counter, scratch, varies, nonfinite,
+        rows, features, sets, parts, scale,
         RECOMPUTING, WIDTH, GAINED, WEIGHT, MOMENTUM, MOST, LEAST, SETS, PARTS,
     )  # fmt: skip
 
 
 @triton.jit
 def _measure(
-    x, image, channel, down, right, count, height, width, of_set,
-    own_mean, mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
-    rows, features, sets, parts,
+    x, own_mean, mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
+    image, channel, down, right, count, height, width, of_set, rows, features, sets, parts,
     HIGH: tl.constexpr, WIDE: tl.constexpr, STEP_DOWN: tl.constexpr, STEP_RIGHT: tl.constexpr,
     FAR_DOWN: tl.constexpr, FAR_RIGHT: tl.constexpr, ABOVE: tl.constexpr, BESIDE: tl.constexpr,
     INTERLEAVED: tl.constexpr, FREEZE_ITER: tl.constexpr, RECOMPUTING: tl.constexpr, ROWS: tl.constexpr,
@@ -242,9 +228,8 @@ def _measure(
 
 @triton.jit
 def _measure_channels(
-    x, image, channel, down, right, count, height, width, of_set,
-    own_mean, mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
-    rows, features, sets, parts,
+    x, own_mean, mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
+    image, channel, down, right, count, height, width, of_set, rows, features, sets, parts,
     HIGH: tl.constexpr, WIDE: tl.constexpr, STEP_DOWN: tl.constexpr, STEP_RIGHT: tl.constexpr,
     FAR_DOWN: tl.constexpr, FAR_RIGHT: tl.constexpr, ABOVE: tl.constexpr, BESIDE: tl.constexpr,
     INTERLEAVED: tl.constexpr, FREEZE_ITER: tl.constexpr, RECOMPUTING: tl.constexpr, ROWS: tl.constexpr,
@@ -284,8 +269,8 @@ def _measure_channels(
 
 @triton.jit
 def _update(
-    mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
-    rows, features, sets, parts, varies, nonfinite, scale,
+    mean, whitener, running_mean, running_deconv, gain, power, counter, scratch, varies, nonfinite,
+    rows, features, sets, parts, scale,
     RECOMPUTING: tl.constexpr, WIDTH: tl.constexpr, GAINED: tl.constexpr, WEIGHT: tl.constexpr,
     MOMENTUM: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr, SETS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -308,8 +293,8 @@ def _update(
 
 @triton.jit
 def _update_channels(
-    mean, whitener, running_mean, running_deconv, gain, power, counter, scratch,
-    rows, features, sets, parts, varies, nonfinite, scale,
+    mean, whitener, running_mean, running_deconv, gain, power, counter, scratch, varies, nonfinite,
+    rows, features, sets, parts, scale,
     RECOMPUTING: tl.constexpr, WIDTH: tl.constexpr, GAINED: tl.constexpr, WEIGHT: tl.constexpr,
     MOMENTUM: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr, SETS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
