@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from timm_deconv.errors import InputError
 from timm_deconv.training import loop
 from timm_deconv.training.checkpoint import read_curve
-from timm_deconv.training.loop import create_accelerator, create_optimizer, create_scheduler, train
+from timm_deconv.training.loop import create_accelerator, train
 from timm_deconv.training.network import create_model
+from timm_deconv.training.optimisation import create_optimizer, create_scheduler
 from timm_deconv.training.tasks import Classification
 
 
