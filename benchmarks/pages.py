@@ -27,6 +27,7 @@ from .accuracy_tables import (
     one_epoch_on_a_core,
     photographs,
     readme_accuracy,
+    segmentation_from_scratch,
     variants_of,
     windows_in_depthwise,
 )
@@ -209,6 +210,7 @@ TABLES: dict[str, Maker] = {
     ),
     "one epoch on a core": one_epoch_on_a_core,
     "one epoch beside the paper": against_the_paper,
+    "segmentation from scratch": segmentation_from_scratch,
     "one epoch, half width": networks_by_form(
         ["vgg11_cifar", "resnet18_cifar", "mobilenetv2_cifar"], FORMS, epochs="1", **HALF
     ),
