@@ -32,6 +32,7 @@ __all__ = [
     "one_epoch_on_a_core",
     "photographs",
     "readme_accuracy",
+    "segmentation_from_scratch",
     "settings",
     "variants_of",
     "windows_in_depthwise",
@@ -181,6 +182,18 @@ def against_the_paper(results: Path) -> Table:
     body = [[f"`{row['model']}`", row["top1"], published[row["model"]]] for row in reversed(rows)]
     command = "accelerate launch scripts/train.py cifar10_e1 --model NAME --data-dir DIR --record"
     return Table(["", "accuracy in %", "in the paper, original images"], body, rows, "cifar10.csv", command)
+
+
+def segmentation_from_scratch(results: Path) -> Table:
+    """Make the table of the recipe `camvid` for an encoder with batch norm and whitened: all seeds."""
+    rows = read_rows(results / "camvid.csv")
+    body = [
+        [f"`{model}`", *(mean_and_deviation(numbers(own, column)) for column in ("miou", "best_miou"))]
+        for model in dict.fromkeys(row["model"] for row in rows)
+        if (own := select(rows, model=model))
+    ]
+    command = "python scripts/train.py camvid --model NAME --data-dir DIR --record input_size=[3,180,240] epochs=10 ..."
+    return Table(["mean IoU in %", "last epoch", "best epoch"], body, rows, "camvid.csv", command)
 
 
 def levers(results: Path) -> Table:

@@ -10,9 +10,11 @@ __all__ = [
     "blocks",
     "evaluation",
     "gpu_goals",
+    "host",
     "kernels",
     "latest_runs",
     "layers",
+    "loop_cost",
     "memory",
     "operations",
     "published_steps",
@@ -218,6 +220,18 @@ def kernels(results: Path) -> Table:
     return Table(head, body, used, "benchmark_kernels.csv", BENCHMARK.format(task="kernels"))
 
 
+def host(results: Path) -> Table:
+    """Make the table of how long the host is busy with a layer's step: the latest rows."""
+    latest = {(row["layer"], row["form"]): row for row in read_rows(results / "benchmark_host.csv")}
+    titles = {"none": "no norm", "twin": "batch norm", "plain": "`fast`, plain form", "triton": "`fast`, by kernels"}
+    body = [
+        [layer, *(significant(float(latest[layer, form]["microseconds"])) for form in titles)]
+        for layer in dict.fromkeys(layer for layer, _ in latest)
+    ]
+    head = ["µs of the host", *titles.values()]
+    return Table(head, body, list(latest.values()), "benchmark_host.csv", BENCHMARK.format(task="host"))
+
+
 def layers(results: Path) -> Table:
     """Make the table of whitening alone beside one convolution, on the layers of the paper's table 3:
     the latest row of each."""
@@ -261,3 +275,18 @@ def readme_cost(results: Path) -> Table:
     head = ["ms a training step", "on", "no norm", "batch norm", "`fast`"]
     used = [row for run in chosen for row in run.values()]
     return Table(head, body, used, "benchmark.csv", BENCHMARK.format(task="step"))
+
+
+def loop_cost(results: Path) -> Table:
+    """Make the table of what the training loop adds to a bare one."""
+    rows = read_rows(results / "benchmark_loop.csv")
+    body = [
+        [
+            f"`{row['network']}`, {row['batch']} images",
+            row["updates"],
+            *(f"{100 * float(row[key]):.1f} %" for key in ("cpu_overhead", "cpu_overhead_lower", "cpu_overhead_upper")),
+        ]
+        for row in rows
+    ]
+    head = ["network", "updates from the start of the loaders", "processors' time over a bare loop", "quartiles:", "to"]
+    return Table(head, body, rows, "benchmark_loop.csv", "python scripts/benchmark.py loop --data-dir IMAGES")

@@ -27,6 +27,7 @@ from .accuracy_tables import (
     one_epoch_on_a_core,
     photographs,
     readme_accuracy,
+    segmentation_from_scratch,
     variants_of,
     windows_in_depthwise,
 )
@@ -34,8 +35,10 @@ from .cost_tables import (
     blocks,
     evaluation,
     gpu_goals,
+    host,
     kernels,
     layers,
+    loop_cost,
     memory,
     operations,
     published_steps,
@@ -201,6 +204,7 @@ TABLES: dict[str, Maker] = {
     "killed runs": killed_runs,
     "equivalence": equivalence,
     "sent bytes": sent_bytes,
+    "loop": loop_cost,
     "one epoch, full width": networks_by_form(
         ["resnet18_cifar", "mobilenetv2_cifar", "senet18_cifar", "efficientnet_b0_cifar", "pnasnet_a_cifar"],
         FORMS,
@@ -209,6 +213,7 @@ TABLES: dict[str, Maker] = {
     ),
     "one epoch on a core": one_epoch_on_a_core,
     "one epoch beside the paper": against_the_paper,
+    "segmentation from scratch": segmentation_from_scratch,
     "one epoch, half width": networks_by_form(
         ["vgg11_cifar", "resnet18_cifar", "mobilenetv2_cifar"], FORMS, epochs="1", **HALF
     ),
@@ -245,6 +250,7 @@ TABLES: dict[str, Maker] = {
     "scaling": scaling,
     "blocks": blocks,
     "kernels": kernels,
+    "host": host,
     "layers": layers,
     "operations": operations,
     "tried: blocks": variants_of("vgg11_cifar", EARLIER_BLOCKS, epochs="1", **FULL_ON_A_CORE),

@@ -16,7 +16,7 @@ from .cost_tables import scaling_rows
 from .plots import new_figure, pareto_picture, rates_picture, save, share_picture
 from .tables import Row, read_rows, select
 
-__all__ = ["PICTURES", "draw_all", "photograph", "whitened", "whitening_picture"]
+__all__ = ["OF_RUNS", "PICTURES", "draw_all", "photograph", "whitened", "whitening_picture"]
 
 TUNED = {"twin": "batch norm", "twin freeze_bn=true": "batch norm, frozen", "paper": "paper", RECIPE: "fast"}
 OVERLAPPING = ("fast deconv.roles.classifier.block=64", "fast deconv.sampling_stride=4")
@@ -130,3 +130,6 @@ PICTURES: dict[str, Callable[[Path, Path], None]] = {
     "scaling.png": scaling_picture,
 }
 """File name -> what draws it from the folder of rows."""
+
+OF_RUNS = {"camvid.png"}
+"""Pictures that `scripts/plot_runs.py` has drawn, of runs whose curves are not among the rows."""

@@ -11,7 +11,17 @@ from timm_deconv.errors import InputError
 from .rows import Row
 from .scaling import fitted_to
 
-__all__ = ["need_matplotlib", "new_figure", "pareto_picture", "rates_picture", "save", "share_picture", "unbeaten"]
+__all__ = [
+    "FIGURES",
+    "need_matplotlib",
+    "new_figure",
+    "next_colours",
+    "pareto_picture",
+    "rates_picture",
+    "save",
+    "share_picture",
+    "unbeaten",
+]
 
 AXES = {
     "batch": "images in a batch",
@@ -61,11 +71,14 @@ def need_matplotlib() -> None:
         raise InputError("no matplotlib to draw with; pip install 'timm-deconv[benchmark]'") from None
 
 
-def new_figure(panels: int, *, height: float = 3.2, width: float = 7.5, **shared: Any) -> tuple[Any, list[Any]]:
+def new_figure(
+    panels: int, *, rows: int = 1, height: float = 3.2, width: float = 7.5, **shared: Any
+) -> tuple[Any, list[Any]]:
     """Return a figure of panels side by side, and the panels.
 
     Args:
         panels: how many.
+        rows: into which they go, one after the other.
         height, width: in inches, of the whole.
         shared: `sharex`, `sharey` of matplotlib.
 
@@ -78,7 +91,7 @@ def new_figure(panels: int, *, height: float = 3.2, width: float = 7.5, **shared
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
-        return figure, list(figure.subplots(1, panels, squeeze=False, **shared)[0])
+        return figure, list(figure.subplots(rows, panels // rows, squeeze=False, **shared).flat)
 
 
 def save(figure: Any, path: Path) -> None:
@@ -133,7 +146,7 @@ def pareto_picture(rows: Sequence[Row], path: Path, titles: Titles | None = None
     """
     figure, (panel,) = new_figure(1, height=3.6)
     panel.set(xscale="log", xlabel="time of a training step, ms", ylabel="accuracy, %")
-    colour, markers = _colours(), itertools.cycle("os^vDPX")
+    colour, markers = next_colours(), itertools.cycle("os^vDPX")
     best = max(float(row["top1"]) for row in rows)
     far = [row for row in rows if float(row["top1"]) < best - MOST_BELOW]
     for row in rows:
@@ -166,7 +179,7 @@ def rates_picture(rows: Sequence[Row], path: Path, titles: Titles | None = None)
     kinds = "network width data recipe epochs opt amp figure".split()
     found = list(dict.fromkeys(tuple(row[kind] for kind in kinds) for row in rows))
     figure, panels = new_figure(len(found), width=max(4.0, 2.6 * len(found)), height=3.4, sharex=True)
-    colour = _colours()
+    colour = next_colours()
     for panel, kind in zip(panels, found, strict=True):
         shown = [row for row in rows if tuple(row[key] for key in kinds) == kind]
         top = max(row["value"] for row in rows if row["figure"] == kind[-1])
@@ -200,7 +213,7 @@ def _words(variant: str, titles: Titles | None) -> str:
     return ", ".join([WORDS.get(first, first), *(re.sub(r"[._=]", " ", word) for word in short)])
 
 
-def _colours() -> Callable[[str], str]:
+def next_colours() -> Callable[[str], str]:
     """Colours by name of a series: presets and peers have their own, others the next one."""
     given = dict(COLOURS)
     others = itertools.cycle(OTHER_COLOURS)

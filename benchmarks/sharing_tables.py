@@ -29,7 +29,7 @@ def sent_bytes(results: Path) -> Table:
     rows = [row for row in read_rows(results / "sharing.csv") if row["statistics"] == "synchronised"]
     names = ("statistics_bytes", "sync_batch_norm_bytes", "gradient_bytes")
     body = [[f"`{row['network']}`", *(f"{int(row[name]) / 1e6:.2f}" for name in names)] for row in rows]
-    head = ["MB a step, 2 processes", "`fast`, synchronised", "SyncBatchNorm, of its twin", "gradients, as in local mode"]
+    head = ["MB a step, 2 processes", "`fast`, synchronised", "its twin's SyncBatchNorm", "gradients"]
     return Table(head, body, rows, "sharing.csv", "python scripts/processes.py cost")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from timm_deconv.convert.policy import DEFAULT_PRESET
 
-from . import conversion, host, kernels, layer, memory, plots, profiling, rows, scaling, step, transfer
+from . import conversion, host, kernels, layer, loop, memory, plots, profiling, rows, scaling, step, transfer
 
 __all__ = ["OPTIONS", "TASKS", "Task", "run"]
 
@@ -44,7 +44,7 @@ class Task:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "data-dir": {"required": True, "help": "folder or tar of photographs, in folders by synset (n01440764, ...)"},
+    "data-dir": {"required": True, "help": "folder or tar of images by class; of transfer photographs"},
     "axis": {"choices": scaling.AXES, "help": "what changes; default batch"},
     "values": {
         "nargs": "+",
@@ -68,6 +68,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "image-size": {"type": int, "help": "height and width; default the network's own"},
     "rounds": {"type": int, "help": "measurements of each"},
     "warmup": {"type": int, "help": "rounds before them"},
+    "updates": {"type": int, "help": "in a measurement; default 16"},
+    "workers": {"type": int, "help": "processes that load images; default 2"},
     "threads": {"type": int},
     "device": {"help": "cpu (default) or cuda"},
     "amp": {"choices": ("bfloat16", "float16")},
@@ -154,6 +156,15 @@ TASKS = {
         {"batch": 16, "width": 0.25, "points": 3, **QUICK},
         scaling.scaling_summary,
         plots.share_picture,
+    ),
+    "loop": Task(
+        loop.LoopSettings,
+        loop.loop_rows,
+        "data-dir threads batch network width rounds warmup updates workers",
+        loop.COLUMNS,
+        loop.SHOWN,
+        "benchmark_loop.csv",
+        {"width": 0.125, "updates": 2, "rounds": 2, "warmup": 0},
     ),
     "transfer": Task(
         transfer.TransferSettings,

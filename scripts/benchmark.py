@@ -9,6 +9,7 @@
     python scripts/benchmark.py memory --batch 32                             peak memory of a training step
     python scripts/benchmark.py profile --network resnet18_cifar              operations of a training step
     python scripts/benchmark.py scaling --axis batch --values 16 32 64        share of whitening, with a picture
+    python scripts/benchmark.py loop --data-dir IMAGES                        train.py beside a bare loop
     python scripts/benchmark.py transfer --data-dir PHOTOGRAPHS               a pretrained network whitened, its answers
     python scripts/benchmark.py convert --networks 'regnet*'                  every batch-norm network of timm, checked
 

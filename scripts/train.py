@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output-dir", help="of this run alone; default runs/RECIPE/MODEL-seedN")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir")
     parser.add_argument("--record", action="store_true", help="add the result to the checkout's hub_configs/results")
+    parser.add_argument("--profile", action="store_true", help="write which operations updates 7 to 10 consist of")
     parser.add_argument("--cpu", action="store_true", help="stay on the processor where there is a GPU")
     return parser.parse_intermixed_args()
 
@@ -46,7 +47,7 @@ def main() -> None:
     with one_line_errors():
         recipe = resolve(args)
         output_dir = args.output_dir or Path("runs", recipe.name, f"{recipe.model}-seed{recipe.seed}")
-        train(recipe, output_dir, resume=args.resume, record=args.record, cpu=args.cpu)
+        train(recipe, output_dir, resume=args.resume, record=args.record, cpu=args.cpu, profile=args.profile)
 
 
 if __name__ == "__main__":

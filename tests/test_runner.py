@@ -156,7 +156,7 @@ def test_fine_tuning_by_a_foreign_script_is_ahead_of_the_uncalibrated_start(
     data_dir: Path, tmp_path: Path, run_here: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = tmp_path / "images"
-    for split, count in (("train", 40), ("test", 20)):
+    for split, count in (("train", 40), ("test", 10)):
         packed = tmp_path / f"{split}.tar"
         take_of_each_class(data_dir / "cifar10" / "jpeg75" / f"{split}.tar.gz", packed, count)
         with tarfile.open(packed) as tar:
@@ -165,7 +165,7 @@ def test_fine_tuning_by_a_foreign_script_is_ahead_of_the_uncalibrated_start(
     command = (str(FINETUNE), str(images), *model, "--epochs", "2", "--batch-size", "25")
     with pytest.warns(UserWarning, match="from batch norm start training from another function"):
         run_here(*command)
-    run_here("--calibrate", str(images), "--images", "256", "--image-size", "64", *command)
+    run_here("--calibrate", str(images), "--images", "128", "--image-size", "64", *command)
     plain, calibrated = (  # of the network and its average, behind the loss of the first batch
         max(map(float, line.split()[1:])) for line in capsys.readouterr().out.splitlines()
     )

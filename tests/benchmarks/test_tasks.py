@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import conversion
 from benchmarks.tasks import OPTIONS, TASKS, run
+from tests.pictures import read_cifar, write_folders
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,10 +45,21 @@ def test_scripts_run_from_anywhere_in_a_checkout_that_is_not_installed(tmp_path:
     assert done.stdout.startswith("usage: study.py ")
 
 
-@pytest.mark.parametrize("name", ["benchmark.py", "study.py"])
+@pytest.mark.parametrize("name", ["benchmark.py", "study.py", "plot_runs.py", "soak.py"])
 def test_scripts_stay_thin(name: str) -> None:
     assert len((ROOT / "scripts" / name).read_text().splitlines()) < 60
 
 
 def test_every_option_belongs_to_a_task() -> None:
     assert {option for task in TASKS.values() for option in task.options.split()} == set(OPTIONS)
+
+
+def test_the_loops_own_cost_is_that_over_a_bare_loop(tmp_path: Path, data_dir: Path) -> None:
+    write_folders(read_cifar(data_dir, 4), tmp_path / "train")
+    write_folders(read_cifar(data_dir, 4), tmp_path / "val")
+    output = tmp_path / "loop.csv"
+    run("loop", {"data_dir": str(tmp_path), "batch": 16, "workers": 1}, quick=True, output=output)
+    (row,) = csv.DictReader(output.read_text().splitlines())
+    script, bare = float(row["script"]), float(row["bare"])
+    assert 0 < bare < script and float(row["overhead"]) > 0.1  # a batch of 16 is no work
+    assert float(row["cpu_overhead_lower"]) <= float(row["cpu_overhead"]) <= float(row["cpu_overhead_upper"])

@@ -35,12 +35,6 @@ def fast(name: str) -> nn.Module:
         return timm.create_model(name, deconv="fast")
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
-def model(request: pytest.FixtureRequest) -> Any:
-    """Each registered network, made once for all tests that take it."""
-    return fast(request.param)
-
-
 def whitened(model: nn.Module) -> dict[str, WhiteningMixin]:
     return {name: module for name, module in model.named_modules() if isinstance(module, WhiteningMixin)}
 
@@ -52,7 +46,14 @@ def expected_cfg(role: str, linear_as_conv: bool) -> DeconvCfg | None:
     return None if options is None else general.override(options)
 
 
-def test_every_network_is_whitened_with_the_settings_of_its_layers_roles_alone(model: Any) -> None:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_has_the_settings_of_its_layers_roles_and_saves_the_presets_name_alone(name: str) -> None:
+    model = fast(name)
+    check_settings(model)
+    check_saved_configuration(model)
+
+
+def check_settings(model: Any) -> None:
     assert not any(isinstance(module, _BatchNorm | ChannelDeconv) for module in model.modules())
     layers = whitened(model)
     roles, as_convs = find_roles(model), linear_layers_as_convs(model)
@@ -68,7 +69,7 @@ def test_every_network_is_whitened_with_the_settings_of_its_layers_roles_alone(m
     assert [n for n, role in roles.items() if role == "classifier"] == list(classifier_names(model))
 
 
-def test_a_saved_configuration_names_the_preset_and_nothing_of_its_roles(model: Any) -> None:
+def check_saved_configuration(model: Any) -> None:
     assert (
         model.requested_policy.to_dict() == model._model_args["deconv"] == {"version": PRESET_VERSION, "preset": "fast"}
     )

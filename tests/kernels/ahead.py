@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,9 @@ from timm_deconv.kernels.gpu.launch import Launch
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that a program can have (CUDA C++ programming guide, table of compute capabilities)."""
+
+CLOSEST = 80
+"""Where the most registers are taken and the least shared memory is."""
 
 TYPES = {
     torch.float32: "*fp32",
@@ -45,6 +48,19 @@ class Resources(NamedTuple):
     shared: int
     registers: int
     stack: int
+
+
+def on_gpus(cases: Collection[Any], everywhere: Collection[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by case and capability: the cases that take most on each GPU, the others on the closest one.
+
+    Args:
+        cases: names, or tuples of them.
+        everywhere: those that take most, of every kernel one.
+    """
+    assert set(everywhere) <= set(cases)
+    where = [(case, capability) for case in cases for capability in CAPABILITIES]
+    chosen = [pair for pair in where if pair[0] in everywhere or pair[1] == CLOSEST]
+    return pytest.mark.parametrize(("case", "capability"), chosen, ids=lambda value: str(value))
 
 
 def launches_of(call: Callable[[], Any]) -> list[Launched]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tests.kernels.ahead import CAPABILITIES, Launched, check_resources, launches_of
+from tests.kernels.ahead import Launched, check_resources, launches_of, on_gpus
 from timm_deconv.kernels import Blocks
 from timm_deconv.kernels.gpu import folding
 
@@ -23,7 +23,7 @@ WEIGHTS = {
     "depthwise": ((96, 1, 3, 3), Blocks(96, 1, groups=96)),
 }
 of_weights = pytest.mark.parametrize(("shape", "blocks"), WEIGHTS.values(), ids=WEIGHTS.keys())
-of_capabilities = pytest.mark.parametrize("capability", CAPABILITIES)
+TYPED = [(name, dtype) for name in WEIGHTS if name != "128" for dtype in (torch.float32, torch.bfloat16)]
 
 
 def tensors(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,14 +77,11 @@ def test_programs_fill_a_gpu_and_are_short(name: str) -> None:
     assert -(-rows // (16 * first.grid[0])) <= 2 * tiles**2 + 10  # tiles of rows that a program takes
 
 
-@of_capabilities
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@of_weights
-def test_every_kernel_fits_a_gpu_without_spilling(
-    shape: tuple[int, ...], blocks: Blocks, dtype: torch.dtype, capability: int
-) -> None:
+@on_gpus(TYPED, [("64", torch.float32), ("147", torch.bfloat16), ("depthwise", torch.float32)])
+def test_every_kernel_fits_a_gpu_without_spilling(case: tuple[str, torch.dtype], capability: int) -> None:
+    name, dtype = case
     how = {"dtype": dtype, "channels_last": dtype == torch.bfloat16}
-    for one in forward(shape, blocks, **how) + backward(shape, blocks, **how):
+    for one in forward(*WEIGHTS[name], **how) + backward(*WEIGHTS[name], **how):
         check_resources(one, capability)
 
 

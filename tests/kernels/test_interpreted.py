@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-TESTS = sorted((Path(__file__).parent / "gpu").glob("test_*.py"))
+TESTS = Path(__file__).parent / "gpu"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton")
-@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.stem)
-def test_kernels_do_what_the_plain_forms_do(file: Path) -> None:
+def test_kernels_do_what_the_plain_forms_do() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2000:]

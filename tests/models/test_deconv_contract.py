@@ -1,7 +1,7 @@
 """timm's contract on every deconvolution name.
 
-Whole contracts are checked with a block a stage, on one network of each kind in blocks of 16 channels and on all with
-default settings; at full depth every network runs forward.
+Contracts are checked with a block a stage, on one network of each kind in blocks of 16 channels (what settings change)
+and on all others with default settings; at full depth every network runs forward.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,14 @@ from tests.models.timm_contract import (
     CHECKS,
     DENSE_CHECKS,
     Subject,
+    check_backward,
     check_default_cfg,
     check_forward,
+    check_fx,
     check_grad_checkpointing,
     check_groups,
     check_pretrained,
+    check_reparameterize,
     check_round_trip,
     check_torchscript,
 )
@@ -33,6 +36,12 @@ from timm_deconv import Deconv2d, DeconvLinear
 Check = Callable[[Subject], None]
 BY_NAME: tuple[Check, ...] = (check_forward, check_default_cfg, check_groups, check_pretrained, check_round_trip)
 """What can differ between two names of one class and shape, as both DeepLabs are with a block a stage."""
+
+BY_SETTINGS: tuple[Check, ...] = (
+    *(check_forward, check_backward, check_grad_checkpointing, check_torchscript, check_fx),
+    *(check_pretrained, check_round_trip, check_reparameterize),
+)
+"""What can differ between two settings of a network; the others speak of its structure."""
 
 QUICK: dict[str, Any] = {"deconv": {"preset": "paper", "block": 16}}
 CIFAR = [name for name in timm_deconv.list_models() if name.endswith("_cifar_deconv")]
@@ -86,7 +95,7 @@ def pairs(names: list[str], checks: tuple[Check, ...]) -> list[Any]:
     return [pytest.param(name, check, id=f"{name}-{check.__name__}") for name, check in applying]
 
 
-@pytest.mark.parametrize(("name", "check"), pairs(list(SHALLOW_CIFAR), CHECKS))
+@pytest.mark.parametrize(("name", "check"), pairs(list(SHALLOW_CIFAR), BY_SETTINGS))
 def test_timm_contract_at_32x32(name: str, check: Check) -> None:
     check(subject(name, {"width": 0.25, **SHALLOW_CIFAR[name], **QUICK}))
 

@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(short_recipe, 
     recipe = short_recipe.merged({"epochs": 2})
     export, (soft, hard) = RunFolder.export, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def export_on_a_full_disk(self, model, progress):
+    def export_on_a_full_disk(self, model, progress, is_best):
         if progress.epoch == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         export(self, model, progress)

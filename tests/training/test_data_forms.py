@@ -1,9 +1,12 @@
 """The same photographs train from folders, tars, shards and data sets of the Hub; streams go on in mid-epoch."""
 
+import io
 import tarfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.pictures import read_photographs, write_folders, write_parquet, write_shards
 from timm_deconv.errors import InputError
@@ -82,3 +85,38 @@ def test_a_stream_cannot_be_kept_on_the_device(forms, recipe, tmp_path):
     with pytest.raises(InputError, match="cache: device keeps what a stream would not; leave cache out"):
         train(recipe.merged(settings), tmp_path / "run", cpu=True)
     assert not (tmp_path / "run").exists()
+
+
+def write_kinds(photographs, folder):
+    """Write photographs as grey, 16-bit, RGBA, CMYK and 1x1 pictures, and three that are none."""
+    for index, (name, content) in enumerate(photographs):
+        with Image.open(io.BytesIO(content)) as opened:
+            image = opened.convert("RGB").resize((48, 40))
+        deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        kinds = [image, image.convert("L"), deep, image.convert("RGBA"), image.convert("CMYK"), image.resize((1, 1))]
+        picture = kinds[index % len(kinds)]
+        file = folder / name / f"{index}.{'jpg' if picture.mode == 'CMYK' else 'png'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+    first, second, third, *_ = sorted(folder.glob("*/*"))
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:100])
+    third.write_text("no picture")
+
+
+@pytest.mark.parametrize("limit", [0, 2, 3])
+def test_a_run_takes_pictures_of_every_kind_and_leaves_out_so_many_that_are_none(
+    data_dir, recipe, tmp_path, capfd, limit
+):
+    photographs = read_photographs(data_dir, COUNT)
+    write_kinds(photographs, tmp_path / "data" / "train")
+    write_folders(photographs, tmp_path / "data" / "val")
+    settings = {"dataset": "", "data_dir": str(tmp_path / "data"), "augmentation": "pad_crop", "epochs": 2}
+    if limit < 3:
+        with pytest.raises(OSError, match=r"unreadable image .*/train/.*; (2 were left out before|replace or remove)"):
+            train(recipe.merged({**settings, "max_unreadable": limit}), tmp_path / "run", cpu=True)
+        return
+    row = train(recipe.merged({**settings, "max_unreadable": limit}), tmp_path / "run", cpu=True)
+    told = capfd.readouterr().err
+    assert row["train_loss"] > 0 and told.count("left out: unreadable image") == 3  # once each, in two epochs
+    assert "(3 of at most 3)" in told

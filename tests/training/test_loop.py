@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from timm_deconv.errors import InputError
 from timm_deconv.training import loop
 from timm_deconv.training.checkpoint import read_curve
-from timm_deconv.training.loop import create_accelerator, create_optimizer, create_scheduler, train
+from timm_deconv.training.loop import create_accelerator, train
 from timm_deconv.training.network import create_model
+from timm_deconv.training.optimisation import create_optimizer, create_scheduler
 from timm_deconv.training.tasks import Classification
 
 
@@ -72,7 +73,7 @@ def test_a_compiled_run_is_saved_and_resumed_as_what_it_compiles(short_recipe, t
     torch._dynamo.reset()
     recipe = short_recipe.merged({"epochs": 2})
     eager = train(recipe, tmp_path / "eager")
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    recipe = recipe.merged({"torchcompile": "eager"})
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", _cut_off_at_the_second_call())
         with pytest.raises(KeyboardInterrupt):

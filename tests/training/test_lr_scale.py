@@ -10,8 +10,8 @@ from torch import nn
 from timm_deconv.convert import calibrate
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear
 from timm_deconv.training import Recipe
-from timm_deconv.training.loop import create_optimizer, create_scheduler
 from timm_deconv.training.lr_scale import layer_lr_scales
+from timm_deconv.training.optimisation import create_optimizer, create_scheduler
 
 
 @pytest.fixture

@@ -36,6 +36,19 @@ def test_without_whitening_layers_the_batch_is_repeated():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, raised while it compiles
+def test_a_layer_in_a_compiled_block_is_named_without_compiling_anew():
+    model = nn.Sequential(_two_layers(), _two_layers())
+    model[1].compile(backend="eager")
+    images = torch.randn(2, 4)
+    model(images)
+    with torch.no_grad():
+        model[1][2].bias[1] = torch.inf
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert first_nonfinite(model, lambda: model(images)) == "1.2 (Linear, its output)"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled > 0
+
+
 def test_a_nonfinite_image_is_seen_at_the_first_layers_input():
     model = _two_layers()
     assert first_nonfinite(model, lambda: model(torch.full((1, 4), torch.nan))) == "0 (Linear, its input)"

@@ -22,7 +22,8 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 from timm_deconv.models.segmenter import Segmenter
 from timm_deconv.training import load_recipe
-from timm_deconv.training.loop import create_optimizer, create_scheduler, train
+from timm_deconv.training.loop import train
+from timm_deconv.training.optimisation import create_optimizer, create_scheduler
 from timm_deconv.training.tasks import create_task
 from timm_deconv.training.tasks.base import NOT_COUNTED
 

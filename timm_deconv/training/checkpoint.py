@@ -2,6 +2,7 @@
 
 model.safetensors, config.json      `timm.create_model('local-dir:OUT', pretrained=True)`
 state/epoch-0003-image-00012800/    the state after three epochs and 12,800 images of the fourth; see `state_files`
+best/                               the weights of the best epoch so far, as above
 recipe.yaml  curve.csv  results.csv  tensorboard/
 """
 
@@ -29,7 +30,8 @@ from .state_files import damage, write_state
 # may differ between a run and its continuation
 FREE = {
     *("name", "data_dir", "pretrained_path", "dataset_download", "workers", "log_interval"),
-    *("max_unreadable", "checkpoint_every", "nonfinite", "nonfinite_limit", "process_timeout"),
+    *("max_unreadable", "checkpoint_every", "nonfinite", "nonfinite_limit", "process_timeout", "log_with"),
+    *("health_interval", "grad_checkpointing", "torchcompile", "torchcompile_mode", "torchcompile_regions"),
 }
 
 KEPT = 2
@@ -162,20 +164,24 @@ class RunFolder:
         for older in self.states()[:-KEPT]:
             remove(older)
 
-    def export(self, model: nn.Module, progress: Progress) -> None:
+    def export(self, model: nn.Module, progress: Progress, is_best: bool = False) -> None:
         """Save weights and curve of a finished epoch.
 
         Args:
             model: the network whose weights are the result, not wrapped.
             progress: with the epoch counted.
+            is_best: save the weights in best/ too.
 
         Raises:
             OSError: see `save_state`.
         """
         data = self.recipe.model_dump(include={"input_size", "mean", "std", "crop_pct", "interpolation"})
         with self._saying_what_is_left(progress):
-            write_whole(self.path / "config.json", lambda file: save_config_for_hf(model, str(file), data_config=data))
-            write_whole(self.path / "model.safetensors", lambda file: write_weights(model, file))
+            for path in (self.path, *([self.path / "best"] if is_best else [])):
+                path.mkdir(exist_ok=True)
+                write_text(path / "recipe.yaml", self.recipe.yaml())
+                write_whole(path / "config.json", lambda file: save_config_for_hf(model, str(file), data_config=data))
+                write_whole(path / "model.safetensors", lambda file: write_weights(model, file))
             self._write_curve(progress)
 
     @contextmanager

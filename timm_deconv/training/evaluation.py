@@ -1,6 +1,7 @@
 """Evaluation: of a network during training, and of saved, published or registered weights on a data set."""
 
 import difflib
+import json
 import re
 import textwrap
 import time
@@ -12,6 +13,7 @@ import timm
 import timm.data
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -83,7 +85,7 @@ def load_network(name: str) -> nn.Module:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
             raise InputError(f"{name} holds no config.json: no run of ours, or no epoch is finished yet")
-        return timm.create_model(f"local-dir:{Path(name).resolve()}", pretrained=True)
+        return _saved_network(Path(name))
     if ":" in name or "/" in name:
         return _load_from(name if ":" in name else f"hf-hub:{_hub_id(name)}")
     if not timm.is_model(name):
@@ -91,6 +93,15 @@ def load_network(name: str) -> nn.Module:
     if not timm.is_model_pretrained(name):
         raise InputError(f"{name} has no pretrained weights; give the output folder of a run")
     return timm.create_model(name, pretrained=True)
+
+
+def _saved_network(folder: Path) -> nn.Module:
+    try:
+        return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise InputError(
+            f"{folder} is damaged ({type(error).__name__} {error}); resume the run, or take another of its folders"
+        ) from error
 
 
 def _hub_id(name: str) -> str:

@@ -1,7 +1,5 @@
 """The training loop: accelerate's processes and precision, timm's optimisers and schedules, our checks and records."""
 
-import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from timm.models import model_parameters
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, adaptive_clip_grad, dispatch_clip_grad, random_seed
+from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,12 +21,15 @@ from timm_deconv.models.weights import follow_saved, saved_arguments
 
 from . import results
 from .checkpoint import Progress, RunFolder
+from .compiling import compile_regions
 from .evaluation import evaluate
-from .lr_scale import scaled_param_groups
+from .health import whitening_health
 from .nan_guard import NanGuard
+from .optimisation import clip_gradients, create_optimizer, create_scheduler
 from .processes import Processes, average_buffers, create_accelerator, lost_process_named
 from .recipe import Recipe
 from .recovery import Recovery
+from .reporting import Reporter, best_epoch, profiled
 from .run_state import RunState
 from .saving import Saver
 from .signals import Signals
@@ -46,6 +43,7 @@ def train(
     resume: bool = False,
     record: bool = False,
     cpu: bool = False,
+    profile: bool = False,
     task: Callable[[Recipe, torch.device], Task] = create_task,
 ) -> dict[str, object]:
     """Train a recipe into a folder; see `checkpoint` for what lies there afterwards.
@@ -56,6 +54,7 @@ def train(
         resume: continue from the latest whole state where there is one; bit for bit on the same machine.
         record: add the result row to `hub_configs/results` of the checkout too.
         cpu: stay on the processor where there is a GPU.
+        profile: write which operations a few updates consist of into the folder; see `reporting.profiled`.
         task: makes what the run is about from the recipe and the device; by default what the data set is for.
 
     Returns:
@@ -75,7 +74,7 @@ def train(
     try:
         with lost_process_named():
             trainer = Trainer(recipe, task(recipe, accelerator.device), folder, accelerator)
-            row = trainer.run(resume)
+            row = trainer.run(resume, profile)
     finally:
         accelerator.end_training()
     if record_to and accelerator.is_main_process:
@@ -106,6 +105,8 @@ class Trainer:
         if recipe.sync_statistics and self.processes.group is not None:
             self.network = convert_sync(self.network, host_group=self.processes.group)
         optimizer = create_optimizer(self.network, recipe)
+        if recipe.torchcompile and recipe.torchcompile_regions:
+            compile_regions(self.network, recipe.torchcompile, recipe.torchcompile_mode)
         self.scheduler = create_scheduler(optimizer, recipe, len(self.train_loader))
         with warnings.catch_warnings():
             # torch 2.14 renames an argument that older ones know by this name alone
@@ -119,14 +120,19 @@ class Trainer:
         self.result = self.network if self.averaged is None else self.averaged  # what is evaluated and saved
         state = RunState(accelerator, self.processes, self.network, self.averaged, self.optimizer, self.scheduler)
         self.signals = Signals()
-        self.saver = Saver(folder, state, self.processes, self.signals, self._say)
+        self.report = Reporter(recipe, accelerator, task.headline, self._images_per_epoch)
+        self.say = self.report.say
+        self.saver = Saver(folder, state, self.processes, self.signals, self.say)
         self.recovery = Recovery(recipe, self.network, self.saver.rewind)
         self.guard = NanGuard(self.network, self.processes, at_once=self.recovery.active)
+        self.count_update: Callable[[], None] = lambda: None
         self._reset_figures()
 
-    def run(self, resume: bool) -> dict[str, object]:
+    def run(self, resume: bool, profile: bool = False) -> dict[str, object]:
         """Train to the last epoch and return the result row."""
-        with self.signals:
+        device, traces = self.accelerator.device, self.folder.path / "profile"
+        is_profiled = profile and self.accelerator.is_main_process
+        with self.signals, profiled(traces if is_profiled else None, device, self.say) as self.count_update:
             self._open(resume)
             while self.progress.epoch < self.recipe.epochs:
                 self._epoch()
@@ -139,7 +145,7 @@ class Trainer:
             self._resume(state)
         elif self.recovery.mode == "rewind":
             self.saver.save(self.progress, self._own())
-        self.accelerator.init_trackers("tensorboard")
+        self.processes.main_does(self.report.open)
 
     def _resume(self, state: dict[str, Any]) -> None:
         for network in filter(None, (self.network, self.averaged)):
@@ -153,8 +159,8 @@ class Trainer:
         self.total = self.total.to(self.accelerator.device)
         if self.progress.consumed and len(saved) != self.processes.number:
             self._seed()
-            self._say(f"saved by {len(saved)} processes: the images stay the same, random numbers of layers do not")
-        self._say(
+            self.say(f"saved by {len(saved)} processes: the images stay the same, random numbers of layers do not")
+        self.say(
             f"resumed from {self.progress.place}: {self.progress.epoch} of {self.recipe.epochs} epochs and"
             f" {self.progress.consumed} of {self._images_per_epoch} images"
         )
@@ -166,7 +172,7 @@ class Trainer:
     def _epoch(self) -> None:
         self.clock = time.perf_counter()
         if self.progress.consumed < self._images_per_epoch:
-            self._train_epoch()
+            self.train_epoch()
             self.guard.finish()
             for network in filter(None, (self.network, self.averaged)):
                 average_buffers(self.accelerator, network)
@@ -177,33 +183,43 @@ class Trainer:
         self.progress.epoch += 1
         self.progress.consumed = 0
         self._reset_figures()
-        self._record_epoch(training, validation)
-        self.processes.main_does(lambda: self.folder.export(self.result, self.progress))
+        self.report.epoch(self.progress, training, validation)
+        is_best = best_epoch(self.progress, self.task.headline) is self.progress.curve[-1]
+        self.processes.main_does(lambda: self.folder.export(self.result, self.progress, is_best))
         self.saver.save(self.progress, self._own())
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> None:
         """Train on what is left of the epoch."""
         if self.progress.consumed == 0:
             self._seed()
         self.order.epoch, self.order.consumed = self.progress.epoch, self.progress.consumed
         self.task.begin_epoch(self.progress.epoch)
         self.model.train()
-        with self._progress_bar() as bar:
-            for batch in bar:
-                figures = self._batch(send_to_device(batch, self.accelerator.device, non_blocking=True))
+        with self.report.bar(self.train_loader, self.progress) as bar:
+            for each in bar:
+                batch = send_to_device(each, self.accelerator.device, non_blocking=True)
+                figures = self._batch(batch)
                 self.total += figures.sum(0)
                 self.images += len(figures)
                 if self.accelerator.sync_gradients:
-                    self._after_update(bar)
+                    self._after_update(bar, batch)
 
-    def _after_update(self, bar: tqdm) -> None:
-        if self.progress.step % self.recipe.log_interval == 0 and self.images:
-            bar.set_postfix(self._log(self.total, self.images), refresh=False)
+    def _after_update(self, bar: tqdm, batch: Batch) -> None:
+        self.count_update()
+        step, recipe = self.progress.step, self.recipe
+        if step % recipe.log_interval == 0 and self.images:
+            rate = self.optimizer.param_groups[0]["lr"]
+            bar.set_postfix(
+                self.report.training(step, self.task.summarise(self.total, self.images), rate), refresh=False
+            )
+        if recipe.health_interval and step % recipe.health_interval == 0:
+            health = whitening_health(self.network, lambda: self.task.loss(self.network, batch))
+            self.report.log(step, {f"whitening/{name}": value for name, value in health.items()})
         if self.progress.consumed == self._images_per_epoch:
             return  # evaluation and the epoch's own state follow
         if self.saver.is_told_to_end():
             self.saver.stop(*self._ready_to_save())
-        if self.saver.is_due(self.progress.step):
+        if self.saver.is_due(step):
             self.saver.try_to_save(*self._ready_to_save())
             self.clock = time.perf_counter()
 
@@ -243,20 +259,6 @@ class Trainer:
         figures = self.accelerator.reduce(torch.cat([self.total, self.total.new_tensor([self.images])]), "sum")
         return dict(self.task.summarise(figures[:-1], int(figures[-1])))
 
-    def _progress_bar(self) -> tqdm:
-        """Wrap the training loader in a bar of images, which the main process shows where there is a terminal."""
-        return tqdm(
-            self.train_loader,
-            total=len(self.train_loader),
-            initial=self.progress.consumed // self.recipe.batch_size,
-            desc=f"epoch {self.progress.epoch + 1}/{self.recipe.epochs}",
-            unit="img",
-            unit_scale=self.recipe.batch_size,
-            disable=None if self.accelerator.is_main_process else True,
-            leave=False,
-            dynamic_ncols=True,
-        )
-
     def _batch(self, batch: Batch) -> Tensor:
         """Make a forward and a backward pass, and an update where one is due; return the figures (B, columns)."""
         self.progress.consumed += self.recipe.batch_size
@@ -274,7 +276,7 @@ class Trainer:
                     self.guard.check_gradients(place)
             except NonFiniteError as error:
                 self.recovery.spoil(error, self.progress.left_out)
-                self._say(str(error))
+                self.say(str(error))
                 figures = figures[:0]
         if is_due:
             self._update()
@@ -285,10 +287,11 @@ class Trainer:
         if self.recovery.spoilt:
             self.progress.left_out += 1
             done = self.recovery.undo()
-            self._say(f"update {self.progress.step} is {done} ({self.progress.left_out} of {self.recovery.limit})")
+            self.say(f"update {self.progress.step} is {done} ({self.progress.left_out} of {self.recovery.limit})")
         else:
             if self.recipe.clip_grad is not None:
-                self._clip_gradient(self.recipe.clip_grad)
+                self.accelerator.unscale_gradients()
+                clip_gradients(self.network, self.optimizer, self.recipe.clip_grad, self.recipe.clip_mode)
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step_update(self.progress.step)
@@ -306,58 +309,15 @@ class Trainer:
                 " which has no variance; raise it"
             ) from error
 
-    def _clip_gradient(self, bound: float) -> None:
-        self.accelerator.unscale_gradients()
-        if self.recipe.clip_mode != "agc":
-            dispatch_clip_grad(self.network.parameters(), bound, self.recipe.clip_mode)
-            return
-        clipped = set(model_parameters(self.network, exclude_head=True))
-        for group in self.optimizer.param_groups:  # the step is bounded, whatever a group's own rate
-            adaptive_clip_grad(clipped.intersection(group["params"]), bound / group.get("lr_scale", 1.0))
-
-    def _log(self, total: Tensor, images: int) -> dict[str, str]:
-        """Log loss and headline of the epoch so far; return them as the bar shows them."""
-        summary = self.task.summarise(total, images)
-        figures = {name: summary[name] for name in ("loss", self.task.headline)}
-        values = {f"train/{name}": value for name, value in figures.items()}
-        self.accelerator.log({**values, "lr": self.optimizer.param_groups[0]["lr"]}, step=self.progress.step)
-        return {name: f"{value:.4g}" for name, value in figures.items()}
-
-    def _record_epoch(self, training: dict[str, float], validation: dict[str, float]) -> None:
-        headline = self.task.headline
-        row = {
-            "epoch": self.progress.epoch,
-            "train_loss": round(training["loss"], 5),
-            f"train_{headline}": round(training[headline], 3),
-            headline: round(validation[headline], 3),
-            "seconds": round(self.progress.seconds, 2),
-        }
-        self.progress.curve.append(row)
-        values = {f"validation/{name}": value for name, value in validation.items()}
-        self.accelerator.log(values, step=self.progress.step)
-        self._say(
-            f"epoch {row['epoch']}/{self.recipe.epochs}: loss {training['loss']:.4f}, {headline} in training "
-            f"{training[headline]:.2f} %, in evaluation {validation[headline]:.2f} %, {self._speed():.0f} images/s, "
-            f"{row['seconds']:.0f} s"
-        )
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            print(text, file=sys.stderr, flush=True)
-
-    def _speed(self) -> float:
-        images = self.progress.epoch * self._images_per_epoch
-        return images / max(self.progress.training_seconds, 1e-9)
-
     def _finish(self) -> dict[str, object]:
         headline, curve = self.task.headline, self.progress.curve
         row = {
             **results.describe_run(self.recipe),
             headline: curve[-1][headline],
-            f"best_{headline}": max(epoch[headline] for epoch in curve),
+            f"best_{headline}": best_epoch(self.progress, headline)[headline],
             "train_loss": curve[-1]["train_loss"],
             "seconds": round(self.progress.seconds, 1),
-            "images_per_second": round(self._speed(), 1),
+            "images_per_second": round(self.report.speed(self.progress), 1),
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
             "processes": self.accelerator.num_processes,
             **results.describe_machine(self.accelerator.device),
@@ -365,36 +325,5 @@ class Trainer:
         path = self.folder.path / "results.csv"
         if self.accelerator.is_main_process and not path.exists():
             results.append_row(path, row, headline)
+        self.report.summary(self.progress, self.folder.path)
         return row
-
-
-def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Create timm's optimiser of the recipe."""
-    scaled = scaled_param_groups(
-        recipe.weight_decay, recipe.filter_bias_and_bn, layers=recipe.layer_rates, auxiliary=recipe.aux_lr_scale
-    )
-    return create_optimizer_v2(
-        model,
-        opt=recipe.opt,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-        filter_bias_and_bn=recipe.filter_bias_and_bn,
-        param_group_fn=scaled if recipe.layer_rates or recipe.aux_lr_scale != 1 else None,
-    )
-
-
-def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, batches: int) -> Scheduler:
-    """Create timm's schedule of the recipe over all its updates, at its first value, for so many batches an epoch."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=recipe.sched,
-        decay_rate=recipe.decay_rate,
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=recipe.warmup_lr,
-        min_lr=recipe.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=math.ceil(batches / recipe.grad_accum_steps),
-    )
-    return scheduler

@@ -136,7 +136,7 @@ def first_nonfinite(model: nn.Module, repeat: Callable[[], object]) -> str:
     layers = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
     handles = [handle for name, layer in layers for handle in watch(name, layer)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code passes hooks by
             repeat()
     finally:
         for handle in handles:

@@ -3,6 +3,8 @@
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import timm
 import torch
@@ -38,7 +40,8 @@ def create_model(recipe: Recipe) -> nn.Module:
     kwargs = {"num_classes": recipe.num_classes, "in_chans": recipe.input_size[0], **recipe.model_kwargs}
     if recipe.model_kwargs:
         _check_arguments(recipe, kwargs)
-    model = timm.create_model(recipe.model, **pretrained_arguments(recipe), **kwargs)
+    with _weights_named(recipe):
+        model = timm.create_model(recipe.model, **pretrained_arguments(recipe), **kwargs)
     check_loaded(recipe, model)
     if recipe.head_init_scale is not None:
         _scale_classifier(model, recipe.head_init_scale)
@@ -47,7 +50,7 @@ def create_model(recipe: Recipe) -> nn.Module:
     if recipe.freeze_backbone:
         freeze(model)
         unfreeze(model, list(classifier_names(model)))
-    return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+    return _laid_out(model, recipe)
 
 
 def create_segmentation_model(recipe: Recipe) -> nn.Module:
@@ -83,6 +86,16 @@ def _segmenter(recipe: Recipe) -> nn.Module:
         model.whiten(deconv, recipe.input_size if trained else None)
     if recipe.head_init_scale is not None:
         _scale_classifier(model, recipe.head_init_scale)
+    return _laid_out(model, recipe)
+
+
+def _laid_out(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Let the network save or keep activations, in the memory format that the recipe says."""
+    if recipe.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):  # timm's way of refusing
+            raise InputError(f"grad_checkpointing: {recipe.model} has no blocks to run twice; leave it out") from None
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
 
@@ -92,9 +105,22 @@ def _trained_encoder(recipe: Recipe) -> nn.Module:
         file = found.get("pretrained_cfg_overlay", {}).get("file")
         if file and not recipe.pretrained_path:
             recipe = recipe.merged({"pretrained_path": file})
-        encoder = create_encoder(recipe.model, in_chans=recipe.input_size[0], **pretrained_arguments(recipe))
+        with _weights_named(recipe):
+            encoder = create_encoder(recipe.model, in_chans=recipe.input_size[0], **pretrained_arguments(recipe))
     check_loaded(recipe, encoder)
     return encoder
+
+
+@contextmanager
+def _weights_named(recipe: Recipe) -> Iterator[None]:
+    """Say whose weights the Hub's client could not get."""
+    try:
+        yield
+    except OSError as error:
+        if not recipe.pretrained or recipe.pretrained_path:
+            raise
+        reason = textwrap.shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
+        raise InputError(f"weights of {recipe.model} cannot be had ({reason}); give pretrained_path") from error
 
 
 def batch_norm_name(model: str) -> str:

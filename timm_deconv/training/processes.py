@@ -15,14 +15,14 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
-    ProjectConfiguration,
-    is_tensorboard_available,
 )
 from torch import nn
 
 from timm_deconv.errors import InputError
 
+from .compiling import compile_whole
 from .recipe import Recipe
+from .reporting import create_trackers
 
 __all__ = ["Processes", "average_buffers", "create_accelerator", "lost_process_named"]
 
@@ -36,7 +36,7 @@ def create_accelerator(recipe: Recipe, log_dir: Path | None = None, cpu: bool = 
 
     Args:
         recipe: precision, accumulation and seed.
-        log_dir: where tensorboard's log goes; None writes none.
+        log_dir: the run's folder, for its trackers; None has none.
         cpu: stay on the processor where there is a GPU.
 
     Raises:
@@ -56,8 +56,8 @@ def create_accelerator(recipe: Recipe, log_dir: Path | None = None, cpu: bool = 
             cpu=cpu,
             mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no",
             gradient_accumulation_steps=recipe.grad_accum_steps,
-            log_with="tensorboard" if log_dir and is_tensorboard_available() else None,
-            project_config=ProjectConfiguration(logging_dir=str(log_dir)) if log_dir else None,
+            log_with=(create_trackers(recipe, log_dir) if log_dir else None) or None,
+            dynamo_plugin=compile_whole(recipe),
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
             kwargs_handlers=handlers,
         )

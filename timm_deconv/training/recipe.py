@@ -26,7 +26,8 @@ Triple = tuple[float, float, float]
 # result rows have columns of their own for the first four; the others change nothing that is learned
 NOT_IN_HASH = {
     *("name", "model", "model_kwargs", "seed", "data_dir", "dataset_download", "workers", "log_interval"),
-    *("max_unreadable", "cache", "checkpoint_every", "process_timeout"),
+    *("max_unreadable", "cache", "checkpoint_every", "process_timeout", "log_with", "health_interval"),
+    *("grad_checkpointing", "torchcompile", "torchcompile_mode", "torchcompile_regions"),
 }
 
 INTERVAL = re.compile(r"(?P<updates>[1-9]\d*)( steps?)?|(?P<minutes>\d*\.?\d+) min")
@@ -85,7 +86,9 @@ class Recipe(BaseModel):
         grad_accum_steps: passes to one update.
         epochs: passes over the training images; the schedule spans them.
         opt: a name of `timm.optim.list_optimizers()`; `momentum` is SGD without Nesterov, `sgd` with.
+        opt_kwargs: further arguments of the optimiser, such as `betas`.
         lr, momentum, weight_decay: of the optimiser.
+        layer_decay: multiplies the rate of a layer by this to the power of its distance from the classifier.
         layer_rates: multiply the rate of each whitened layer by the mean squared norm of its rows at the start;
             for going on from pretrained weights with SGD; the classifier's otherwise (see `lr_scale.layer_lr_scales`).
         filter_bias_and_bn: keep biases and other vectors out of weight decay. The published recipes decay everything.
@@ -95,16 +98,24 @@ class Recipe(BaseModel):
         clip_mode: timm's: 'norm', 'value' (of every element), 'agc' (of every output's gradient, in norms of its
             weights, and as multiplied by `layer_rates`; not in the classifier).
         sched: timm's schedule, stepped at every update.
-        decay_rate: of the schedule `step`, or the power of `poly`.
+        decay_rate: of the schedules `step` and `multistep`, or the power of `poly`.
         warmup_epochs, warmup_lr, min_lr: of the schedule; min_lr where it ends.
+        sched_kwargs: further arguments of `timm.scheduler.create_scheduler_v2`, such as `decay_milestones`, in epochs.
         smoothing: label smoothing in the training loss.
         model_ema: average the weights; what is evaluated and saved is then the average.
         model_ema_decay, model_ema_warmup: of the average; with warm-up the decay grows towards model_ema_decay.
         amp, amp_dtype: mixed precision.
         channels_last: memory format of images and weights.
+        grad_checkpointing: run blocks a second time for their gradients in place of keeping what is in them.
+        torchcompile: the backend by which torch compiles the network; None leaves it as it is.
+        torchcompile_mode: torch's.
+        torchcompile_regions: compile the blocks of the network, each for itself, which takes less time than the whole.
         seed: of weights, order and augmentation.
         workers: processes that load images; 0 loads in the training process.
-        log_interval: updates between two looks at the loss for progress bar and tensorboard.
+        log_interval: updates between two looks at the loss for progress bar and trackers.
+        log_with: the trackers, by accelerate's names; wandb and trackio where they are installed.
+        health_interval: updates between two looks at how well each layer whitens; 0 never looks. A look takes a pass
+            over one batch.
         checkpoint_every: save what `--resume` goes on from after so many updates ('500') or minutes ('10 min'); it is
             saved after every epoch in any case.
         nonfinite: what a loss that is NaN or infinite does: 'stop' ends the run, 'skip' leaves the update out, 'rewind'
@@ -156,20 +167,23 @@ class Recipe(BaseModel):
     grad_accum_steps: PositiveInt = 1
     epochs: PositiveInt
     opt: str = "momentum"
+    opt_kwargs: dict[str, Any] = {}
     lr: float = Field(gt=0, allow_inf_nan=False)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(ge=0, allow_inf_nan=False)
+    layer_decay: float | None = Field(None, gt=0, le=1)
     layer_rates: bool = False
     filter_bias_and_bn: bool = False
     aux_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
     aux_lr_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
     clip_grad: float | None = Field(None, gt=0)
     clip_mode: Literal["norm", "value", "agc"] = "norm"
-    sched: Literal["cosine", "tanh", "poly", "step", "constant"] = "cosine"
+    sched: Literal["cosine", "tanh", "poly", "step", "multistep", "wsd", "rsqrt", "constant"] = "cosine"
     decay_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
     warmup_epochs: int = Field(0, ge=0)
     warmup_lr: float = Field(1e-5, ge=0, allow_inf_nan=False)
     min_lr: float = Field(0.0, ge=0, allow_inf_nan=False)
+    sched_kwargs: dict[str, Any] = {}
     smoothing: float = Field(0.0, ge=0, lt=1)
     model_ema: bool = False
     model_ema_decay: float = Field(0.9998, gt=0, lt=1)
@@ -177,14 +191,30 @@ class Recipe(BaseModel):
     amp: bool = False
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     channels_last: bool = True
+    grad_checkpointing: bool = False
+    torchcompile: Literal["inductor", "cudagraphs", "aot_eager", "eager"] | None = None
+    torchcompile_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    torchcompile_regions: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(2, ge=0)
     log_interval: PositiveInt = 50
+    log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    health_interval: int = Field(500, ge=0)
     checkpoint_every: str | None = None
     nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     nonfinite_limit: PositiveInt = 10
     process_timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
     sync_statistics: bool = True
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _of_folders(cls, dataset: Any) -> Any:
+        return "" if dataset is None else dataset  # `dataset=` of a command line
+
+    @field_validator("log_with", mode="before")
+    @classmethod
+    def _of_one(cls, trackers: Any) -> Any:
+        return (trackers,) if isinstance(trackers, str) else trackers
 
     @field_validator("checkpoint_every", mode="before")
     @classmethod
@@ -199,6 +229,8 @@ class Recipe(BaseModel):
     def _known_optimiser(cls, opt: str) -> str:
         if opt not in (known := list_optimizers()):
             raise unknown_name("optimiser (opt)", opt, known)
+        if opt == "adahessian":
+            raise ValueError("it needs second derivatives, which whitening layers do not have")
         return opt
 
     @field_validator("std")
@@ -225,6 +257,10 @@ class Recipe(BaseModel):
             raise ValueError(f"progressive_sizes={self.progressive_sizes} are more than epochs={self.epochs}")
         if self.calibration_images and not (self.pretrained or self.pretrained_path):
             raise ValueError("calibration_images are for weights to start from; give pretrained or pretrained_path")
+        if self.layer_decay is not None and (self.layer_rates or self.aux_lr_scale != 1):
+            raise ValueError("layer_decay scales the rates that layer_rates and aux_lr_scale do; set one of them")
+        if (self.torchcompile_mode or self.torchcompile_regions) and self.torchcompile is None:
+            raise ValueError("torchcompile_mode and torchcompile_regions need torchcompile; torchcompile=inductor")
         if self.layer_rates and self.opt not in SGD:
             raise ValueError(f"layer_rates is for {' and '.join(SGD)}: opt={self.opt!r} sizes its steps itself")
         if self.warmup_epochs >= self.epochs:
