@@ -1,5 +1,7 @@
 """Pictures of runs show their curves, each by its name."""
 
+import itertools
+import operator
 import runpy
 import sys
 from pathlib import Path
@@ -53,12 +55,15 @@ def test_a_soak_ends_by_the_clock_saves_itself_and_has_a_row_every_so_often(tmp_
     recipe = load_recipe("digits", ["model=test_resnet", "model_kwargs={}", "batch_size=128", "train_images=512"])
     file = tmp_path / "soak.csv"
     rows = soak.soak(recipe, tmp_path / "run", minutes=6 / 60, every=1, files=[file], cpu=True)
-    assert [round(60 * row["minutes"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    times = [0.0, *(60 * row["minutes"] for row in rows)]
+    spans = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert min(spans) > 0.9 and times[-2] < 6 <= times[-1] + 0.1 and len(rows) > 1  # a busy machine is late
     counts = [row["images"] for row in rows]
     assert counts == sorted(counts) and counts[-1] > 500 and counts[-1] % 128 == 0
     assert all(50 < row["memory_mib"] < 10_000 for row in rows)
-    assert sum(row["images_per_second"] for row in rows) == pytest.approx(counts[-1] / 1, rel=0.1)
-    assert len(file.read_text().splitlines()) == 7
+    speeds = [row["images_per_second"] for row in rows]
+    assert sum(map(operator.mul, speeds, spans)) == pytest.approx(counts[-1], rel=0.1)
+    assert len(file.read_text().splitlines()) == 1 + len(rows)
     states = sorted((tmp_path / "run" / "state").glob("epoch-*"))
     assert damage(states[-1]) is None
     assert soak.soak_summary(rows).startswith("second and last quarter of 0 minutes: ")
