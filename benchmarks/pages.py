@@ -46,7 +46,7 @@ from .cost_tables import (
     scaling,
     steps,
 )
-from .sharing_tables import equivalence, sent_bytes
+from .sharing_tables import equivalence, sent_bytes, sharing_speed
 from .survival_tables import killed_runs
 from .tables import markdown
 
@@ -204,6 +204,7 @@ TABLES: dict[str, Maker] = {
     "killed runs": killed_runs,
     "equivalence": equivalence,
     "sent bytes": sent_bytes,
+    "sharing speed": sharing_speed,
     "loop": loop_cost,
     "one epoch, full width": networks_by_form(
         ["resnet18_cifar", "mobilenetv2_cifar", "senet18_cifar", "efficientnet_b0_cifar", "pnasnet_a_cifar"],

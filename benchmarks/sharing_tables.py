@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .tables import Table, read_rows
 
-__all__ = ["equivalence", "sent_bytes"]
+__all__ = ["equivalence", "sent_bytes", "sharing_speed"]
 
 
 def equivalence(results: Path) -> Table:
@@ -30,6 +30,19 @@ def sent_bytes(results: Path) -> Table:
     names = ("statistics_bytes", "sync_batch_norm_bytes", "gradient_bytes")
     body = [[f"`{row['network']}`", *(f"{int(row[name]) / 1e6:.2f}" for name in names)] for row in rows]
     head = ["MB a step, 2 processes", "`fast`, synchronised", "its twin's SyncBatchNorm", "gradients"]
+    return Table(head, body, rows, "sharing.csv", "python scripts/processes.py cost")
+
+
+def sharing_speed(results: Path) -> Table:
+    """Make the table of images a second in one process and in several, with the same number of threads in all."""
+    rows = read_rows(results / "sharing.csv")
+    body = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        speeds = {row["statistics"]: float(row["images_per_second"]) for row in rows if row["network"] == network}
+        alone = speeds["one process"]
+        shares = (f"{speeds[way]:.1f} ({speeds[way] / alone:.2f})" for way in ("local", "synchronised"))
+        body.append([f"`{network}`", f"{alone:.1f}", *shares])
+    head = ["images a second, 2 threads in all", "1 process", "2 processes, local", "2 processes, synchronised"]
     return Table(head, body, rows, "sharing.csv", "python scripts/processes.py cost")
 
 
