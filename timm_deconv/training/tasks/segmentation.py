@@ -167,8 +167,8 @@ class Segmentation(RecipeTask):
             label_smoothing=self.recipe.smoothing,
         )
         labelled = (masks != IGNORED).sum().float()
-        # gradients are averaged over processes, which have labelled pixels in different numbers; a process that repeats
-        # a batch alone, to find where it became NaN, does so without gradients
+        # gradients are averaged over processes, which have labelled pixels in different numbers; a batch that is only
+        # looked at again has none
         if torch.is_grad_enabled() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(labelled)
             labelled /= torch.distributed.get_world_size()
