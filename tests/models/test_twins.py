@@ -30,6 +30,7 @@ CIFAR = [
     "vgg19_cifar",
     "resnet18_cifar",
     "resnet50_cifar",
+    "resnet18_025_cifar",
     "preact_resnet18_cifar",
     "densenet121_cifar",
     "resnext29_32x4d_cifar",
@@ -56,8 +57,10 @@ ONE_BLOCK_A_STAGE: dict[str, dict[str, Any]] = {
 """The ten 32x32 families, with arguments that make a block a stage."""
 
 DENSE = ["deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50"]
-PUBLISHED = [name for name in CIFAR if name != "resnet50_cifar"] + DENSE + [f"{name}_aux" for name in DENSE]
-WHITENED = [name for name in CIFAR if name not in ("resnet50_cifar", "efficientnet_b0_cifar")]
+OURS = ("resnet50_cifar", "resnet18_025_cifar")
+"""32x32 networks that are not among the published ones."""
+PUBLISHED = [name for name in CIFAR if name not in OURS] + DENSE + [f"{name}_aux" for name in DENSE]
+WHITENED = [name for name in CIFAR if name not in (*OURS, "efficientnet_b0_cifar")]
 """Published without any batch norm; the published ImageNet ResNets of the dense networks keep four."""
 
 STAGED = {"conv1": "stem.conv", "bn1": "stem.norm", "linear": "head"}

@@ -1,7 +1,8 @@
 """ResNet: timm's networks, and for 32x32 images timm's class behind a 3x3 stem without max pooling.
 
 He et al., Deep Residual Learning for Image Recognition, CVPR 2016, with the widths of the ImageNet networks, as in
-Table 1 of Ye et al., Network Deconvolution, ICLR 2020.
+Table 1 of Ye et al., Network Deconvolution, ICLR 2020. `resnet18_025_cifar` has a quarter of the channels: 0.7 million
+parameters, of which a package can bring the weights along.
 """
 
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ register_family(
     {
         "resnet18_cifar": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
         "resnet50_cifar": {"block": Bottleneck, "layers": (3, 4, 6, 3)},
+        "resnet18_025_cifar": {"block": BasicBlock, "layers": (2, 2, 2, 2), "width": 0.25},
     },
     CIFAR_POLICY,
     cfg=cifar_cfg(first_conv="conv1", classifier="fc", paper_ids="arXiv:1512.03385"),
