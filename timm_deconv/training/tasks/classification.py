@@ -91,7 +91,8 @@ class Classification(RecipeTask):
             f"{names[guess]}, {share:.0%}" + ("" if true in (guess, NO_CLASS) else f" (is {names[true]})")
             for share, guess, true in zip(shares.tolist(), named.tolist(), target.tolist(), strict=True)
         )
-        return [captioned(to_pil_image(image), caption) for image, caption in zip(images.cpu(), captions, strict=True)]
+        pictures = map(to_pil_image, images.cpu())
+        return [captioned(picture, [caption]) for picture, caption in zip(pictures, captions, strict=True)]
 
     def check(self, train: Dataset, val: Dataset) -> None:
         """Check that training and evaluation images have the recipe's number of classes, and the same."""
