@@ -1,0 +1,1 @@
+"""Weights of this project: their entries in the zoo."""
