@@ -10,7 +10,8 @@ import argparse
 from timm_deconv.errors import needs_extra, one_line_errors
 
 with one_line_errors(), needs_extra("train"):
-    from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
+    from timm_deconv.models.loading import load_network
+    from timm_deconv.training.evaluation import evaluation_recipe, validate
     from timm_deconv.training.loop import create_accelerator
     from timm_deconv.training.recipe import parse_settings
     from timm_deconv.training.tasks import create_task
