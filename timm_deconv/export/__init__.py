@@ -4,5 +4,6 @@ What is written is checked before it gets its name: its outputs are compared wit
 """
 
 from .network import Export, export_network
+from .report import Request, export_and_measure
 
-__all__ = ["Export", "export_network"]
+__all__ = ["Export", "Request", "export_and_measure", "export_network"]

@@ -1,7 +1,7 @@
 """export_network: a network into a file, which is checked against the network before it gets its name."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from timm_deconv.atomic_io import write_whole
 from timm_deconv.convert.module_types import is_whitened
@@ -19,7 +19,7 @@ from .formats import FORMATS
 from .plain import check_images, first_line, largest_difference, plain_form, run
 from .quantisation import agreement, quantise
 
-__all__ = ["Export", "check_place", "export_network"]
+__all__ = ["Export", "check_options", "check_place", "default_name", "export_network", "open_export"]
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
@@ -73,7 +73,7 @@ def export_network(
             written so, or one whose written form differs from it. Nothing is left on the disk.
     """
     file = Path(file)
-    _check_options(format, half, dynamic, int8 is not None)
+    check_options(format, half=half, dynamic=dynamic, int8=int8 is not None)
     check_place(file)
     if format == "safetensors" and not is_whitened(model):
         raise InputError(
@@ -89,6 +89,28 @@ def export_network(
     write_whole(file, write)
     size = sum(each.stat().st_size for each in (file.iterdir() if file.is_dir() else [file]))
     return Export(file, size, *found[0])
+
+
+def open_export(file: Path, format: str, *, half: bool = False) -> Callable[[Tensor], Tensor]:
+    """Make a function that runs a written network, of float32 images and outputs.
+
+    Args:
+        file: what `export_network` wrote.
+        format, half: as it was written.
+    """
+    written, dtype = FORMATS[format].open(file), _dtype(format, half)
+    return lambda images: run(written, images.to(dtype))
+
+
+def default_name(model: nn.Module, format: str, *, half: bool = False, int8: bool = False) -> str:
+    """Return a name for the file: the network's and its weights' tag, how many bits where not 32, and the ending."""
+    cfg: Any = model.pretrained_cfg
+    name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
+    return f"{name}{'_int8' if int8 else '_half' if half else ''}{FORMATS[format].ending}"
+
+
+def _dtype(format: str, half: bool) -> torch.dtype:
+    return torch.float16 if half and format != "safetensors" else torch.float32
 
 
 class _Written:
@@ -114,11 +136,10 @@ class _Written:
             InputError: it cannot be written or run, or differs by too much.
         """
         how, tolerance = FORMATS[self.format], HALF_TOLERANCE if self.half else TOLERANCE
-        dtype = torch.float16 if self.half and self.format != "safetensors" else torch.float32
         with self._refused():
-            how.write(self.plain, file, self.images[-1].to(dtype), self.dynamic)
-            written = how.open(file)
-            given = [run(written, images.to(dtype)) for images in self.images]
+            how.write(self.plain, file, self.images[-1].to(_dtype(self.format, self.half)), self.dynamic)
+            written = open_export(file, self.format, half=self.half)
+            given = [written(images) for images in self.images]
         difference = max(map(largest_difference, given, self.wanted))
         if difference > tolerance:
             raise InputError(
@@ -166,7 +187,12 @@ def check_place(file: Path) -> None:
         raise InputError(f"no folder {file.parent} for the output; make it first")
 
 
-def _check_options(format: str, half: bool, dynamic: bool, int8: bool) -> None:
+def check_options(format: str, *, half: bool = False, dynamic: bool = False, int8: bool = False) -> None:
+    """Check that the options of `export_network` are known and go together.
+
+    Raises:
+        InputError: they do not.
+    """
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
     if int8 and format != "onnx":

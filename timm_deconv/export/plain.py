@@ -2,6 +2,8 @@
 
 import copy
 import textwrap
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ def check_images(model: nn.Module, dynamic: bool) -> list[Tensor]:
     return [torch.randn(count, channels, *size, generator=generator) for count, *size in sizes]
 
 
-def run(model: nn.Module, images: Tensor) -> Tensor:
+def run(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     """Evaluate a network on images: (N, C, H, W) -> its one output, in float32.
 
     Raises:
@@ -65,7 +67,7 @@ def run(model: nn.Module, images: Tensor) -> Tensor:
         size = "x".join(map(str, images.shape[2:]))
         raise InputError(f"the network does not take {len(images)} images of {size} ({first_line(error)})") from error
     if not isinstance(output, Tensor):
-        raise InputError(f"{type(model).__name__} gives a {type(output).__name__}: only one tensor is exported")
+        raise InputError(f"the network gives a {type(output).__name__}: only what gives one tensor is exported")
     return output.float()
 
 
