@@ -57,15 +57,27 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def write_weights(model: nn.Module, file: str | Path) -> None:
+def write_weights(model: nn.Module, file: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a network's state dict as .safetensors.
 
     Tensors are copied, as the format takes neither channels_last strides nor tensors that share memory; the file says
-    that it is torch's, as some loaders refuse it otherwise.
+    that it is torch's, as some loaders refuse it otherwise, and what `metadata` says.
     """
     state = model.state_dict().items()
     copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
-    safetensors.torch.save_file(copies, file, metadata={"format": "pt"})
+    safetensors.torch.save_file(copies, file, metadata={**(metadata or {}), "format": "pt"})
+    _sort_metadata(Path(file))
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sort a file's metadata by name, which safetensors writes in any order: equal weights are equal files then."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        opened.seek(8)
+        opened.write(text.ljust(size))
 
 
 def save_network(model: nn.Module, folder: str | Path) -> None:
