@@ -5,6 +5,7 @@ The configuration that timm saves beside weights is read here too, as weights al
 
 import hashlib
 import json
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from timm_deconv.errors import InputError
 __all__ = [
     "TAG_PREFIX",
     "arguments_of_weights",
+    "check_new_folder",
     "follow_saved",
     "packaged_weights",
     "read_weights",
@@ -78,6 +80,20 @@ def _sort_metadata(file: Path) -> None:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         opened.seek(8)
         opened.write(text.ljust(size))
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Check that a network may be saved in a folder, before the work that it takes.
+
+    Raises:
+        InputError: there is something in it, or it cannot be made.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: name a new folder")
+    standing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise InputError(f"{folder} cannot be made, as {standing} is no folder to write to: name another")
 
 
 def save_network(model: nn.Module, folder: str | Path) -> None:
