@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_deconv
 from timm_deconv.errors import InputError
-from timm_deconv.hub import dry_run
+from timm_deconv.hub.publish import dry_run
 from timm_deconv.hub.source import read_source
 from timm_deconv.models.weights import save_network
 

@@ -17,8 +17,10 @@ from torch import nn
 import timm_deconv
 from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError
-from timm_deconv.hub import Tree, dry_run, tree
+from timm_deconv.hub import tree
+from timm_deconv.hub.publish import dry_run
 from timm_deconv.hub.source import read_source
+from timm_deconv.hub.tree import Tree
 from timm_deconv.models.weights import save_network
 
 NAME = "resnet18_cifar_deconv.nd_e2_digits"
@@ -65,8 +67,8 @@ def test_files_say_what_they_are(prepared: Tree, finished_run: Path) -> None:
         assert metadata.pop("commit")
         assert metadata == {"format": "pt", "recipe": f"digits {recipe.hash()}", "seed": "0"}
         config = json.loads((place / "config.json").read_text())
-        assert config["label_names"] == [str(digit) for digit in range(10)]
         about = config["pretrained_cfg"]
+        assert about["label_names"] == [str(digit) for digit in range(10)]
         assert (about["tag"], about["license"]) == ("nd_e2_digits", "apache-2.0")
         assert about["origin_url"] == f"https://huggingface.co/me/{NAME}"
         assert "arXiv:1905.11926" in about["paper_ids"]

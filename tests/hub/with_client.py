@@ -33,8 +33,9 @@ import torch  # noqa: E402
 from huggingface_hub.utils import _http  # noqa: E402
 
 from timm_deconv.errors import InputError  # noqa: E402
-from timm_deconv.hub import Tree, client, dry_run, push  # noqa: E402
-from timm_deconv.hub.publish import Remote  # noqa: E402
+from timm_deconv.hub import client  # noqa: E402
+from timm_deconv.hub.publish import Remote, dry_run, push  # noqa: E402
+from timm_deconv.hub.tree import Tree  # noqa: E402
 
 RUN = Path(os.environ["TIMM_DECONV_RUN"])
 NAME = "resnet18_cifar_deconv.nd_e2_digits"

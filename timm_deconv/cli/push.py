@@ -42,8 +42,8 @@ def push(
         data_dir: folder of the images of the evaluation, where it is not the recipe's.
         json: print JSON.
     """
-    from timm_deconv import hub
     from timm_deconv.errors import InputError
+    from timm_deconv.hub import publish
 
     if output is not None and not dry_run:
         raise InputError("--output is the folder of --dry-run; add that, or leave it out")
@@ -51,11 +51,11 @@ def push(
     if dry_run:
         if private or revision is not None:
             raise InputError("--private and --revision are of an upload; leave --dry-run out, or them")
-        tree = hub.dry_run(run_dir, org, output, **options)
+        tree = publish.dry_run(run_dir, org, output, **options)
         found = {"repository": tree.repository, "folder": str(tree.folder), "files": tree.sizes()}
         done = f"{tree.folder}: what would go up as {tree.repository}; nothing was sent"
     else:
-        published = hub.push(run_dir, org, private=private, revision=revision, **options)
+        published = publish.push(run_dir, org, private=private, revision=revision, **options)
         found = {name: getattr(published, name) for name in ("repository", "commit", "url")}
         found["files"] = published.sizes
         done = f"published: timm.create_model('hf-hub:{published.repository}@{published.commit}', pretrained=True)"

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.layers.notices import share_notices
 
+from .entries import LICENSES
 from .measure import Measured
 from .source import Source
 
@@ -253,7 +254,7 @@ def _origins(source: Source) -> Iterator[str]:
     else:
         start = source.recipe.pretrained_path or ("timm's" if source.recipe.pretrained else None)
         yield f"- Weights: trained {f'from {start} weights' if start else 'from scratch'} by `timm_deconv`."
-        yield f"- Data: {_images(source, None)}."
+        yield f"- Data: {_images(source, None)}. {LICENSES.get(source.dataset, 'Its licence was not recorded')}."
     if source.whitened:
         policy: DeconvPolicy = source.model.deconv_policy  # type: ignore[assignment]
         asked = getattr(source.model, "requested_policy", policy).to_dict()

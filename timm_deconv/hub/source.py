@@ -15,19 +15,16 @@ from timm_deconv.convert.head import GENERIC_NAME
 from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError, needs_extra
 from timm_deconv.models import list_models
+from timm_deconv.models.loading import load_network
 from timm_deconv.models.weights import TAG_PREFIX
-from timm_deconv.resources import recipe_files
 
 with needs_extra("publish"):
     from timm_deconv.training.checkpoint import read_curve
-    from timm_deconv.training.evaluation import load_network
     from timm_deconv.training.recipe import Recipe, load_recipe
-    from timm_deconv.training.results import dataset_name
+
+    from .entries import TRAINED, dataset_word
 
 __all__ = ["Source", "read_source"]
-
-TRAINED = "nd_"
-"""Starts the tags of weights that were trained with deconvolution."""
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 PICKLED = ("*.bin", "*.pth", "*.pth.tar", "*.pt", "*.ckpt", "*.pkl")
@@ -73,7 +70,7 @@ class Source:
     @property
     def dataset(self) -> str:
         """The data set in one word, such as cifar10, also where the run read it from folders; '' without a recipe."""
-        return _dataset(self.recipe) if self.recipe else ""
+        return dataset_word(self.recipe) if self.recipe else ""
 
     @property
     def recorded(self) -> float | None:
@@ -156,12 +153,6 @@ def _portable(recipe: Recipe) -> Recipe:
     return recipe.merged(paths)
 
 
-def _dataset(recipe: Recipe) -> str:
-    known = recipe_files()
-    named = load_recipe(recipe.name).dataset if not recipe.dataset and recipe.name in known else ""
-    return dataset_name(recipe.merged({"dataset": named}) if named else recipe)
-
-
 def _name(model: nn.Module) -> str:
     architecture = model.pretrained_cfg["architecture"]  # type: ignore[index, union-attr]
     if architecture != GENERIC_NAME:
@@ -173,7 +164,7 @@ def _name(model: nn.Module) -> str:
 def _tag(folder: Path, tag: str | None, model: nn.Module, recipe: Recipe | None) -> str:
     own = json.loads((folder / "config.json").read_text())["pretrained_cfg"].get("tag")
     if tag is None and recipe is not None:
-        word = re.sub(r"[^a-z0-9]", "", _dataset(recipe).lower())
+        word = re.sub(r"[^a-z0-9]", "", dataset_word(recipe).lower())
         tag = f"{TRAINED if is_whitened(model) else ''}e{recipe.epochs}_{word}"
     tag = tag or own
     if not tag:

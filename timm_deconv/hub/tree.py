@@ -27,13 +27,13 @@ from timm_deconv.training.checkpoint import run_metadata
 
 from .card import eval_results, model_card
 from .curve import draw_curve
+from .entries import PAPER
 from .measure import Measured, check_outputs
 from .source import Source
 
 __all__ = ["CHECKSUMS", "Tree", "checksums", "write_tree"]
 
 CHECKSUMS = "SHA256SUMS"
-PAPER = "arXiv:1905.11926"
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,10 @@ def _configuration(source: Source, tree: Tree) -> dict[str, Any]:
         "origin_url": cfg.get("origin_url") or f"https://huggingface.co/{tree.repository}",
         "paper_ids": [*papers, *([PAPER] if source.whitened and PAPER not in papers else [])],
     }
-    names = list(tree.measured.class_names) if tree.measured else []
-    known = cfg.get("label_names") or (names if len(names) == source.model.num_classes else None)
-    labels = {} if known is None else {"label_names": known}
-    return {"pretrained_cfg": described, **labels}
+    names = tree.measured.class_names if tree.measured else ()
+    if not cfg.get("label_names") and len(names) == source.model.num_classes:  # runs before 0.2 did not name them
+        described["label_names"] = list(names)
+    return {"pretrained_cfg": described}
 
 
 def _write_run(folder: Path, source: Source) -> None:
