@@ -9,10 +9,11 @@ import torch
 from safetensors import safe_open
 
 from timm_deconv.errors import InputError
+from timm_deconv.models.loading import load_network
 from timm_deconv.models.weights import save_network
 from timm_deconv.training import checkpoint, load_recipe
 from timm_deconv.training.checkpoint import RunFolder
-from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
+from timm_deconv.training.evaluation import evaluation_recipe, validate
 from timm_deconv.training.loop import create_accelerator, train
 from timm_deconv.training.tasks import create_task
 
@@ -29,6 +30,7 @@ def test_timm_loads_what_was_saved_and_it_reads_as_well(run):
     recipe, folder, row = run
     model = load_network(str(folder))
     assert tuple(model.pretrained_cfg["mean"]) == recipe.mean and model.num_classes == 10
+    assert model.pretrained_cfg["label_names"] == list("0123456789")
     accelerator = create_accelerator(recipe)
     task = create_task(evaluation_recipe(str(folder), model, None), accelerator.device)
     figures = validate(model, task, accelerator)

@@ -12,9 +12,10 @@ from torch import nn
 
 from timm_deconv import Deconv2d, DeconvLinear
 from timm_deconv.errors import InputError
+from timm_deconv.models.loading import load_network
 from timm_deconv.training import loop
 from timm_deconv.training.checkpoint import Progress, read_curve
-from timm_deconv.training.evaluation import evaluation_recipe, load_network, validate
+from timm_deconv.training.evaluation import evaluation_recipe, validate
 from timm_deconv.training.health import whitening_health
 from timm_deconv.training.loop import create_accelerator, train
 from timm_deconv.training.reporting import Reporter
@@ -131,7 +132,7 @@ def test_the_best_epoch_is_kept_and_said_with_what_comes_next(short_recipe, tmp_
     said = capsys.readouterr().err.splitlines()
     best = tmp_path / "run" / "best"
     assert said[-2] == f"best of 3 epochs: 2, top1 70.00 %, in {best}; the last one is in {tmp_path / 'run'}"
-    assert said[-1] == f"go on: python scripts/validate.py {best}"
+    assert said[-1] == f"go on: timm-deconv validate {best}"
     monkeypatch.undo()
     model = load_network(str(best))
     accelerator = create_accelerator(short_recipe, cpu=True)

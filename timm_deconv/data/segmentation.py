@@ -241,6 +241,12 @@ def class_labels(name: str, num_classes: int) -> Labels:
     return Labels(tuple(names), classes | {IGNORED: IGNORED}, colours)
 
 
+KNOWN_COLOURS = {
+    labels.names: labels.colours for labels in (class_labels("cityscapes", 19), class_labels("camvid", len(CAMVID)))
+}
+"""By the names of the classes."""
+
+
 def _pairs(files: Files) -> list[tuple[str, str]]:
     """Pair images/NAME.* with masks/NAME.*, in the order of their names."""
     found: dict[str, dict[str, str]] = {"images": {}, "masks": {}}

@@ -5,6 +5,7 @@ The configuration that timm saves beside weights is read here too, as weights al
 
 import hashlib
 import json
+import os
 import pickle
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ __all__ = [
     "SOURCES",
     "TAG_PREFIX",
     "arguments_of_weights",
+    "check_new_folder",
     "check_sha256",
     "follow_saved",
     "packaged_weights",
@@ -106,6 +108,32 @@ def write_weights(
 
     copies = {name: copied(value) for name, value in model.state_dict().items()}
     safetensors.torch.save_file(copies, file, metadata={**(metadata or {}), "format": "pt"})
+    _sort_metadata(Path(file))
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sort a file's metadata by name, which safetensors writes in any order: equal weights are equal files then."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        opened.seek(8)
+        opened.write(text.ljust(size))
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Check that a network may be saved in a folder, before the work that it takes.
+
+    Raises:
+        InputError: there is something in it, or it cannot be made.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: name a new folder")
+    standing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise InputError(f"{folder} cannot be made, as {standing} is no folder to write to: name another")
 
 
 def save_network(model: nn.Module, folder: str | Path) -> None:

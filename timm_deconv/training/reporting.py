@@ -131,7 +131,7 @@ class Reporter:
         self.say(
             f"best of {len(progress.curve)} epochs: {best['epoch']}, {self.headline} {best[self.headline]:.2f} %, in"
             f" {folder / 'best'}; the last one is in {folder}\n"
-            f"go on: python scripts/validate.py {folder / 'best'}"
+            f"go on: timm-deconv validate {folder / 'best'}"
         )
 
 

@@ -26,10 +26,12 @@ class Task(Protocol):
     """What the loop asks of a task.
 
     Figures of a batch are (B, columns): they add over batches and processes, but for images that are NOT_COUNTED.
+    `class_names`, where they are known once the loaders are made, are saved with the network.
     """
 
     columns: tuple[str, ...]
     headline: str
+    class_names: list[str] | None
 
     def create_model(self) -> nn.Module:
         """Create a fresh network."""
@@ -63,6 +65,9 @@ class RecipeTask(ABC):
     Args:
         recipe: the settings.
         device: where images are normalised.
+
+    Attributes:
+        class_names: in the order of their indices; None where the data set does not know them, or was not asked yet.
     """
 
     columns: tuple[str, ...]
@@ -70,6 +75,7 @@ class RecipeTask(ABC):
 
     def __init__(self, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
+        self.class_names: list[str] | None = None
         self.normalise = Normalise(recipe, device)
         self.epoch = 0
 

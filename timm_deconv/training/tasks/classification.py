@@ -9,12 +9,13 @@ from PIL import Image
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_pil_image
 
 from timm_deconv import data
 from timm_deconv.data import NO_CLASS
+from timm_deconv.data.drawing import captioned
 from timm_deconv.errors import InputError
 from timm_deconv.linalg import to_double
-from timm_deconv.training.drawing import captioned
 from timm_deconv.training.recipe import Recipe
 
 from .base import NOT_COUNTED, Batch, RecipeTask
@@ -32,7 +33,6 @@ class Classification(RecipeTask):
 
     def __init__(self, recipe: Recipe, device: torch.device):
         super().__init__(recipe, device)
-        self.class_names: list[str] | None = None
         self.mixup: Mixup | None = None
         if recipe.mixup or recipe.cutmix:
             self.mixup = Mixup(
@@ -91,7 +91,8 @@ class Classification(RecipeTask):
             f"{names[guess]}, {share:.0%}" + ("" if true in (guess, NO_CLASS) else f" (is {names[true]})")
             for share, guess, true in zip(shares.tolist(), named.tolist(), target.tolist(), strict=True)
         )
-        return [captioned(image, caption) for image, caption in zip(images.cpu(), captions, strict=True)]
+        pictures = map(to_pil_image, images.cpu())
+        return [captioned(picture, [caption]) for picture, caption in zip(pictures, captions, strict=True)]
 
     def check(self, train: Dataset, val: Dataset) -> None:
         """Check that training and evaluation images have the recipe's number of classes, and the same."""
@@ -105,6 +106,7 @@ class Classification(RecipeTask):
             raise InputError(f"training and evaluation images differ in their classes: {', '.join(differing[:5])}")
         for part in (train, val):
             data.check_labels(part, self.recipe.num_classes)
+        self.class_names = names
 
     def check_evaluation(self, val: Dataset) -> None:
         """Check that the images have as many classes as the network."""

@@ -14,9 +14,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from timm_deconv import data
 from timm_deconv.data import IGNORED, SegmentationDataset
+from timm_deconv.data.drawing import coloured
 from timm_deconv.errors import InputError
 from timm_deconv.models.segmenter import Segmenter
-from timm_deconv.training.drawing import coloured
 from timm_deconv.training.network import create_segmentation_model
 from timm_deconv.training.recipe import Recipe
 
@@ -56,6 +56,7 @@ class Segmentation(RecipeTask):
         classes = range(recipe.num_classes)
         self.columns = ("loss", *(f"{true} as {named}" for true in classes for named in classes))
         self.labels = data.class_labels(recipe.dataset, recipe.num_classes)
+        self.class_names = list(self.labels.names)
 
     def create_model(self) -> nn.Module:
         """Create the recipe's network; see `network.create_segmentation_model`."""
