@@ -1,5 +1,10 @@
-"""Where recipes, results and weights are: `hub_configs/` of the checkout, or package data in an installed wheel."""
+"""Where recipes, results and weights are: `hub_configs/` of the checkout, or package data in an installed wheel.
 
+And which version of the code this is.
+"""
+
+import subprocess
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -41,3 +46,18 @@ def _configs() -> Traversable:
 def _yaml_files(folder: Traversable) -> dict[str, Traversable]:
     found = sorted(folder.iterdir(), key=lambda file: file.name)
     return {file.name.removesuffix(".yaml"): file for file in found if file.name.endswith(".yaml")}
+
+
+@cache
+def code_version() -> str:
+    """Return the commit of the checkout, `-dirty` behind it where files differ; of an installed wheel the version."""
+    configs = checkout_configs()
+    if configs is not None:
+        command = ["git", "-C", str(configs.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass  # no git, or a copy without its history
+    import timm_deconv
+
+    return f"timm_deconv {timm_deconv.__version__}"

@@ -26,7 +26,7 @@ with needs_extra("train"):
     from timm_deconv.training.recipe import NOT_IN_HASH, Recipe, load_recipe
     from timm_deconv.training.results import append_rows, dataset_name
 
-__all__ = ["TRAINED", "add_entry"]
+__all__ = ["LICENSES", "PAPER", "TRAINED", "add_entry", "dataset_word"]
 
 TRAINED = "nd_"
 """Starts the tags of weights that were trained with deconvolution."""
@@ -84,7 +84,7 @@ def add_entry(run: str | Path, tag: str, *, packaged: bool = False, configs: Pat
     target = configs / f"{architecture}.{tag}.yaml"
     if target.exists():
         raise InputError(f"{target} is there already: take another tag, or remove the file first")
-    dataset = _dataset(recipe)
+    dataset = dataset_word(recipe)
     if dataset not in LICENSES:
         raise InputError(f"the licence of {dataset!r} is not known: add it to LICENSES of timm_deconv/hub/entries.py")
     folder = "packaged" if packaged else "weights"
@@ -132,7 +132,7 @@ def _check_tag(tag: str, architecture: str) -> None:
         raise InputError(f"tag {tag!r}: those of a batch-norm network have no prefix, such as e20_cifar10")
 
 
-def _dataset(recipe: Recipe) -> str:
+def dataset_word(recipe: Recipe) -> str:
     """Name the data set in one word; where the run read folders, as the recipe of its name does."""
     if not recipe.dataset and recipe.name in recipe_files():
         recipe = recipe.merged({"dataset": load_recipe(recipe.name).dataset})
