@@ -34,8 +34,8 @@ class Export:
     Attributes:
         file: it, or the folder of safetensors.
         bytes: its size.
-        difference: the largest of an output from the network's own in float32, over the largest of these where that is
-            above one, on random images; of int8 on the pictures that its ranges were found on.
+        difference: the largest of an output from the network's own in float32, over the largest of these, on random
+            images; of int8 on the pictures that its ranges were found on.
         same_class: of int8, the share of these pictures (or of their pixels) that get the class that float32 gives
             them.
     """

@@ -15,9 +15,9 @@ from timm_deconv.errors import InputError
 
 __all__ = ["check_images", "first_line", "largest_difference", "plain_form", "run"]
 
-OTHER_SIZE = (32, 64)
-"""Pixels more, in height and width, of the images that a network of any size is checked on: a multiple of the 32 by
-which most networks scale down, in two ways that cannot be confused."""
+OTHER_SIZE = (33, 70)
+"""Pixels more, in height and width, of the images that a network of any size is checked on: what a network pads by is
+another there, and height is not width."""
 
 
 def plain_form(model: nn.Module) -> nn.Module:
@@ -78,10 +78,10 @@ def first_line(error: BaseException) -> str:
 
 
 def largest_difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference of two outputs, over the largest of the wanted values where that is above one.
+    """Return the largest difference of two outputs over the largest of the wanted values.
 
     Infinite where the found ones are not finite, or have another shape.
     """
     if found.shape != wanted.shape or not found.isfinite().all():
         return float("inf")
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny))
