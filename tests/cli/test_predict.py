@@ -51,7 +51,9 @@ def test_the_table_has_a_line_a_class_and_pictures_are_drawn(network, pictures, 
     assert all(name in NAMES and 0 <= float(share) <= 1 for _, name, share in lines)
     drawn = sorted((tmp_path / "new" / "drawn").iterdir())
     assert [file.name for file in drawn] == [f"{index:04d}-{name}.png" for index, name in enumerate(NAMES[:3])]
-    assert all(Image.open(file).size[1] > 192 for file in drawn)
+    for file in drawn:
+        with Image.open(file) as picture:
+            assert picture.height > 192 + 2 * 12
 
 
 def test_what_cannot_be_read_is_left_out_and_named(network, pictures, command):
