@@ -17,7 +17,7 @@ from .cost_tables import scaling_rows
 from .plots import new_figure, pareto_picture, rates_picture, save, share_picture
 from .tables import Row, read_rows, select
 
-__all__ = ["OF_RUNS", "PICTURES", "draw_all", "photograph", "whitening_picture"]
+__all__ = ["NOT_OF_ROWS", "PICTURES", "draw_all", "photograph", "whitening_picture"]
 
 TUNED = {"twin": "batch norm", "twin freeze_bn=true": "batch norm, frozen", "paper": "paper", RECIPE: "fast"}
 OVERLAPPING = ("fast deconv.roles.classifier.block=64", "fast deconv.sampling_stride=4")
@@ -110,5 +110,6 @@ PICTURES: dict[str, Callable[[Path, Path], None]] = {
 }
 """File name -> what draws it from the folder of rows."""
 
-OF_RUNS = {"camvid.png"}
-"""Pictures that `scripts/plot_runs.py` has drawn, of runs whose curves are not among the rows."""
+NOT_OF_ROWS = {"camvid.png", "demo.png"}
+"""Pictures that other scripts have drawn: `plot_runs.py` of runs whose curves are not among the rows, `demo_picture.py`
+of the demo's page."""

@@ -22,14 +22,15 @@ function showNetworks() {
   const whose = networks.statistics === "network"
     ? "by what the network has learnt of its training pictures"
     : "by the statistics of your picture, as in training, since these weights bring none along";
-  byId("how").textContent = `The layer takes windows of ${height} × ${width} pixels in ${networks.channels === 1 ? "one channel" : `${networks.channels} colours`},`
-    + ` ${values} values each. Whitening takes out what the values have in common, here ${whose}.`
-    + ` ${networks.steps} Newton-Schulz steps take out the most of it; more would take out more.`;
+  const colours = networks.channels === 3 ? `: ${height * width} red ones, then green, then blue` : "";
+  byId("how").textContent = `The layer takes windows of ${height} × ${width} pixels, ${values} values each${colours}.`
+    + ` Whitening takes out what the values have in common, here ${whose}.`
+    + ` It takes ${networks.steps} Newton-Schulz steps; with more it would take out more.`;
   showClasses(Array.from({ length: Math.min(SHOWN, networks.class_count) }, () => ({ name: "", twin: null, deconv: null })));
 }
 
 function list(names) {
-  return `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;
+  return new Intl.ListFormat("en").format(names);
 }
 
 // What is asked
