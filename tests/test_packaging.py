@@ -47,9 +47,10 @@ print([name for name in sys.modules if name.split(".")[:2] in (["timm_deconv", "
 RUN_SCRIPTS = """
 import runpy, sys
 
-for script in sys.argv[1:]:
+for command in sys.argv[1:]:
     try:
-        runpy.run_path(script, run_name="__main__")
+        sys.argv = command.split()
+        runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ended:
         print(ended.code)
 """
@@ -76,9 +77,9 @@ def test_networks_are_created_converted_and_fused_without_the_packages_of_train(
 
 
 def test_scripts_that_need_an_extra_end_with_one_line_that_names_it(without_train: dict[str, str]) -> None:
-    scripts = dict.fromkeys(("train", "validate", "quickstart"), "train")
-    scripts |= dict.fromkeys(("benchmark", "study"), "benchmark")
-    done = _python(["-c", RUN_SCRIPTS, *(f"scripts/{name}.py" for name in scripts)], without_train)
+    scripts = dict.fromkeys(("train.py digits", "validate.py runs/mine", "quickstart.py"), "train")
+    scripts |= dict.fromkeys(("benchmark.py step", "study.py"), "benchmark")
+    done = _python(["-c", RUN_SCRIPTS, *(f"scripts/{command}" for command in scripts)], without_train)
     lines = done.stdout.splitlines()
     assert len(lines) == len(scripts), done.stdout + done.stderr
     for line, extra in zip(lines, scripts.values(), strict=True):

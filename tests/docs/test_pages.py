@@ -8,8 +8,10 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import timm
@@ -23,9 +25,12 @@ from benchmarks.pictures import NOT_OF_ROWS, PICTURES
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, links
 from tests.hub_server import hub
 from timm_deconv import __main__ as runner
+from timm_deconv.cli import app
 from timm_deconv.training import load_recipe
 
 README, RESULTS = ROOT / "README.md", ROOT / "hub_configs" / "results"
+PLACES = ("runs/", "hf-hub:", "local-dir:")
+"""How models begin that are no names of the registry."""
 COMMANDS = [(page, block) for page in PAGES for block in blocks(page, "sh")]
 
 
@@ -48,9 +53,15 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch: pytest.MonkeyPa
     for words in _commands(block.text):
         if "timm_deconv" in words[:3]:
             runner.parse(words[words.index("timm_deconv") + 1 :] if "--calibrate" not in words else ["train.py"])
+        elif "timm-deconv" in words:
+            _check_command(words[words.index("timm-deconv") + 1 :])
         elif script := next((word for word in words if word.startswith("scripts/")), None):
-            monkeypatch.setattr(sys, "argv", words[words.index(script) :])
-            _check_arguments(_module(ROOT / script))
+            arguments = words[words.index(script) + 1 :]
+            if command := re.search(r'^    main\("(\w+)"\)$', (ROOT / script).read_text(), re.MULTILINE):
+                _check_command([command[1], *arguments])
+            else:
+                monkeypatch.setattr(sys, "argv", [script, *arguments])
+                _check_arguments(_module(ROOT / script))
 
 
 def _commands(text: str) -> list[list[str]]:
@@ -68,15 +79,24 @@ def _module(script: Path) -> ModuleType:
     return module
 
 
+def _check_command(words: list[str]) -> None:
+    if words[:1] not in (["--help"], ["--install-completion"]):
+        _, bound, _ = app.parse_args(words)
+        _check_values(bound.arguments)
+
+
 def _check_arguments(module: ModuleType) -> None:
     if not hasattr(module, "parse"):
         assert len(sys.argv) == 1 or sys.argv[1].startswith("--"), f"{sys.argv}: has no arguments but options"
         return
-    arguments = module.parse()
-    recipe, settings = getattr(arguments, "recipe", None), getattr(arguments, "settings", [])
-    if recipe is not None:
-        load_recipe(recipe, settings)
-    if (model := getattr(arguments, "model", None)) and Path(model).parts[0] != "runs":
+    _check_values(vars(module.parse()))
+
+
+def _check_values(arguments: Mapping[str, Any]) -> None:
+    if recipe := arguments.get("recipe"):
+        load_recipe(recipe, arguments.get("settings", ()))
+    model = arguments.get("model")
+    if model and not model.startswith(PLACES):
         assert timm.is_model(model.partition(".")[0])
 
 

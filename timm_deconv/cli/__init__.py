@@ -34,13 +34,20 @@ EXIT_STATUS = """\
 Exit status: 0 done; 1 something given cannot be used, and one line says what to do; 2 no such command or option;
 75 a run was told to stop and has saved itself, to be resumed; 130 interrupted."""
 
+
+
+def _shown(default: object) -> str | None:
+    """Write a default in the help; of flags, which are off, and options that have none, nothing."""
+    return None if default in (None, False) else str(default)
+
+
 app = App(
     name="timm-deconv",
     help="Networks with deconvolution (whitening) in place of batch norm: weights, pictures, training, deployment.",
     help_format="plaintext",
     help_epilogue=EXIT_STATUS,
     version=timm_deconv.__version__,
-    default_parameter=Parameter(negative=()),  # no --no-OPTION
+    default_parameter=Parameter(negative=(), show_default=_shown),  # no --no-OPTION
     print_error=False,
     exit_on_error=False,
     result_action="return_none",
