@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 import timm_deconv
 from benchmarks.kernels import eager_kernels
 from benchmarks.pages import TABLES, stale_pages
-from benchmarks.pictures import OF_RUNS, PICTURES
+from benchmarks.pictures import NOT_OF_ROWS, PICTURES
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, links
 from tests.hub_server import hub
 from timm_deconv import __main__ as runner
@@ -121,9 +121,9 @@ def test_the_tables_are_those_of_the_rows() -> None:
 def test_every_table_and_picture_is_shown() -> None:
     text = "".join(page.read_text() for page in PAGES)
     assert {name for name in TABLES if f"<!-- table: {name} -->" not in text} == set()
-    assert {name for name in PICTURES.keys() | OF_RUNS if f"images/{name}" not in text} == set()
+    assert {name for name in PICTURES.keys() | NOT_OF_ROWS if f"images/{name}" not in text} == set()
     images = {file.name: file.stat().st_size for file in (ROOT / "docs" / "images").iterdir()}
-    assert images.keys() == PICTURES.keys() | OF_RUNS
+    assert images.keys() == PICTURES.keys() | NOT_OF_ROWS
     assert max(images.values()) < 300_000
 
 
