@@ -17,10 +17,10 @@ from timm_deconv.convert.policy import DEFAULT_PRESET
 from timm_deconv.errors import unknown_name
 from timm_deconv.kernels import plain_form
 from timm_deconv.layers import Deconv2d
+from timm_deconv.timing import interleave
 
 from .gpu_path import driver_without_gpu, on_gpu_path
 from .rows import CONDITIONS, Row, conditions, rounded
-from .timing import interleave
 
 __all__ = ["COLUMNS", "LAYERS", "SHOWN", "HostSettings", "host_rows"]
 

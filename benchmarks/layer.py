@@ -18,12 +18,12 @@ from torch import Tensor
 
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d, DeconvCfg, operation, preset
+from timm_deconv.timing import Timings, interleave, synchroniser
 
 from .baselines import PublishedConv2d
 from .networks import published_conv
 from .rows import CONDITIONS, Row, conditions, rounded
 from .step import MEMORY_FORMATS
-from .timing import Timings, interleave, synchroniser
 
 __all__ = ["COLUMNS", "SHOWN", "TABLE_3", "Geometry", "LayerSettings", "layer_rows", "layer_summary"]
 

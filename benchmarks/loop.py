@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
+from timm_deconv.timing import Timings, interleave
 from timm_deconv.training import Recipe, load_recipe
 from timm_deconv.training.checkpoint import Progress, RunFolder
 from timm_deconv.training.loop import Trainer
@@ -20,7 +21,6 @@ from timm_deconv.training.processes import create_accelerator
 from timm_deconv.training.tasks import create_task
 
 from .rows import CONDITIONS, Row, conditions, rounded
-from .timing import Timings, interleave
 
 __all__ = ["COLUMNS", "SHOWN", "LoopSettings", "loop_rows"]
 

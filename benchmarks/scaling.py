@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_deconv.errors import InputError, unknown_name
+from timm_deconv.timing import Timings
 
 from .rows import CONDITIONS, Row, rounded
 from .step import StepSettings, random_batch, time_training
-from .timing import Timings
 
 __all__ = [
     "AXES",

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from timm_deconv.convert import fuse
 from timm_deconv.convert.policy import DEFAULT_PRESET
 from timm_deconv.errors import InputError, NonFiniteError, unknown_name
+from timm_deconv.timing import Timings, interleave, synchroniser
 
 from .graphs import captured
 from .networks import FORMS, build
 from .rows import CONDITIONS, Row, conditions, rounded
-from .timing import Timings, interleave, synchroniser
 
 __all__ = [
     "CAPTURED",

@@ -19,6 +19,7 @@ from torch import nn
 from timm_deconv.data import SEGMENTATION
 from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.layers import PRESETS
+from timm_deconv.timing import interleave
 from timm_deconv.training.loop import train
 from timm_deconv.training.recipe import Recipe, load_recipe, parse_settings
 from timm_deconv.training.tasks import Classification, RecipeTask, create_task
@@ -27,7 +28,6 @@ from . import plots
 from .networks import with_iterative_norm
 from .rows import CONDITIONS, Row, add_rows, conditions, print_table, result_files, rounded
 from .step import StepSettings, check_training, random_batch, training_step
-from .timing import interleave
 
 __all__ = [
     "APART",

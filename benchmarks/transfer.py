@@ -21,9 +21,9 @@ from timm_deconv.convert import calibrate, fuse
 from timm_deconv.data import StrictImageDataset, chosen_images, class_names
 from timm_deconv.errors import InputError
 from timm_deconv.models.pretrained import create_batch_norm, create_transferred
+from timm_deconv.timing import Spread
 
 from .rows import CONDITIONS, Row, conditions, rounded
-from .timing import Spread
 
 __all__ = ["COLUMNS", "SHOWN", "TransferSettings", "transfer_rows"]
 

@@ -47,9 +47,10 @@ print([name for name in sys.modules if name.split(".")[:2] in (["timm_deconv", "
 RUN_SCRIPTS = """
 import runpy, sys
 
-for script in sys.argv[1:]:
+for command in sys.argv[1:]:
     try:
-        runpy.run_path(script, run_name="__main__")
+        sys.argv = command.split()
+        runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ended:
         print(ended.code)
 """
@@ -76,9 +77,9 @@ def test_networks_are_created_converted_and_fused_without_the_packages_of_train(
 
 
 def test_scripts_that_need_an_extra_end_with_one_line_that_names_it(without_train: dict[str, str]) -> None:
-    scripts = dict.fromkeys(("train", "validate", "quickstart"), "train")
-    scripts |= dict.fromkeys(("benchmark", "study"), "benchmark")
-    done = _python(["-c", RUN_SCRIPTS, *(f"scripts/{name}.py" for name in scripts)], without_train)
+    scripts = dict.fromkeys(("train.py digits", "validate.py runs/mine", "quickstart.py"), "train")
+    scripts |= dict.fromkeys(("benchmark.py step", "study.py"), "benchmark")
+    done = _python(["-c", RUN_SCRIPTS, *(f"scripts/{command}" for command in scripts)], without_train)
     lines = done.stdout.splitlines()
     assert len(lines) == len(scripts), done.stdout + done.stderr
     for line, extra in zip(lines, scripts.values(), strict=True):
@@ -100,7 +101,9 @@ def test_the_wheel_is_the_package_with_its_recipes_and_nothing_else(tmp_path: Pa
     assert modules == {str(file.relative_to(ROOT)) for file in (ROOT / "timm_deconv").rglob("*.py")}
     recipes = {f"timm_deconv/hub_configs/recipes/{file.name}" for file in (ROOT / "hub_configs/recipes").iterdir()}
     cards = {f"timm_deconv/hub_configs/{file.name}" for file in (ROOT / "hub_configs").glob("*.yaml")}
-    assert names - modules == recipes | cards | {"timm_deconv/py.typed"}
+    page = {f"timm_deconv/demo/page/{file.name}" for file in (ROOT / "timm_deconv/demo/page").iterdir()}
+    assert {"timm_deconv/demo/page/index.html", "timm_deconv/demo/page/app.js"} <= page
+    assert names - modules == recipes | cards | page | {"timm_deconv/py.typed"}
 
 
 def test_the_sdist_holds_the_tests_and_what_they_need(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from benchmarks import layer as layers
 from benchmarks.layer import TABLE_3, Geometry, LayerSettings, layer_rows, layer_summary, whitening
-from benchmarks.timing import Timings
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d, DeconvCfg, preset
+from timm_deconv.timing import Timings
 
 TINY = Geometry(9, 9, 8, 6, 2, 3, 2)
 SECONDS = {

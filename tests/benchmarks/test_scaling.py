@@ -17,9 +17,9 @@ from benchmarks.scaling import (
     scaling_summary,
 )
 from benchmarks.step import StepSettings
-from benchmarks.timing import Timings
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
+from timm_deconv.timing import Timings
 
 SMALL = {"width": 0.125, "values": (4, 8, 16), "memory_formats": ("contiguous", "channels_last")}
 

@@ -21,9 +21,9 @@ from benchmarks.step import (
     time_evaluation,
     time_training,
 )
-from benchmarks.timing import Timings
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
+from timm_deconv.timing import Timings
 
 SMALL = StepSettings(width=0.0625, batch=32, rounds=2, warmup=1, memory_formats=("channels_last",))
 FAKE = StepSettings(forms=("none", "twin", "deconv"), rounds=3)

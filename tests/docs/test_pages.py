@@ -8,8 +8,10 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import timm
@@ -19,19 +21,23 @@ from timm.models import save_for_hf
 import timm_deconv
 from benchmarks.kernels import eager_kernels
 from benchmarks.pages import TABLES, stale_pages
-from benchmarks.pictures import OF_RUNS, PICTURES
+from benchmarks.pictures import NOT_OF_ROWS, PICTURES
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, links
 from tests.hub_server import hub
 from timm_deconv import __main__ as runner
+from timm_deconv.cli import app
 from timm_deconv.training import load_recipe
 
 README, RESULTS = ROOT / "README.md", ROOT / "hub_configs" / "results"
+PLACES = ("runs/", "hf-hub:", "local-dir:")
+"""How models begin that are no names of the registry."""
 COMMANDS = [(page, block) for page in PAGES for block in blocks(page, "sh")]
 
 
 def test_every_python_block_runs(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "timm" / "resnet18.a1_in1k"
     save_for_hf(timm.create_model("resnet18"), str(repository), safe_serialization=True)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # blocks read a picture of the checkout, and write elsewhere
     places = {"HF_HOME": tmp_path / "cache", "TORCH_HOME": tmp_path / "torch", "PYTHONPATH": ROOT}
     with hub(tmp_path / "hub") as endpoint:
         settings = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -48,9 +54,15 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch: pytest.MonkeyPa
     for words in _commands(block.text):
         if "timm_deconv" in words[:3]:
             runner.parse(words[words.index("timm_deconv") + 1 :] if "--calibrate" not in words else ["train.py"])
+        elif "timm-deconv" in words:
+            _check_command(words[words.index("timm-deconv") + 1 :])
         elif script := next((word for word in words if word.startswith("scripts/")), None):
-            monkeypatch.setattr(sys, "argv", words[words.index(script) :])
-            _check_arguments(_module(ROOT / script))
+            arguments = words[words.index(script) + 1 :]
+            if command := re.search(r'^    main\("(\w+)"\)$', (ROOT / script).read_text(), re.MULTILINE):
+                _check_command([command[1], *arguments])
+            else:
+                monkeypatch.setattr(sys, "argv", [script, *arguments])
+                _check_arguments(_module(ROOT / script))
 
 
 def _commands(text: str) -> list[list[str]]:
@@ -68,15 +80,24 @@ def _module(script: Path) -> ModuleType:
     return module
 
 
+def _check_command(words: list[str]) -> None:
+    if words[:1] not in (["--help"], ["--install-completion"]):
+        _, bound, _ = app.parse_args(words)
+        _check_values(bound.arguments)
+
+
 def _check_arguments(module: ModuleType) -> None:
     if not hasattr(module, "parse"):
         assert len(sys.argv) == 1 or sys.argv[1].startswith("--"), f"{sys.argv}: has no arguments but options"
         return
-    arguments = module.parse()
-    recipe, settings = getattr(arguments, "recipe", None), getattr(arguments, "settings", [])
-    if recipe is not None:
-        load_recipe(recipe, settings)
-    if (model := getattr(arguments, "model", None)) and Path(model).parts[0] != "runs":
+    _check_values(vars(module.parse()))
+
+
+def _check_values(arguments: Mapping[str, Any]) -> None:
+    if recipe := arguments.get("recipe"):
+        load_recipe(recipe, arguments.get("settings", ()))
+    model = arguments.get("model")
+    if model and not model.startswith(PLACES):
         assert timm.is_model(model.partition(".")[0])
 
 
@@ -100,9 +121,9 @@ def test_the_tables_are_those_of_the_rows() -> None:
 def test_every_table_and_picture_is_shown() -> None:
     text = "".join(page.read_text() for page in PAGES)
     assert {name for name in TABLES if f"<!-- table: {name} -->" not in text} == set()
-    assert {name for name in PICTURES.keys() | OF_RUNS if f"images/{name}" not in text} == set()
+    assert {name for name in PICTURES.keys() | NOT_OF_ROWS if f"images/{name}" not in text} == set()
     images = {file.name: file.stat().st_size for file in (ROOT / "docs" / "images").iterdir()}
-    assert images.keys() == PICTURES.keys() | OF_RUNS
+    assert images.keys() == PICTURES.keys() | NOT_OF_ROWS
     assert max(images.values()) < 300_000
 
 
@@ -112,6 +133,16 @@ def test_the_readme_is_short_and_counts_right() -> None:
     assert f"{len(timm_deconv.list_models())} networks" in text
     for name in ("main job", "test command"):
         assert re.search(rf"^<!-- {name} -->\n```sh\n[^\n]+\n```$", text, re.MULTILINE), name
+
+
+def test_the_first_example_classifies_its_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = blocks(README, "python")[0].text
+    (answer,) = re.findall(r"argmax\(\)\]\)  # (\w+)", code)
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == answer == "cat"
 
 
 def test_the_reference_has_every_public_name() -> None:

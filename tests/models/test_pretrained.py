@@ -163,14 +163,14 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(weights: dict[str, Tens
         ("resnet18_deconv", without(own, "conv1.bias"), r"do not fit resnet18_deconv: 1 missing \(conv1\.bias\)"),
         ("resnet18_deconv", {**own, "extra": torch.zeros(1)}, r"1 unexpected \(extra\)"),
         ("resnet18_deconv", wrong_shape, r"1 of another shape \(layer1\.0\.conv1\.weight\)"),
-        ("resnet18_deconv", fused, "weights of a fused network: create it with fused=True"),
+        ("resnet34_deconv", fused, r"do not fit resnet34_deconv: \d+ missing \(layer1\.2\.conv1\.bias, .*\)"),
+        ("resnet18_deconv", without(fused, "conv1.bias"), r"do not fit resnet18_deconv: \d+ missing \(conv1\.bias"),
     ]
     for name, state_dict, message in cases:
-        with pytest.raises(InputError, match=message) as error:
-            load(name, state_dict, **options, **NARROW)
-        assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="not fused"):
-        load("resnet18_deconv", own, fused=True, **NARROW)
+        for form in ({}, {"fused": True}):
+            with pytest.raises(InputError, match=message) as error:
+                load(name, state_dict, **form, **options, **NARROW)
+            assert "\n" not in str(error.value)
 
 
 def test_batch_norm_weights_of_a_pre_norm_network_are_refused_with_the_reason(tmp_path: Path) -> None:
@@ -365,13 +365,13 @@ def test_checkpoint_path_refuses_other_forms_in_one_line_and_takes_its_own(
     for file, options, message in (
         ("norms", {}, r"weights of a batch-norm network: .*pretrained_cfg_overlay=\{'file': FILE\}"),
         ("norms", {"fused": True}, "weights of a batch-norm network"),
-        ("fused", {}, "weights of a fused network: create it with fused=True"),
-        ("own", {"fused": True}, "these weights are not fused"),
+        ("own", {"fused": True}, r"not fused, as the network is: .*pretrained_cfg_overlay=\{'file': FILE\}\) folds"),
+        ("own", {"deconv": {"preset": "paper", "block": 16}}, "trained under other whitening settings"),
     ):
         with pytest.raises(InputError, match=message) as error:
             timm.create_model("resnet18_deconv", checkpoint_path=tmp_path / f"{file}.safetensors", **options, **NARROW)
         assert "\n" not in str(error.value)
-    for file, options in (("own", {}), ("fused", {"fused": True})):
+    for file, options in (("own", {}), ("fused", {"fused": True}), ("fused", {})):
         model = timm.create_model(
             "resnet18_deconv", checkpoint_path=tmp_path / f"{file}.safetensors", **options, **NARROW
         )

@@ -5,7 +5,10 @@ block, and `Args:`. It calls the room that does the work, and prints by `output`
 as `InputError`, which ends the program with one line.
 """
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -34,13 +37,20 @@ EXIT_STATUS = """\
 Exit status: 0 done; 1 something given cannot be used, and one line says what to do; 2 no such command or option;
 75 a run was told to stop and has saved itself, to be resumed; 130 interrupted."""
 
+
+
+def _shown(default: object) -> str | None:
+    """Write a default in the help; of flags, which are off, and options that have none, nothing."""
+    return None if default in (None, False) else str(default)
+
+
 app = App(
     name="timm-deconv",
     help="Networks with deconvolution (whitening) in place of batch norm: weights, pictures, training, deployment.",
     help_format="plaintext",
     help_epilogue=EXIT_STATUS,
     version=timm_deconv.__version__,
-    default_parameter=Parameter(negative=()),  # no --no-OPTION
+    default_parameter=Parameter(negative=(), show_default=_shown),  # no --no-OPTION
     print_error=False,
     exit_on_error=False,
     result_action="return_none",
@@ -61,10 +71,24 @@ def main(*command: str) -> None:
     """
     words = [*command, *sys.argv[1:]]
     try:
-        with one_line_errors():
+        with one_line_errors(), _reader_may_go():
             app(words)
-            sys.stdout.flush()
     except CycloptsError as error:
-        named = " ".join([app.name[0], *words[:1]] if words[:1] and words[0] in COMMANDS else app.name)
+        named = " ".join([app.name[0], *(word for word in words[:1] if word in COMMANDS)])
         print(f"{' '.join(str(error).split())} ({named} --help)", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
+
+
+@contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """End quietly where whoever reads the output has seen enough, as `head` has."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # it is that pipe, and not a connection
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            raise SystemExit(0) from None
+        raise

