@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tests.hub_store import Files, Repository, Store, git_hash, is_large, sha256
+from tests.hub_store import COMMIT, Files, Repository, Store, git_hash, is_large, sha256
+
+__all__ = ["COMMIT", "hub"]
 
 
 @contextmanager

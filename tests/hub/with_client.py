@@ -33,7 +33,6 @@ import torch  # noqa: E402
 from huggingface_hub.utils import _http  # noqa: E402
 
 from timm_deconv.errors import InputError  # noqa: E402
-from timm_deconv.hub import client  # noqa: E402
 from timm_deconv.hub.publish import Remote, dry_run, push  # noqa: E402
 from timm_deconv.hub.tree import Tree  # noqa: E402
 
@@ -54,7 +53,6 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ca
     """An empty Hub, a token that may write, no waiting; afterwards no token in what was logged, printed or written."""
     store.__init__(users=USERS)  # type: ignore[misc]
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setattr(client, "WAITS", (0.0, 0.0))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # of the client's own patience too
     new_session()
     caplog.set_level("DEBUG")

@@ -22,7 +22,7 @@ from timm_deconv.models.zoo import RunResult, WeightsFile, ZooEntry
 from timm_deconv.resources import checkout_configs, recipe_files
 
 with needs_extra("train"):
-    from timm_deconv.training.atomic_io import write_text, write_whole
+    from timm_deconv.atomic_io import write_text, write_whole
     from timm_deconv.training.recipe import NOT_IN_HASH, Recipe, load_recipe
     from timm_deconv.training.results import append_rows, dataset_name
 
