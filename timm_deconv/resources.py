@@ -5,6 +5,7 @@ And which version of the code this is.
 
 import subprocess
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -58,6 +59,7 @@ def code_version() -> str:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             pass  # no git, or a copy without its history
-    import timm_deconv
-
-    return f"timm_deconv {timm_deconv.__version__}"
+    try:
+        return f"timm_deconv {version('timm-deconv')}"
+    except PackageNotFoundError:
+        return "unknown"
