@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_deconv import Deconv2d
+from timm_deconv.demo.whitening import correlations, middles, whiten_windows
 
 from .accuracy_tables import LEVERS, RATES, RECIPE, final_rows, settings
 from .cost_tables import scaling_rows
 from .plots import new_figure, pareto_picture, rates_picture, save, share_picture
 from .tables import Row, read_rows, select
 
-__all__ = ["OF_RUNS", "PICTURES", "draw_all", "photograph", "whitened", "whitening_picture"]
+__all__ = ["NOT_OF_ROWS", "PICTURES", "draw_all", "photograph", "whitening_picture"]
 
 TUNED = {"twin": "batch norm", "twin freeze_bn=true": "batch norm, frozen", "paper": "paper", RECIPE: "fast"}
 OVERLAPPING = ("fast deconv.roles.classifier.block=64", "fast deconv.sampling_stride=4")
@@ -34,36 +35,14 @@ def draw_all(results: Path, folder: Path) -> None:
         draw(results, folder / name)
 
 
-def whitened(image: Tensor, *, n_iter: int, kernel_size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Whiten the windows of an image as the first layer of a network does.
-
-    Args:
-        image: (3, H, W).
-        n_iter: Newton-Schulz steps.
-        kernel_size: side of the windows.
-
-    Returns:
-        The image whose pixels are the middles of the whitened windows (3, H, W), and the correlations of the windows'
-        values before and after, (F, F) with F = 3 * kernel_size ** 2.
-    """
-    features = 3 * kernel_size**2
-    layer = Deconv2d(3, features, kernel_size, padding=kernel_size // 2, cfg={"n_iter": n_iter, "sampling_stride": 1})
-    with torch.no_grad():
-        layer.weight.copy_(torch.eye(features).reshape(layer.weight.shape))
-        layer.bias.zero_()
-        windows = nn.functional.conv2d(image[None], layer.weight, padding=kernel_size // 2)[0]
-        values = layer(image[None])[0]
-    middle = torch.arange(3) * kernel_size**2 + kernel_size**2 // 2
-    return values[middle], *(torch.corrcoef(each.flatten(1)) for each in (windows, values))
-
-
 def whitening_picture(_: Path, path: Path) -> None:
     """Draw a photograph, its whitened windows' middles, and the windows' correlations before and after.
 
     The photograph is scikit-learn's `china.jpg`, by Daniel Buechele, CC BY 2.0.
     """
-    image = photograph()
-    white, before, after = whitened(image, n_iter=15)
+    image, layer = photograph(), Deconv2d(3, 1, 3, cfg={"n_iter": 15})
+    windows = whiten_windows(image, layer)
+    white, (before, after) = middles(windows.whitened, layer), map(correlations, windows)
     figure, panels = new_figure(4, height=1.6, width=9.0, width_ratios=[1.5, 1.5, 1, 1])
     panels[0].imshow(image.permute(1, 2, 0).numpy())
     panels[1].imshow((white / 5 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy())
@@ -131,5 +110,6 @@ PICTURES: dict[str, Callable[[Path, Path], None]] = {
 }
 """File name -> what draws it from the folder of rows."""
 
-OF_RUNS = {"camvid.png"}
-"""Pictures that `scripts/plot_runs.py` has drawn, of runs whose curves are not among the rows."""
+NOT_OF_ROWS = {"camvid.png", "demo.png"}
+"""Pictures that other scripts have drawn: `plot_runs.py` of runs whose curves are not among the rows, `demo_picture.py`
+of the demo's page."""

@@ -24,8 +24,9 @@ __all__ = ["COLUMNS", "soak", "soak_summary"]
 
 COLUMNS = [*"minutes images images_per_second memory_mib recipe model batch workers".split(), *CONDITIONS]
 
-FOREVER = 10_000
-"""Epochs of a run that is to end by the clock."""
+PRIVATE = ("Pss_Anon", "Pss_Shmem")
+"""What Linux says of a process' own pages, those shared by fork divided among the processes; libraries, whose share
+changes with other programs that use them, are not in it."""
 
 
 class Counted(Classification):
@@ -46,12 +47,12 @@ def soak(
 ) -> list[Row]:
     """Train for some time, and add a row of COLUMNS to files every so often; return the rows.
 
-    Memory is that of all processes of the run, pages that they share counted once (on Linux). Rows are added as they
-    come, so that what a crash leaves is there.
+    Memory is that of all processes of the run, without libraries; pages that they share are counted once (on Linux).
+    Rows are added as they come, so that what a crash leaves is there.
 
     Args:
-        recipe: of classes; it is trained for so long whatever its epochs.
-        folder: of the run; it ends as by SIGTERM, and saves itself.
+        recipe: of classes, with epochs for so long a time.
+        folder: of the run; where time ends first it ends as by SIGTERM, and saves itself.
         minutes: how long.
         every: seconds between rows.
         files: CSV files.
@@ -72,14 +73,14 @@ def soak(
             rows.append(_row(recipe, (now - started) / 60, count, (count - images) / (now - before), cpu))
             add_rows(files, COLUMNS, rows[-1:])
             before, images = now, count
-            if now - started >= 60 * minutes:
+            if count and now - started >= 60 * minutes:  # before the first image nothing heeds the signal
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        train(recipe.merged({"epochs": FOREVER}), folder, cpu=cpu, task=counted)
+        train(recipe, folder, cpu=cpu, task=counted)
     except Stopped:
         pass
     finally:
@@ -119,11 +120,20 @@ def _row(recipe: Recipe, minutes: float, images: int, speed: float, cpu: bool) -
 def _memory() -> int:
     """Return the bytes of this process and those below it."""
     own = psutil.Process()
-    total = 0
-    for process in [own, *own.children(recursive=True)]:
-        try:
-            found = process.memory_full_info()
-        except psutil.NoSuchProcess:  # a worker of an epoch that has ended
-            continue
-        total += getattr(found, "pss", found.uss)
-    return total
+    return sum(map(_private_memory, [own, *own.children(recursive=True)]))
+
+
+def _private_memory(process: psutil.Process) -> int:
+    """Return the bytes that are a process' own; 0 where it is a worker of an epoch that has ended."""
+    try:
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # another system, or a process that is no more
+        return _unshared_memory(process)
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(PRIVATE))
+
+
+def _unshared_memory(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().uss
+    except psutil.NoSuchProcess:
+        return 0

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Trains for a long time and records memory and images a second, as rows and a picture: do they stay flat?
 
-    python scripts/soak.py cifar10_e1 --data-dir DIR --minutes 60 --record
+    python scripts/soak.py cifar10_e20 --data-dir DIR --minutes 60 --record
 
-The run lies in --output-dir and can be resumed by train.py. Rows go to soak.csv in that folder, and with --record to
-hub_configs/results of the checkout too.
+The run lies in --output-dir and ends with the recipe's epochs or the minutes; train.py can resume it. Rows go to
+soak.csv in that folder, and with --record to hub_configs/results of the checkout too.
 """
 
 import argparse

@@ -101,7 +101,9 @@ def test_the_wheel_is_the_package_with_its_recipes_and_nothing_else(tmp_path: Pa
     assert modules == {str(file.relative_to(ROOT)) for file in (ROOT / "timm_deconv").rglob("*.py")}
     recipes = {f"timm_deconv/hub_configs/recipes/{file.name}" for file in (ROOT / "hub_configs/recipes").iterdir()}
     cards = {f"timm_deconv/hub_configs/{file.name}" for file in (ROOT / "hub_configs").glob("*.yaml")}
-    assert names - modules == recipes | cards | {"timm_deconv/py.typed"}
+    page = {f"timm_deconv/demo/page/{file.name}" for file in (ROOT / "timm_deconv/demo/page").iterdir()}
+    assert {"timm_deconv/demo/page/index.html", "timm_deconv/demo/page/app.js"} <= page
+    assert names - modules == recipes | cards | page | {"timm_deconv/py.typed"}
 
 
 def test_the_sdist_holds_the_tests_and_what_they_need(tmp_path: Path) -> None:

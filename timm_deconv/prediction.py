@@ -80,10 +80,10 @@ class Predictor:
             raise InputError("the network has no classifier, so it cannot name classes; name another one")
         self.names = class_names(model)
         self.for_masks = isinstance(model, SegmentationNet | Segmenter)
-        self.cfg = timm.data.resolve_data_config(model=model)
-        self.channels: int = self.cfg["input_size"][0]
+        cfg = timm.data.resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+        self.channels: int = cfg["input_size"][0]
         self.model = fuse(model) if is_whitened(model) else model.eval()
-        self.transform = _whole(**self.cfg) if self.for_masks else timm.data.create_transform(**self.cfg)
+        self.transform = _whole(**cfg) if self.for_masks else timm.data.create_transform(**cfg)
 
     @torch.inference_mode()
     def __call__(self, picture: Image.Image) -> Prediction:

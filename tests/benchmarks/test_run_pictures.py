@@ -52,7 +52,8 @@ def test_runs_that_cannot_be_drawn_are_named_in_one_line(tmp_path, monkeypatch, 
 
 
 def test_a_soak_ends_by_the_clock_saves_itself_and_has_a_row_every_so_often(tmp_path, capsys):
-    recipe = load_recipe("digits", ["model=test_resnet", "model_kwargs={}", "batch_size=128", "train_images=512"])
+    settings = ["model=test_resnet", "model_kwargs={}", "batch_size=128", "train_images=512", "epochs=1000"]
+    recipe = load_recipe("digits", settings)
     file = tmp_path / "soak.csv"
     rows = soak.soak(recipe, tmp_path / "run", minutes=6 / 60, every=1, files=[file], cpu=True)
     times = [0.0, *(60 * row["minutes"] for row in rows)]

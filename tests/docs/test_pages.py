@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 import timm_deconv
 from benchmarks.kernels import eager_kernels
 from benchmarks.pages import TABLES, stale_pages
-from benchmarks.pictures import OF_RUNS, PICTURES
+from benchmarks.pictures import NOT_OF_ROWS, PICTURES
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, links
 from tests.hub_server import hub
 from timm_deconv import __main__ as runner
@@ -37,6 +37,7 @@ COMMANDS = [(page, block) for page in PAGES for block in blocks(page, "sh")]
 def test_every_python_block_runs(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "timm" / "resnet18.a1_in1k"
     save_for_hf(timm.create_model("resnet18"), str(repository), safe_serialization=True)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # blocks read a picture of the checkout, and write elsewhere
     places = {"HF_HOME": tmp_path / "cache", "TORCH_HOME": tmp_path / "torch", "PYTHONPATH": ROOT}
     with hub(tmp_path / "hub") as endpoint:
         settings = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -120,9 +121,9 @@ def test_the_tables_are_those_of_the_rows() -> None:
 def test_every_table_and_picture_is_shown() -> None:
     text = "".join(page.read_text() for page in PAGES)
     assert {name for name in TABLES if f"<!-- table: {name} -->" not in text} == set()
-    assert {name for name in PICTURES.keys() | OF_RUNS if f"images/{name}" not in text} == set()
+    assert {name for name in PICTURES.keys() | NOT_OF_ROWS if f"images/{name}" not in text} == set()
     images = {file.name: file.stat().st_size for file in (ROOT / "docs" / "images").iterdir()}
-    assert images.keys() == PICTURES.keys() | OF_RUNS
+    assert images.keys() == PICTURES.keys() | NOT_OF_ROWS
     assert max(images.values()) < 300_000
 
 
@@ -132,6 +133,16 @@ def test_the_readme_is_short_and_counts_right() -> None:
     assert f"{len(timm_deconv.list_models())} networks" in text
     for name in ("main job", "test command"):
         assert re.search(rf"^<!-- {name} -->\n```sh\n[^\n]+\n```$", text, re.MULTILINE), name
+
+
+def test_the_first_example_classifies_its_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = blocks(README, "python")[0].text
+    (answer,) = re.findall(r"argmax\(\)\]\)  # (\w+)", code)
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == answer == "cat"
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -12,7 +12,7 @@ def calibrate(model: str, data: str, output: Path, /, *, images: int = 1024, ima
     with batch norm, and for folded ones.
 
         timm-deconv calibrate tf_efficientnet_lite0_deconv photographs lite0
-        timm-deconv calibrate folded pictures.tar mine --images 2048 --image-size 160
+        timm-deconv calibrate runs/folded pictures.tar mine --images 2048
 
     Args:
         model: name of a network with weights, folder of a run, or repository of the Hub (hf-hub:ORG/NAME).

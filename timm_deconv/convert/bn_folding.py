@@ -11,14 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm.layers
+import torch
 from torch import Tensor, nn
 
 from timm_deconv.linalg import to_double
 
-from .flow import Flow
-from .module_types import BatchNorm
+from .flow import Flow, observe
+from .module_replace import remove_norms
+from .module_types import BatchNorm, batch_norms, frozen_norms
 
-__all__ = ["ChannelAffine", "Folding", "find_folding", "fold_norms", "scale_and_shift"]
+__all__ = [
+    "ChannelAffine",
+    "Folding",
+    "find_folding",
+    "fold_norms",
+    "fold_norms_in_place",
+    "scale_and_shift",
+    "set_parameters",
+]
 
 _PRODUCERS: set[Any] = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, timm.layers.Conv2dSame)}
 _PRODUCERS.add(timm.layers.Linear.forward)
@@ -102,6 +112,35 @@ def fold_norms(model: nn.Module, norms: Mapping[str, BatchNorm], folding: Foldin
             bias = shift[channels]
             folded[name] = weight, bias if layer.bias is None else bias + to_double(layer.bias) * scale[channels]
     return folded
+
+
+def set_parameters(layer: Any, weight: Tensor, bias: Tensor) -> None:
+    """Give a layer, in place, a weight of its number of elements and a bias, which it need not have had."""
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    if layer.bias is None:
+        layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=layer.weight.requires_grad)
+    else:
+        layer.bias.copy_(bias)
+
+
+@torch.no_grad()
+def fold_norms_in_place(model: nn.Module) -> list[str]:
+    """Fold every batch norm that can be into the layer before it; the network evaluates as before.
+
+    Returns:
+        Names of the norms that stay, as they follow no convolution.
+
+    Raises:
+        InputError: the network does not run on images of its configuration, by which is seen what each norm follows.
+    """
+    norms: dict[str, BatchNorm] = {**batch_norms(model), **frozen_norms(model)}
+    if not norms:
+        return []
+    folding = find_folding(model, observe(model), norms)
+    for name, parameters in fold_norms(model, norms, folding).items():
+        set_parameters(model.get_submodule(name), *parameters)
+    remove_norms(model, folding.layers)
+    return list(folding.refused)
 
 
 class _CannotFoldError(Exception):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_deconv.errors import InputError
 from timm_deconv.layers.notices import share_notices
 
-from .bn_folding import ChannelAffine, Folding, find_folding, fold_norms, scale_and_shift
+from .bn_folding import ChannelAffine, Folding, find_folding, fold_norms, scale_and_shift, set_parameters
 from .converter import ConversionReport, apply_plan, check_convertible
 from .flow import observe
 from .module_replace import keep_hooks, replace_modules
@@ -70,7 +70,7 @@ def transfer(
     folded = fold_norms(model, norms, folding)
     report = apply_plan(model, plan)
     for name, parameters in folded.items():
-        _set_parameters(model.get_submodule(name), *parameters)
+        set_parameters(model.get_submodule(name), *parameters)
     for name in folding.refused:
         _put_affine(model, name, norms[name])
     share_notices(model).uncalibrated = True
@@ -91,14 +91,6 @@ def _check_folding(model: nn.Module, norms: dict[str, BatchNorm], folding: Foldi
             f" them ({name} {reason}), as in pre-norm networks; transfer(model, keep_affine=True) keeps their scale and"
             " shift as a layer, or train from the beginning with convert_deconv_model"
         )
-
-
-def _set_parameters(layer: Any, weight: Tensor, bias: Tensor) -> None:
-    layer.weight.copy_(weight.reshape(layer.weight.shape))
-    if layer.bias is None:
-        layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=layer.weight.requires_grad)
-    else:
-        layer.bias.copy_(bias)
 
 
 def _put_affine(model: nn.Module, name: str, norm: BatchNorm) -> None:

@@ -103,7 +103,7 @@ def create_dataset(
     if not download and not Path(root).exists():
         raise InputError(f"no data folder {root}; check --data-dir")
     if found := find_split(Path(root), split):
-        return _image_files(found, mode)
+        return image_files(found, mode)
     if name:
         return _torchvision(name, root, split, download)
     raise InputError(f"no {split} folder or tar in {root}; it needs train and val (or test), as folders or .tar files")
@@ -158,7 +158,12 @@ def _check_name(name: str) -> None:
         raise unknown_name("data set", name, known)
 
 
-def _image_files(path: Path, mode: str) -> Dataset:
+def image_files(path: Path, mode: str) -> Dataset:
+    """Create a data set of the images in a folder or tar, of a mode of PIL's.
+
+    Raises:
+        InputError: there are none.
+    """
     try:
         return StrictImageDataset(str(path), input_img_mode=mode)
     except (RuntimeError, ValueError, tarfile.TarError) as error:  # timm's readers, where there is nothing to read

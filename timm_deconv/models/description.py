@@ -97,7 +97,7 @@ def cost_of(model: nn.Module, image_size: int | None = None) -> Cost:
         model: of timm, on any device, `meta` too.
         image_size: height and width; None for those of its configuration.
     """
-    channels, *size = timm.data.resolve_data_config(model=model)["input_size"]
+    channels, *size = timm.data.resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)["input_size"]
     size = [image_size, image_size] if image_size else size
     plain = copy.deepcopy(model).to("meta").eval()
     fuse_in_place(plain)

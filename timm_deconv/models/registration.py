@@ -29,6 +29,7 @@ from timm_deconv.layers import ChannelDeconv, Conv2dSame, Deconv2d, Deconv2dSame
 from timm_deconv.layers.notices import share_notices
 
 from .checkpoints import batch_norm_filter, checkpoint_filter, read_other_forms, transferred_weights
+from .checksums import check_recorded
 from .named_weights import entry_cfgs, named_weights, without_weights
 from .weights import TAG_PREFIX, packaged_weights, readable
 
@@ -274,24 +275,28 @@ def build_deconv(
         return transferred_weights(state_dict, model, source, arguments, keep_affine)
 
     kwargs["pretrained_filter_fn"] = checkpoint_filter(without_data, requested, transferred=transferred)
-    model = build_model(build, name, pretrained, feature_cfg=dict(feature_cfg), **kwargs)
+    model = build_model(build, name, pretrained, source=source, feature_cfg=dict(feature_cfg), **kwargs)
     for action in _when_transferred if share_notices(model).uncalibrated else ():
         action(model)
     return model
 
 
-def build_model(build: Callable[..., nn.Module], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def build_model(
+    build: Callable[..., nn.Module], name: str, pretrained: bool, *, source: str | None = None, **kwargs: Any
+) -> nn.Module:
     """Build a network by timm's builder, which reads its weights where they are asked for.
 
     Raises:
-        InputError: a file of weights that cannot be read.
+        InputError: a file of weights that cannot be read, or is another one than its checksum says.
     """
     cfg = kwargs.get("pretrained_cfg")
     where = cfg.get("file") or cfg.get("hf_hub_id") if isinstance(cfg, Mapping) else None
     with readable(f"the file of weights of {where or name}"):
         model = build_model_with_cfg(build, name, pretrained, **kwargs)
-    if not pretrained:
-        model.pretrained_cfg = model.default_cfg = without_weights(model.pretrained_cfg)
+    if pretrained:
+        check_recorded(model.pretrained_cfg, kwargs.get("cache_dir"))
+    else:
+        model.pretrained_cfg = model.default_cfg = without_weights(model.pretrained_cfg, source)
     return model
 
 

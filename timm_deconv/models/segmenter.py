@@ -28,6 +28,7 @@ from .registration import build_model, default_cfg, tagged_cfgs
 __all__ = ["Segmenter", "create_encoder", "segmenter"]
 
 NAME = "segmenter"
+ENCODER, CLASSIFIER = "encoder.", "head.1"
 HEAD_CHS = 128
 RATES = (3, 6, 9)
 """Dilations of the ASPP: a quarter of DeepLabV3's, as maps of small images have as much less positions."""
@@ -120,6 +121,11 @@ def create_encoder(base: str, **arguments: Any) -> nn.Module:
         raise InputError(f"{base} is no encoder: it cannot be dilated to an output stride of 16 ({error})") from error
 
 
+def _in_the_encoder(name: str | None) -> str | None:
+    """Return the name that a layer of the base has in the segmenter."""
+    return name if name is None or name.startswith(ENCODER) else f"{ENCODER}{name}"
+
+
 @register_model
 def segmenter(
     pretrained: bool = False,
@@ -150,6 +156,8 @@ def segmenter(
     if not isinstance(base, str) or not timm.is_model(base):
         raise unknown_name(f"base of {NAME}", str(base), timm.list_models())
     cfg = given.pop("pretrained_cfg", None) or {**default_cfg(base), "architecture": NAME}
+    if isinstance(cfg, Mapping):
+        cfg = {**cfg, "classifier": CLASSIFIER, "first_conv": _in_the_encoder(cfg.get("first_conv"))}
     policy = as_saved(given.pop("deconv", None), given.get("pretrained_model_args"))
     arguments: dict[str, Any] = {}
 

@@ -57,6 +57,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
+OF_A_READER = ("Unsupported global", "PytorchStreamReader")
+"""Parts of RuntimeErrors of timm's and torch's readers: pickled code, and a damaged file."""
+
+
 @contextmanager
 def readable(where: object, errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Say in one line that a file of weights cannot be read, as it is damaged or holds code.
@@ -70,12 +74,15 @@ def readable(where: object, errors: tuple[type[Exception], ...] = ()) -> Iterato
     """
     try:
         yield
-    except (SafetensorError, pickle.UnpicklingError, *errors) as error:
-        if "Unsupported global" in str(error):
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, *errors) as error:
+        text = str(error)
+        if type(error) is RuntimeError and not errors and not any(part in text for part in OF_A_READER):
+            raise
+        if OF_A_READER[0] in text:
             raise InputError(
                 f"{where} needs pickled code to be run, which is refused; save the network's state_dict() alone"
             ) from error
-        reason = textwrap.shorten(f"{type(error).__name__} {error}", 160, placeholder=" ...").strip()
+        reason = textwrap.shorten(f"{type(error).__name__} {text}", 160, placeholder=" ...").strip()
         raise InputError(f"{where} cannot be read as weights ({reason}); get the file again") from error
 
 

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from timm_deconv.atomic_io import remove, write_text, write_whole
 from timm_deconv.errors import InputError
 from timm_deconv.models.weights import write_weights
 from timm_deconv.resources import code_version
 
-from .atomic_io import remove, write_text, write_whole
 from .recipe import Recipe, load_recipe
 from .state_files import damage, write_state
 

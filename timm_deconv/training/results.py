@@ -14,12 +14,12 @@ import timm
 import torch
 
 import timm_deconv
+from timm_deconv.atomic_io import lock
 from timm_deconv.convert import resolve_policy
 from timm_deconv.errors import InputError
 from timm_deconv.models import list_models
 from timm_deconv.resources import checkout_configs
 
-from .atomic_io import lock
 from .recipe import Recipe
 
 COLUMNS = (

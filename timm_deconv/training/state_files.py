@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .atomic_io import flush, flush_folder, remove
+from timm_deconv.atomic_io import flush, flush_folder, remove
 
 __all__ = ["PARTIAL", "damage", "read_state", "write_state"]
 

@@ -6,8 +6,9 @@ import types
 
 import pytest
 
-from timm_deconv.training import atomic_io, results
-from timm_deconv.training.atomic_io import write_text, write_whole
+from timm_deconv import atomic_io
+from timm_deconv.atomic_io import write_text, write_whole
+from timm_deconv.training import results
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -16,7 +16,10 @@ FAR = 2**30
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, renamed when it is on the disk; on failure `path` stays as it was."""
+    """Let `write` make a file or folder beside `path`, renamed when it is on the disk.
+
+    On failure `path` stays as it was. A folder needs a `path` where there is none, or an empty one.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
@@ -24,7 +27,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(partial, path)
         flush_folder(path.parent)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        remove(partial)
         raise
 
 
@@ -54,10 +57,12 @@ def _sync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder where there is one."""
-    if folder.exists():
-        shutil.rmtree(folder)
+def remove(path: Path) -> None:
+    """Remove a folder or file where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def lock(file: io.FileIO) -> None:

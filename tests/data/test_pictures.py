@@ -1,0 +1,111 @@
+"""Pictures that somebody names: which are meant, and what is said of those that cannot be had."""
+
+import io
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.served import served
+from timm_deconv.data import pictures
+from timm_deconv.data.pictures import fetch, find_pictures, read_picture
+from timm_deconv.errors import InputError
+
+
+def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+RED = Image.new("RGB", (30, 20), (200, 10, 10))
+
+
+def test_files_folders_patterns_and_addresses_are_found_in_order(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "deep/c.webp", "notes.txt", "deep/d.tiff"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    below = [str(tmp_path / name) for name in ("a.JPG", "b.png", "deep/c.webp", "deep/d.tiff")]
+    address, notes = "https://example.org/cat", str(tmp_path / "notes.txt")
+    assert find_pictures([str(tmp_path)]) == below
+    assert find_pictures([address, notes, f"{tmp_path}/*.png"]) == [address, notes, below[1]]
+    assert find_pictures([f"{tmp_path}/**/*.[tw]*"]) == [*below[2:], notes]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere.png", "no file or folder nowhere.png; an address begins with https://"),
+        ("empty", "no pictures in the folder empty; JPEG, PNG"),
+        ("*.gif", r"no file matches \*.gif"),
+    ],
+)
+def test_places_without_a_picture_are_named(
+    place: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").touch()
+    with pytest.raises(InputError, match=message):
+        find_pictures([place])
+
+
+def test_an_address_gives_the_bytes_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(encoded(RED))
+    with served(tmp_path) as address:
+        assert fetch(f"{address}/red.png") == fetch(str(tmp_path / "red.png")) == encoded(RED)
+
+
+def test_addresses_that_give_no_picture_are_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "index.html").write_text("<html>Cats</html>")
+    (tmp_path / "large.png").write_bytes(bytes(2000))
+    monkeypatch.setattr(pictures, "MOST_BYTES", 1000)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        unreachable = f"http://127.0.0.1:{taken.getsockname()[1]}/cat.png"
+        with served(tmp_path) as address:
+            for place, message in {
+                f"{address}/": r"the address answers with a page \(text/html\); give that of the picture itself",
+                f"{address}/cat.png": "the server answers 404 File not found; check the address",
+                f"{address}/large.png": "more than 0 MB; give a smaller picture",
+                unreachable: r"cannot be had \(.*refused\); check the address and the network, or give a file",
+                "http://nobody.invalid/cat.png": r"cannot be had \(.*\); check the address and the network",
+                "http://[::1/cat.png": "cannot be had",
+                "https://": "cannot be had",
+            }.items():
+                with pytest.raises(InputError, match=message) as caught:
+                    fetch(place)
+                assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "ppm"])
+def test_the_usual_formats_are_read_in_the_networks_channels(form: str) -> None:
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        picture = read_picture(encoded(RED, form), channels)
+        assert (picture.mode, picture.size) == (mode, (30, 20))
+        assert abs(np.asarray(picture, float).mean((0, 1)) - np.asarray(RED.convert(mode), float)[0, 0]).max() < 3
+
+
+def test_a_photograph_that_was_taken_sideways_stands_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert read_picture(encoded(RED, "jpeg", exif=exif)).size == (20, 30)
+
+
+def test_files_that_are_no_whole_picture_are_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for content, message in {
+        b"": "the file is empty",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n": "the file is no picture; JPEG, PNG",
+        b"<html>": "the file is no picture",
+        encoded(noise)[:5000]: "the picture is damaged or cut off",
+        encoded(noise, "jpeg")[:900]: "the picture is damaged or cut off",
+    }.items():
+        with pytest.raises(InputError, match=message) as caught:
+            read_picture(content)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 1000)
+    with pytest.raises(InputError, match="the picture has 64 x 64 pixels; at most 0 million"):
+        read_picture(encoded(noise))

@@ -1,0 +1,280 @@
+"""Every form of weights into every form of network, from every place: the function stays; what cannot be is said."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import timm_deconv
+from tests.hub_server import COMMIT, hub
+from tests.models import zoo_of_two
+from timm_deconv.convert.module_types import is_whitened
+from timm_deconv.errors import InputError
+from timm_deconv.layers.notices import OTHER_SETTINGS, UNCALIBRATED
+from timm_deconv.models.checksums import CHECKSUMS
+from timm_deconv.models.weights import save_network, write_weights
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet18_025_cifar_deconv": {"layers": (1, 1, 1, 1), "width": 0.25},
+    "efficientnet_b0_cifar_deconv": {"width": 0.25},  # with plain layers in squeeze-excite
+    "deconv": {"base": "test_resnet", "deconv": {"block": 16, "classifier": "plain"}},
+    "fcn_resnet50_deconv": {"layers": (1, 1, 1, 1), "aux_head": True},
+}
+OTHER = {"resnet18_025_cifar_deconv": "paper", "efficientnet_b0_cifar_deconv": {"block": 16, "layout": "window"}}
+"""Whitening settings under which other features are whitened together."""
+SIZE = 32
+
+Source = tuple[nn.Module, Path]
+
+
+def trained(name: str) -> nn.Module:
+    """A network after some forwards of training."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **NETWORKS[name])
+    for _ in range(2):
+        model.train()(torch.randn(16, 3, SIZE, SIZE))
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """A trained network, and folders of it with whitening and folded."""
+    model, folder = trained(request.param), tmp_path_factory.mktemp("forms")
+    save_network(model, folder / "training")
+    save_network(timm_deconv.fuse(model), folder / "folded")
+    return model, folder
+
+
+def features(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.forward_intermediates(x, indices=[3], intermediates_only=True)[0]
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() < 1e-4 * expected.abs().max())
+
+
+@pytest.mark.parametrize("form", ["training", "folded"])
+def test_every_form_of_weights_goes_into_every_form_of_network(source: Source, form: str) -> None:
+    model, folder = source
+    place, x = f"local-dir:{folder / form}", torch.randn(2, 3, SIZE, SIZE)
+    grey = x[:, :1]
+    cases: list[tuple[dict[str, Any], Tensor, Tensor]] = [
+        ({"fused": False}, x, x),
+        ({"fused": True}, x, x),
+        ({"fused": False, "num_classes": 5}, x, x),
+        ({"fused": True, "num_classes": 5}, x, x),
+        ({"fused": False, "num_classes": 0}, x, x),
+        ({"fused": False, "in_chans": 1}, grey, grey.expand(-1, 3, -1, -1)),
+        ({"fused": True, "in_chans": 1}, grey, grey.expand(-1, 3, -1, -1)),
+    ]
+    for options, images, like in cases:
+        found = timm.create_model(place, pretrained=True, **options).eval()
+        assert is_whitened(found) is not options["fused"], options
+        assert close(features(found, images), features(model, like)), options
+        if options.keys() == {"fused"}:
+            with torch.no_grad():
+                assert close(found(x), model(x))
+    maps = timm.create_model(place, pretrained=True, features_only=True, out_indices=(3,)).eval()
+    with torch.no_grad():
+        assert close(maps(x)[0], features(model, x))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_weights_of_other_whitening_settings_are_folded_and_it_is_said(name: str, tmp_path: Path) -> None:
+    model, x = trained(name), torch.randn(2, 3, SIZE, SIZE)
+    save_network(model, tmp_path)
+    file = {"file": str(tmp_path / "model.safetensors")}
+    others = {**NETWORKS[name], "deconv": OTHER[name]}
+    with torch.no_grad():
+        for found, settings in (
+            (f"local-dir:{tmp_path}", {"deconv": OTHER[name]}),
+            (name, {"pretrained_cfg_overlay": file, **others}),  # config.json is beside it
+        ):
+            with pytest.warns(UserWarning, match="under other whitening settings than the network's") as said:
+                other = timm.create_model(found, pretrained=True, **settings).eval()
+            assert [str(warning.message) for warning in said] == [OTHER_SETTINGS]
+            assert close(other(x), model(x))
+        other.train()
+        with pytest.warns(UserWarning, match="call timm_deconv.calibrate"):
+            other(torch.randn(4, 3, SIZE, SIZE))
+        plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, deconv=OTHER[name], fused=True).eval()
+        assert close(plain(x), model(x))
+    with pytest.raises(InputError, match=r"under other whitening settings .* give deconv= as in training"):
+        weights = {"state_dict": load_file(tmp_path / "model.safetensors")}
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights, **others)
+
+
+def test_other_options_that_whiten_the_same_features_together_leave_the_whiteners(tmp_path: Path) -> None:
+    model = trained("resnet18_025_cifar_deconv")
+    save_network(model, tmp_path)
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, deconv={"preset": "fast", "n_iter": 5})
+    assert torch.equal(other.layer1[0].conv1.running_deconv, model.layer1[0].conv1.running_deconv)
+    assert other.layer1[0].conv1.cfg.n_iter == 5
+
+
+def test_a_layout_of_equal_shapes_is_not_taken_for_the_trained_one(tmp_path: Path) -> None:
+    name, x = "resnet18_025_cifar_deconv", torch.randn(2, 3, SIZE, SIZE)
+    arguments = {**NETWORKS[name], "deconv": {"preset": "paper", "block": 8}}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments)
+    model.train()(torch.randn(16, 3, SIZE, SIZE))
+    save_network(model.eval(), tmp_path)
+    window = {"preset": "paper", "block": 8, "layout": "window"}
+    other = timm.create_model(name, **{**arguments, "deconv": window}).state_dict()
+    assert all(value.shape == other[key].shape for key, value in model.state_dict().items())
+    with pytest.warns(UserWarning, match="were folded"):
+        other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, deconv=window).eval()
+    with torch.no_grad():
+        assert close(other(x), model(x))
+
+
+def test_folded_weights_warn_in_training_until_they_are_calibrated_and_then_train_whitened(tmp_path: Path) -> None:
+    model, images = trained("resnet18_025_cifar_deconv"), torch.randn(128, 3, SIZE, SIZE)
+    save_network(timm_deconv.fuse(model), tmp_path)
+
+    def load() -> nn.Module:
+        return timm.create_model(f"local-dir:{tmp_path}", pretrained=True, fused=False)
+
+    with pytest.warns(UserWarning) as said:
+        load().train()(images)
+    assert [str(warning.message) for warning in said] == [UNCALIBRATED]
+    calibrated = load()
+    timm_deconv.calibrate(calibrated, images)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert close(calibrated.eval()(images), model(images))
+        start = calibrated.train()(images)
+    assert (start.argmax(1) == model(images).argmax(1)).float().mean() > 0.8
+
+
+def test_weights_of_a_part_leave_the_statistics_alone() -> None:
+    model = trained("resnet18_025_cifar_deconv")
+    before = model.conv1.running_deconv.clone()
+    model.load_state_dict({"fc.bias": torch.zeros(10)}, strict=False)
+    assert torch.equal(model.conv1.running_deconv, before)
+
+
+# What cannot be
+
+
+def test_what_is_no_file_of_weights_is_refused_in_one_line(tmp_path: Path) -> None:
+    name = "resnet18_025_cifar_deconv"
+    save_network(timm.create_model(name, **NETWORKS[name]), tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+
+    def contents() -> Iterator[tuple[bytes, str, str]]:
+        yield pickle.dumps({"a": os.system}), "model.safetensors", "cannot be read as weights"
+        yield whole[: len(whole) // 2], "model.safetensors", "cannot be read as weights"
+        yield b"", "model.safetensors", "cannot be read as weights"
+        torch.save({"state_dict": {"a": zoo_of_two.registered}}, tmp_path / "code")
+        yield (tmp_path / "code").read_bytes(), "pytorch_model.bin", "needs pickled code to be run, which is refused"
+
+    for content, called, message in contents():
+        file.unlink(missing_ok=True)
+        (tmp_path / called).write_bytes(content)
+        for source in (f"local-dir:{tmp_path}", name):
+            overlay = {} if ":" in source else {"pretrained_cfg_overlay": {"file": str(tmp_path / called)}}
+            with pytest.raises(InputError, match=message) as error:
+                timm.create_model(source, pretrained=True, **overlay)
+            assert "\n" not in str(error.value)
+
+
+def test_a_saved_network_whose_weights_are_not_those_of_its_checksums_is_refused(tmp_path: Path) -> None:
+    model = trained("resnet18_025_cifar_deconv")
+    tree = published(tmp_path / "tree", model)
+    for place in (tree, tree / "folded"):
+        assert timm.create_model(f"local-dir:{place}", pretrained=True)
+        weights = load_file(place / "model.safetensors")
+        save_file({key: value + 1 for key, value in weights.items()}, place / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=r"another file than the known one .* or remove .*SHA256SUMS") as error:
+            timm.create_model(f"local-dir:{place}", pretrained=True)
+        assert "\n" not in str(error.value)
+
+
+# Published ones
+
+
+def published(folder: Path, model: nn.Module) -> Path:
+    """Write what a repository holds: weights to train on, folded ones, checksums."""
+    save_network(model, folder)
+    save_network(timm_deconv.fuse(model), folder / "folded")
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*"))
+    done = subprocess.run(["sha256sum", *files], cwd=folder, capture_output=True, text=True, check=True)
+    (folder / CHECKSUMS).write_text(done.stdout)
+    return folder
+
+
+LOAD = """
+import json, sys
+import timm, torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+import timm_deconv
+from timm_deconv.layers.notices import share_notices
+
+known, commit = load_file(sys.argv[1]), sys.argv[2]
+places = {
+    "newest": ("hf-hub:someone/net", {}),
+    "pinned": (f"hf-hub:someone/net@{commit}", {}),
+    "other classes": ("hf-hub:someone/net", {"num_classes": 3}),
+    "tampered": ("hf-hub:someone/tampered", {}),
+    "missing": ("hf-hub:someone/none", {}),
+    "other revision": ("hf-hub:someone/net@v2", {}),
+}
+found = {}
+for case, (place, options) in places.items():
+    try:
+        model = timm.create_model(place, pretrained=True, **options).eval()
+        out = model(known["x"])
+        found[case] = out.shape[1] if options else float((out - known["y"]).abs().max() / known["y"].abs().max())
+    except Exception as error:
+        found[case] = f"{type(error).__name__}: {error}"
+folder = snapshot_download("someone/net", allow_patterns=["folded/*", "SHA256SUMS"])
+model = timm.create_model(f"local-dir:{folder}/folded", pretrained=True, fused=False).eval()
+found["folded"] = float((model(known["x"]) - known["y"]).abs().max() / known["y"].abs().max())
+found["calibrate"] = share_notices(model).uncalibrated
+print(json.dumps(found))
+"""
+
+
+def test_published_networks_load_by_newest_and_pinned_revision_and_offline(tmp_path: Path) -> None:
+    model, x = trained("resnet18_025_cifar_deconv"), torch.randn(2, 3, SIZE, SIZE)
+    published(tmp_path / "hub" / "someone" / "net", model)
+    tampered = published(tmp_path / "hub" / "someone" / "tampered", model)
+    write_weights(trained("resnet18_025_cifar_deconv").train(), tampered / "model.safetensors", half=True)
+    with torch.no_grad():
+        save_file({"x": x, "y": model(x)}, tmp_path / "known.safetensors")
+    environment = {
+        **os.environ,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(tmp_path / "cache"),
+    }
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "known.safetensors"), COMMIT]
+
+    def run(**variables: str) -> dict[str, Any]:
+        done = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with hub(tmp_path / "hub") as endpoint:
+        online = run(HF_ENDPOINT=endpoint)
+    for found in (online, run(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")):
+        for case in ("newest", "pinned", "folded"):
+            assert found[case] < 1e-4, found
+        assert found["other classes"] == 3 and found["calibrate"] is True
+        assert found["tampered"].startswith("InputError: ") and "another file than the known one" in found["tampered"]
+        assert "Error: " in found["missing"] and "Error: " in found["other revision"]

@@ -1,0 +1,52 @@
+"""`timm-deconv export`."""
+
+from pathlib import Path
+
+from .output import print_json, print_table
+
+__all__ = ["export"]
+
+
+def export(
+    model: str,
+    /,
+    *,
+    format: str = "onnx",
+    output: Path | None = None,
+    half: bool = False,
+    dynamic: bool = False,
+    int8: Path | None = None,
+    int8_images: int = 256,
+    data_dir: Path | None = None,
+    twin: str | None = None,
+    json: bool = False,
+) -> None:
+    """Write a network with its whitening folded away into a file that other programs run.
+
+        timm-deconv export output/RUN
+        timm-deconv export resnet18_025_cifar_deconv --dynamic --output resnet.onnx
+        timm-deconv export output/RUN --format safetensors --half
+        timm-deconv export output/RUN --int8 DATA/train --data-dir DATA --twin output/TWIN_RUN
+
+    What is written is run and compared with the network first; a file that differs is not kept.
+
+    Args:
+        model: a registered name, the output folder of a run, or a repository (hf-hub:ORG/NAME).
+        format: safetensors (a folder that timm loads), onnx, torch-export or torchscript.
+        output: file, of safetensors folder, which must not be there yet; default the network's name in this folder.
+        half: weights and computation in float16.
+        dynamic: batches and images of any size, in place of one image of the network's size.
+        int8: folder or tar of pictures; weights and activations get 8 bits, with ranges found on them.
+        int8_images: use so many of them, always the same ones.
+        data_dir: folder or tar of pictures in folders by class; tells how many the network and the file name rightly.
+        twin: another network that is exported and evaluated alike, and not kept, such as that of batch norm.
+        json: print a list of JSON.
+    """
+    from timm_deconv.export import Request, export_and_measure
+
+    request = Request(format, half=half, dynamic=dynamic, int8=int8, int8_images=int8_images, labelled=data_dir)
+    written, rows = export_and_measure(request, model, output, twin=twin)
+    if json:
+        print_json(rows)
+    else:
+        print_table(rows, title=f"{written}: written")

@@ -1,0 +1,77 @@
+"""Real pictures for an export in eight bits: to find ranges on, and with labels to count how many are named rightly."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from timm_deconv.data import chosen_images, class_names
+from timm_deconv.data.datasets import find_split, image_files
+from timm_deconv.errors import InputError
+
+__all__ = ["labelled_pictures", "picture_loader", "top1"]
+
+
+def picture_loader(
+    model: nn.Module, place: str | Path, *, split: str = "train", images: int | None = None, batch_size: int = 32
+) -> DataLoader:
+    """Create a loader of (images (B, C, H, W), classes (B,)) as a network wants them in evaluation.
+
+    Args:
+        model: a timm network; its settings are those of `timm.data.resolve_data_config`.
+        place: folder or tar of images, in folders by class where there are classes; or one that holds a part `split`.
+        split: name of the part, where there are parts.
+        images: so many at most, drawn at random (always the same ones); None for all.
+        batch_size: images a batch.
+
+    Raises:
+        InputError: there is no such folder, or no image in it.
+    """
+    place = Path(place)
+    if not place.exists():
+        raise InputError(f"no folder or tar of pictures {place}")
+    dataset: Any = image_files(find_split(place, split) or place, "RGB")
+    dataset.transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)
+    return DataLoader(chosen_images(dataset, images and min(images, len(dataset))), batch_size)
+
+
+def labelled_pictures(model: nn.Module, place: str | Path, images: int | None = None) -> DataLoader:
+    """Create a loader as `picture_loader` does, of the part for evaluation, with the network's own classes.
+
+    Raises:
+        InputError: as `picture_loader`; or folders that are not named by the network's classes.
+    """
+    loader = picture_loader(model, place, split="validation", images=images)
+    dataset: Any = getattr(loader.dataset, "dataset", loader.dataset)
+    dataset.target_transform = _numbers(model, class_names(dataset) or [], place).__getitem__
+    return loader
+
+
+def _numbers(model: Any, folders: list[str], place: str | Path) -> list[int]:
+    """Return the network's class for each folder: by order where there are as many, else by name."""
+    number = getattr(model, "num_classes", None)
+    if len(folders) == number:
+        return list(range(len(folders)))
+    names = list(model.pretrained_cfg.get("label_names") or (ImageNetInfo().label_names() if number == 1000 else ()))
+    if unknown := [name for name in folders if name not in names]:
+        raise InputError(
+            f"{place} has {len(folders)} folders and the network {number} classes: {unknown[0]!r} is the name of none;"
+            " give pictures in a folder for each class"
+        )
+    return [names.index(name) for name in folders]
+
+
+def top1(run: Callable[[Tensor], Tensor], pictures: DataLoader) -> float:
+    """Return the share of labelled pictures, given one by one, whose class is named rightly, in %."""
+    right = seen = 0
+    with torch.inference_mode():
+        for images, classes in pictures:
+            named = torch.cat([run(image) for image in images.split(1)]).argmax(1)
+            right += int((named == classes).sum())
+            seen += len(classes)
+    return 100 * right / seen
