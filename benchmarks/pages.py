@@ -46,6 +46,7 @@ from .cost_tables import (
     scaling,
     steps,
 )
+from .hub_tables import loaded_by_path
 from .sharing_tables import equivalence, sent_bytes, sharing_speed
 from .survival_tables import killed_runs
 from .tables import markdown
@@ -202,6 +203,7 @@ TABLES: dict[str, Maker] = {
     "README: accuracy": readme_accuracy,
     "README: cost": readme_cost,
     "killed runs": killed_runs,
+    "published networks": loaded_by_path,
     "equivalence": equivalence,
     "sent bytes": sent_bytes,
     "sharing speed": sharing_speed,

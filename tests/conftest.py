@@ -35,3 +35,17 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets in {folder}; set TIMM_DECONV_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run; not to be written to."""
+    from timm_deconv.training import load_recipe  # here, as hub/with_client.py says first which Hub is asked
+    from timm_deconv.training.loop import train
+
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    small = ["train_images=256", "val_images=64", "batch_size=64", "epochs=2", "health_interval=0"]
+    recipe = load_recipe("digits", ["model=test_resnet", "model_kwargs={}", *small])
+    model = {"model": "resnet18_cifar_deconv", "model_kwargs": {"width": 0.0625}}
+    train(recipe.merged(model), folder, cpu=True)
+    return folder

@@ -5,6 +5,9 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+"""First commit of a repository that is a folder."""
+
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 Files = dict[str, bytes]
@@ -38,11 +41,11 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, branch: str, files: Files) -> str:
-        """Add a commit of all these files to a branch; return its name."""
+    def commit(self, branch: str, files: Files, name: str = "") -> str:
+        """Add a commit of all these files to a branch; return its name, which git would give it."""
         parent = self.branches.get(branch, "")
-        text = parent + "".join(f"{name} {git_hash(files[name])}\n" for name in sorted(files))
-        name = hashlib.sha1(text.encode()).hexdigest()
+        text = parent + "".join(f"{path} {git_hash(files[path])}\n" for path in sorted(files))
+        name = name or hashlib.sha1(text.encode()).hexdigest()
         self.commits[name] = dict(files)
         self.branches[branch] = name
         return name
@@ -96,7 +99,8 @@ class Store:
                 if self._seen.get(name) != (names, seen):
                     self._seen[name] = (names, seen)
                     held = self.repositories.setdefault(name, Repository())
-                    held.commit("main", {place: path.read_bytes() for place, path in zip(names, paths, strict=True)})
+                    files = {place: path.read_bytes() for place, path in zip(names, paths, strict=True)}
+                    held.commit("main", files, "" if held.commits else COMMIT)
         return self.repositories.get(name)
 
     def create(self, name: str, private: bool = False) -> bool:

@@ -37,6 +37,7 @@ COMMANDS = [(page, block) for page in PAGES for block in blocks(page, "sh")]
 def test_every_python_block_runs(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "timm" / "resnet18.a1_in1k"
     save_for_hf(timm.create_model("resnet18"), str(repository), safe_serialization=True)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # blocks read a picture of the checkout, and write elsewhere
     places = {"HF_HOME": tmp_path / "cache", "TORCH_HOME": tmp_path / "torch", "PYTHONPATH": ROOT}
     with hub(tmp_path / "hub") as endpoint:
         settings = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -132,6 +133,16 @@ def test_the_readme_is_short_and_counts_right() -> None:
     assert f"{len(timm_deconv.list_models())} networks" in text
     for name in ("main job", "test command"):
         assert re.search(rf"^<!-- {name} -->\n```sh\n[^\n]+\n```$", text, re.MULTILINE), name
+
+
+def test_the_first_example_classifies_its_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = blocks(README, "python")[0].text
+    (answer,) = re.findall(r"argmax\(\)\]\)  # (\w+)", code)
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == answer == "cat"
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -1,4 +1,4 @@
-"""A finished run of a small network, and versions of the Hub's client beside the installed one."""
+"""Versions of the Hub's client beside the installed one."""
 
 import subprocess
 import sys
@@ -7,20 +7,6 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-
-
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run; not to be written to."""
-    from timm_deconv.training import load_recipe  # here: `with_client.py` says first which Hub the client asks
-    from timm_deconv.training.loop import train
-
-    folder = tmp_path_factory.mktemp("run") / "digits"
-    small = ["train_images=256", "val_images=64", "batch_size=64", "epochs=2", "health_interval=0"]
-    recipe = load_recipe("digits", ["model=test_resnet", "model_kwargs={}", *small])
-    model = {"model": "resnet18_cifar_deconv", "model_kwargs": {"width": 0.0625}}
-    train(recipe.merged(model), folder, cpu=True)
-    return folder
 
 
 @pytest.fixture(scope="session")

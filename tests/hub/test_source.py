@@ -17,19 +17,24 @@ from timm_deconv.hub.source import read_source
 from timm_deconv.models.weights import save_network
 
 
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    """The tensors, no longer those of the file, which may be written anew."""
+    return {name: value.clone() for name, value in load_file(run / "model.safetensors").items()}
+
+
 def spoil_weights(run: Path) -> None:
     data = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
 def pickled(run: Path) -> None:
-    weights = load_file(run / "model.safetensors")
+    weights = weights_of(run)
     (run / "model.safetensors").unlink()
     torch.save(weights, run / "pytorch_model.bin")
 
 
 def pickled_by_the_name(run: Path) -> None:
-    torch.save(load_file(run / "model.safetensors"), run / "model.safetensors")
+    torch.save(weights_of(run), run / "model.safetensors")
 
 
 def of_another_network(run: Path) -> None:
@@ -56,13 +61,13 @@ def folded(run: Path) -> None:
 
 
 def not_finite(run: Path) -> None:
-    weights = load_file(run / "model.safetensors")
+    weights = weights_of(run)
     weights["fc.weight"][0, 0] = torch.nan
     save_file(weights, run / "model.safetensors", {"format": "pt"})
 
 
 def tampered(run: Path) -> None:
-    weights = load_file(run / "model.safetensors")
+    weights = weights_of(run)
     weights["fc.weight"] = weights["fc.weight"].flip(0)
     save_file(weights, run / "model.safetensors", {"format": "pt"})
 

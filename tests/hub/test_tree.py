@@ -137,7 +137,7 @@ def test_carried_over_weights_make_a_tree_that_says_where_they_are_from(tmp_path
         channels=(16, 16, 32, 32),
         num_classes=4,
     )
-    timm_deconv.calibrate(model, torch.randn(16, 3, 64, 64))
+    timm_deconv.calibrate(model, torch.randn(64, 3, 64, 64))
     model.pretrained_cfg.pop("state_dict")
     save_network(model, tmp_path / "carried")
     prepared = dry_run(tmp_path / "carried", "me", tmp_path / "tree")
@@ -168,6 +168,6 @@ def test_a_full_disk_leaves_neither_files_nor_a_changed_run(
 
 def test_a_folder_that_holds_something_is_not_written_into(finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(InputError, match="is there already, and not empty: name a new folder"):
+    with pytest.raises(InputError, match="is not empty: name a new folder"):
         dry_run(finished_run, "me", tmp_path, evaluate=False)
     assert [path.name for path in tmp_path.iterdir()] == ["note"]

@@ -11,11 +11,12 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 import timm_deconv
 from timm_deconv.errors import InputError
+from timm_deconv.models.weights import check_new_folder
 
 from .client import CHANGED, answered, patiently, status_of
 from .measure import measure
 from .source import Source, read_source
-from .tree import CHECKSUMS, Tree, write_tree
+from .tree import CHECKSUMS, Tree, checked_forms, write_tree
 
 __all__ = ["Published", "dry_run", "push"]
 
@@ -62,10 +63,11 @@ def dry_run(
         data_dir: of the images of the evaluation.
 
     Raises:
-        InputError: see `read_source`, `measure` and `write_tree`.
+        InputError: see `read_source`, `checked_forms`, `measure` and `write_tree`.
     """
     source = read_source(folder, tag)
     place = Path("published", source.name) if output is None else Path(output)
+    check_new_folder(place)
     return _checked_tree(source, org, place, evaluate, data_dir)
 
 
@@ -102,8 +104,9 @@ def push(
 
 
 def _checked_tree(source: Source, org: str, place: Path, evaluate: bool, data_dir: str | Path | None) -> Tree:
+    forms = checked_forms(source)
     measured = measure(source, data_dir) if evaluate else None
-    return write_tree(source, f"{org}/{source.name}", place, measured)
+    return write_tree(source, forms, f"{org}/{source.name}", place, measured)
 
 
 class Remote:

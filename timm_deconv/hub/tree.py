@@ -10,6 +10,7 @@ SHA256SUMS                                    of all the others
 import csv
 import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from timm_deconv.training.checkpoint import run_metadata
 
 from .card import eval_results, model_card
 from .curve import draw_curve
-from .entries import PAPER
 from .measure import Measured, check_outputs
+from .origins import PAPER
 from .source import Source
 
-__all__ = ["CHECKSUMS", "Tree", "checksums", "write_tree"]
+__all__ = ["CHECKSUMS", "Tree", "checked_forms", "checksums", "write_tree"]
 
 CHECKSUMS = "SHA256SUMS"
 
@@ -62,30 +63,39 @@ class Tree:
         return {name: (self.folder / name).stat().st_size for name in self.files()}
 
 
-def write_tree(source: Source, repository: str, folder: Path, measured: Measured | None) -> Tree:
+def checked_forms(source: Source) -> dict[str, nn.Module]:
+    """Return the network by the folder that it goes into: as it is in the top one, with plain layers in folded/.
+
+    Raises:
+        InputError: outputs are not finite, or other ones where it is folded.
+    """
+    folded = {"folded": fuse(source.model)} if source.whitened else {}
+    check_outputs(source.model, folded.get("folded"))
+    return {"": source.model, **folded}
+
+
+def write_tree(
+    source: Source, forms: Mapping[str, nn.Module], repository: str, folder: Path, measured: Measured | None
+) -> Tree:
     """Write the files into a new folder, all of them or none.
 
     Args:
         source: the network.
+        forms: from `checked_forms`.
         repository: ORGANISATION/NAME, which the card names.
         folder: is made; an empty one may be there.
         measured: what an evaluation found.
 
     Raises:
-        InputError: the network's outputs are not finite, or differ where it is folded; the folder holds something, or
-            has no room.
+        InputError: the folder has no room, or cannot be made.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already, and not empty: name a new folder")
-    folded = fuse(source.model) if source.whitened else None
-    check_outputs(source.model, folded)
     partial = folder.with_name(f".{folder.name}.partial")
     tree = Tree(folder, repository, source.architecture, measured)
     try:
         remove(partial)
         partial.mkdir(parents=True)
         _check_room(source, partial)
-        _fill(partial, source, folded, tree)
+        _fill(partial, source, forms, tree)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -103,12 +113,12 @@ def _check_room(source: Source, folder: Path) -> None:
         raise OSError(f"{free / 1e6:.0f} MB are free, and {needed / 1e6:.0f} are needed")
 
 
-def _fill(folder: Path, source: Source, folded: nn.Module | None, tree: Tree) -> None:
+def _fill(folder: Path, source: Source, forms: Mapping[str, nn.Module], tree: Tree) -> None:
     run = {"commit": code_version()} if source.recipe is None else run_metadata(source.recipe)
     metadata = {**run, **source.metadata}
     config = _configuration(source, tree)
-    forms: dict[Path, nn.Module] = {folder: source.model} | ({folder / "folded": folded} if folded else {})
-    for place, model in forms.items():
+    for name, model in forms.items():
+        place = folder / name
         place.mkdir(exist_ok=True)
         write_weights(model, place / "model.safetensors", metadata)
         save_config_for_hf(model, str(place / "config.json"), model_config=config)
