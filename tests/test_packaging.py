@@ -44,6 +44,17 @@ torch.testing.assert_close(timm_deconv.fuse(converted.eval())(x), converted(x))
 print([name for name in sys.modules if name.split(".")[:2] in (["timm_deconv", "training"], ["benchmarks"])])
 """
 
+LOAD_PACKAGED = """
+import socket
+import timm, timm_deconv
+from timm_deconv.models.zoo import entries
+
+socket.socket.connect = None
+print(timm_deconv.__file__)
+packaged = [name for name, entry in entries().items() if "packaged" in entry.files]
+print(*[name for name in packaged if timm.create_model(name, pretrained=True)])
+"""
+
 RUN_SCRIPTS = """
 import runpy, sys
 
@@ -107,16 +118,34 @@ def test_digits_say_which_extra_they_need(monkeypatch: pytest.MonkeyPatch) -> No
         Digits(train=True)
 
 
-def test_the_wheel_is_the_package_with_its_recipes_and_nothing_else(tmp_path: Path) -> None:
-    with zipfile.ZipFile(_built("wheel", tmp_path)) as wheel:
+@pytest.fixture(scope="module")
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _built("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_is_the_package_with_its_recipes_and_small_weights_and_nothing_else(wheel_file: Path) -> None:
+    with zipfile.ZipFile(wheel_file) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {name for name in names if name.endswith(".py")}
     assert modules == {str(file.relative_to(ROOT)) for file in (ROOT / "timm_deconv").rglob("*.py")}
     recipes = {f"timm_deconv/hub_configs/recipes/{file.name}" for file in (ROOT / "hub_configs/recipes").iterdir()}
     cards = {f"timm_deconv/hub_configs/{file.name}" for file in (ROOT / "hub_configs").glob("*.yaml")}
+    weights = {f"timm_deconv/hub_configs/packaged/{file.name}" for file in (ROOT / "hub_configs/packaged").iterdir()}
     page = {f"timm_deconv/demo/page/{file.name}" for file in (ROOT / "timm_deconv/demo/page").iterdir()}
     assert {"timm_deconv/demo/page/index.html", "timm_deconv/demo/page/app.js"} <= page
-    assert names - modules == recipes | cards | page | {"timm_deconv/py.typed"}
+    assert names - modules == recipes | cards | weights | page | {"timm_deconv/py.typed"}
+
+
+def test_weights_of_the_wheel_load_without_a_network(wheel_file: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel_file) as wheel:
+        wheel.extractall(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = _python(["-P", "-c", LOAD_PACKAGED], environment)
+    assert done.returncode == 0, done.stderr
+    place, loaded = done.stdout.splitlines()
+    assert Path(place).parents[1] == tmp_path
+    weights = {file.name.removesuffix(".safetensors") for file in (ROOT / "hub_configs/packaged").iterdir()}
+    assert set(loaded.split()) == weights
 
 
 def test_the_wheel_brings_a_command_that_knows_pictures_without_the_packages_of_train(

@@ -115,8 +115,8 @@ def outputs(name: str) -> torch.Tensor:
 
 
 def test_a_published_run_loads_by_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = dry_run(RUN, "me", tmp_path / "tree")
-    published = push(RUN, "me")
+    prepared = dry_run(RUN, "me", tmp_path / "tree", evaluate=False)
+    published = push(RUN, "me", evaluate=False)
     repository = store.repositories[f"me/{NAME}"]
     wanted = {name: (prepared.folder / name).read_bytes() for name in prepared.files()}
     assert repository.files() == wanted

@@ -16,7 +16,6 @@ from timm_deconv.atomic_io import write_text, write_whole
 from timm_deconv.convert import fuse
 from timm_deconv.data import SEGMENTATION, class_labels, class_names, create_dataset
 from timm_deconv.errors import InputError, needs_extra
-from timm_deconv.models import list_models
 from timm_deconv.models.weights import TAG_PREFIX, write_weights
 from timm_deconv.models.zoo import RunResult, WeightsFile, ZooEntry
 from timm_deconv.resources import checkout_configs, recipe_files
@@ -66,7 +65,7 @@ def add_entry(run: str | Path, tag: str, *, packaged: bool = False, configs: Pat
     source = read_source(run, tag)
     if source.recipe is None or source.recipe.name not in recipe_files():
         raise InputError(f"{run} is of no recipe of the package: add it to hub_configs/recipes, and train by it")
-    _check_tag(tag, source.architecture)
+    _check_tag(tag, source.whitened)
     name = f"{source.architecture}.{tag}"
     target = configs / f"{name}.yaml"
     if target.exists():
@@ -99,11 +98,10 @@ def _checkout() -> Path:
     return configs
 
 
-def _check_tag(tag: str, architecture: str) -> None:
-    if architecture in list_models():
-        if not tag.startswith(TRAINED):
-            raise InputError(f"tag {tag!r}: weights trained with deconvolution have one that starts with {TRAINED}")
-    elif tag.startswith((TRAINED, TAG_PREFIX)):
+def _check_tag(tag: str, whitened: bool) -> None:
+    if whitened and not tag.startswith(TRAINED):
+        raise InputError(f"tag {tag!r}: weights trained with deconvolution have one that starts with {TRAINED}")
+    if not whitened and tag.startswith((TRAINED, TAG_PREFIX)):
         raise InputError(f"tag {tag!r}: those of a batch-norm network have no prefix, such as e20_cifar10")
 
 
