@@ -9,7 +9,7 @@ import torch
 
 from timm_deconv.convert.policy import DEFAULT_PRESET
 
-from . import conversion, host, kernels, layer, loop, memory, plots, profiling, rows, scaling, step, transfer
+from . import conversion, exports, host, kernels, layer, loop, memory, plots, profiling, rows, scaling, step, transfer
 
 __all__ = ["OPTIONS", "TASKS", "Task", "run"]
 
@@ -65,6 +65,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "batch": {"type": int, "help": "images; default 128, of transfer 50"},
     "images": {"type": int, "help": "use so many photographs; default all"},
     "calibration-images": {"type": int, "help": "calibrate on so many of them; default 256"},
+    "int8-images": {"type": int, "help": "find ranges of eight bits on so many of them; default 256"},
+    "run": {"help": "folder of a run of a deconvolution network, in place of transferred weights"},
+    "twin-run": {"help": "folder of a run of its twin, in place of --network"},
     "image-size": {"type": int, "help": "height and width; default the network's own"},
     "rounds": {"type": int, "help": "measurements of each"},
     "warmup": {"type": int, "help": "rounds before them"},
@@ -79,6 +82,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ALL = "device threads batch"
 NETWORK = f"{ALL} network width image-size amp memory-formats"
 STEP = f"{NETWORK} preset forms rounds warmup compile"
+EXPORT = "data-dir threads network run twin-run images calibration-images int8-images"
 QUICK = {"rounds": 3, "warmup": 1, "memory_formats": ("channels_last",)}
 
 TASKS = {
@@ -174,6 +178,24 @@ TASKS = {
         transfer.SHOWN,
         "transfer.csv",
         {"images": 100, "calibration_images": 100, "presets": (DEFAULT_PRESET,)},
+    ),
+    "exports": Task(
+        exports.ExportSettings,
+        exports.export_rows,
+        EXPORT + " rounds",
+        exports.COLUMNS,
+        exports.SHOWN,
+        "export.csv",
+        {"images": 100, "int8_images": 20, "rounds": 5},
+    ),
+    "export-ranges": Task(
+        exports.ExportSettings,
+        exports.range_rows,
+        EXPORT,
+        exports.RANGES,
+        exports.SHOWN_RANGES,
+        "export_ranges.csv",
+        {"int8_images": 20},
     ),
     "convert": Task(
         conversion.ConversionSettings,

@@ -11,6 +11,8 @@
     python scripts/benchmark.py scaling --axis batch --values 16 32 64        share of whitening, with a picture
     python scripts/benchmark.py loop --data-dir IMAGES                        train.py beside a bare loop
     python scripts/benchmark.py transfer --data-dir PHOTOGRAPHS               a pretrained network whitened, its answers
+    python scripts/benchmark.py exports --data-dir IMAGES --run RUN           files of a network and of its twin
+    python scripts/benchmark.py export-ranges --data-dir IMAGES --run RUN     ranges of the channels of their layers
     python scripts/benchmark.py convert --networks 'regnet*'                  every batch-norm network of timm, checked
 
 Prints a table; the rows go to --output, and with --record to hub_configs/results of the checkout too. `convert` passes

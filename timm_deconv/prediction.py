@@ -73,7 +73,7 @@ class Predictor:
     Attributes:
         channels: of its pictures, 1 or 3.
         names: of its classes.
-        cfg: how pictures are made ready, as timm resolves it: input_size, mean, std and so on.
+        cfg: input size, mean and so on, as timm has them.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from timm_deconv.training.recipe import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "hub_configs"
 LIMITS = {"packaged": 3e6, "weights": 10e6}
-RESULTS_OF_OURS = ("top1", "best_top1", "miou", "best_miou", "parameters")
+HEADLINES = {"top1", "best_top1", "miou", "best_miou"}
 
 VALUES: dict[str, Any] = {"architecture": "zoo18_deconv", "tag": "nd_a", **zoo_of_two.OTHERS}
 RUN: dict[str, Any] = {"recipe": "cifar10_e20", "seed": 0, "recipe_hash": "0" * 8}
@@ -49,8 +49,8 @@ def test_an_entry_agrees_with_its_row_its_files_and_timm(entry: ZooEntry) -> Non
         rows = [row for row in csv.DictReader(lines) if entry.results.row.items() <= row.items()]
     assert len(rows) == 1
     assert entry.results.figures == {key: float(rows[0][key]) for key in entry.results.figures}
-    assert entry.results.figures.keys() == set(RESULTS_OF_OURS) & rows[0].keys()
-    assert (rows[0]["model"], rows[0]["seed"]) == (entry.architecture, str(entry.seed)) or "." in rows[0]["model"]
+    assert len(HEADLINES & entry.results.figures.keys()) == 1 and "parameters" in entry.results.figures
+    assert rows[0]["seed"] == str(entry.seed)
 
 
 def test_every_file_of_weights_and_every_tag_of_ours_has_an_entry() -> None:

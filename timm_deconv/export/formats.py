@@ -81,12 +81,12 @@ def _write_onnx(model: nn.Module, file: Path, images: Tensor, dynamic: bool) -> 
     program.save(str(file))
 
 
-def open_onnx(file: Path, threads: int = 0) -> Runner:
-    """Make a function that runs an ONNX file's network in onnxruntime, on so many threads of the processor (0: all)."""
+def open_onnx(file: Path) -> Runner:
+    """Make a function that runs an ONNX file's network in onnxruntime, on the processor, with PyTorch's threads."""
     with needs_extra("export"):
         import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()

@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.layers.notices import share_notices
 
-from .entries import LICENSES
 from .measure import Measured
+from .origins import LICENSES
 from .source import Source
 
 __all__ = ["eval_results", "model_card"]

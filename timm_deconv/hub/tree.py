@@ -28,8 +28,8 @@ from timm_deconv.training.checkpoint import run_metadata
 
 from .card import eval_results, model_card
 from .curve import draw_curve
-from .entries import PAPER
 from .measure import Measured, check_outputs
+from .origins import PAPER
 from .source import Source
 
 __all__ = ["CHECKSUMS", "Tree", "checked_forms", "checksums", "write_tree"]
