@@ -51,6 +51,7 @@ from .hub_tables import loaded_by_path
 from .sharing_tables import equivalence, sent_bytes, sharing_speed
 from .survival_tables import killed_runs
 from .tables import markdown
+from .zoo_tables import zoo
 
 __all__ = ["TABLES", "filled", "stale_pages"]
 
@@ -203,6 +204,7 @@ TEN_THOUSAND += "efficientnet_b0_cifar senet18_cifar pnasnet_a_cifar".split()
 TABLES: dict[str, Maker] = {
     "README: accuracy": readme_accuracy,
     "README: cost": readme_cost,
+    "zoo": zoo,
     "killed runs": killed_runs,
     "published networks": loaded_by_path,
     "equivalence": equivalence,

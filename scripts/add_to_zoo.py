@@ -13,13 +13,18 @@ with one_line_errors(), needs_extra("train"):
     from timm_deconv.hub.entries import add_entry
 
 
-def main() -> None:
-    """Add what the command line names, and print where it is."""
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="output folder of a finished run")
     parser.add_argument("--tag", required=True, help="nd_* for a deconvolution network, no prefix for a batch-norm one")
     parser.add_argument("--packaged", action="store_true", help="let the wheel bring the weights along (2 MB at most)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Add what the command line names, and print where it is."""
+    args = parse()
     with one_line_errors():
         entry = add_entry(args.run, args.tag, packaged=args.packaged)
         folder, file = next(iter(entry.files.items()))

@@ -1,7 +1,7 @@
 """A small local server that speaks the Hub's protocol: what the client asks in uploading and downloading models.
 
 `with hub(root) as endpoint` serves the folders ROOT/ORGANISATION/NAME for reading; `with hub(Store(...)) as endpoint`
-takes uploads too, from tokens that the store knows. Large files lie on another port, and are answered by a redirect.
+takes uploads too, from tokens that the store knows. Large files lie on another host, and are answered by a redirect.
 Set HF_ENDPOINT and HF_HUB_DISABLE_XET=1 before huggingface_hub is imported.
 """
 
@@ -30,7 +30,8 @@ def hub(held: Path | Store, requests: list[str] | None = None) -> Iterator[str]:
     """
     store = held if isinstance(held, Store) else Store(held, requests=requests)
     with ExitStack() as stack:
-        storage = stack.enter_context(_serving(partial(_Storage, store)))
+        # clients of version 1 follow a redirect to the same host, whatever its port: another name it must be
+        storage = stack.enter_context(_serving(partial(_Storage, store))).replace("127.0.0.1", "localhost")
         yield stack.enter_context(_serving(partial(_Hub, store, storage)))
 
 

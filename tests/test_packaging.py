@@ -44,6 +44,17 @@ torch.testing.assert_close(timm_deconv.fuse(converted.eval())(x), converted(x))
 print([name for name in sys.modules if name.split(".")[:2] in (["timm_deconv", "training"], ["benchmarks"])])
 """
 
+LOAD_PACKAGED = """
+import socket
+import timm, timm_deconv
+from timm_deconv.models.zoo import entries
+
+socket.socket.connect = None
+print(timm_deconv.__file__)
+packaged = [name for name, entry in entries().items() if "packaged" in entry.files]
+print(*[name for name in packaged if timm.create_model(name, pretrained=True)])
+"""
+
 RUN_SCRIPTS = """
 import runpy, sys
 
@@ -51,6 +62,19 @@ for command in sys.argv[1:]:
     try:
         sys.argv = command.split()
         runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        print(ended.code)
+"""
+
+
+RUN_COMMANDS = """
+import sys
+from timm_deconv.cli import main
+
+for words in sys.argv[1:]:
+    try:
+        sys.argv = ["timm-deconv", *words.split()]
+        main()
     except SystemExit as ended:
         print(ended.code)
 """
@@ -94,16 +118,50 @@ def test_digits_say_which_extra_they_need(monkeypatch: pytest.MonkeyPatch) -> No
         Digits(train=True)
 
 
-def test_the_wheel_is_the_package_with_its_recipes_and_nothing_else(tmp_path: Path) -> None:
-    with zipfile.ZipFile(_built("wheel", tmp_path)) as wheel:
+@pytest.fixture(scope="module")
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _built("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_is_the_package_with_its_recipes_and_small_weights_and_nothing_else(wheel_file: Path) -> None:
+    with zipfile.ZipFile(wheel_file) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {name for name in names if name.endswith(".py")}
     assert modules == {str(file.relative_to(ROOT)) for file in (ROOT / "timm_deconv").rglob("*.py")}
     recipes = {f"timm_deconv/hub_configs/recipes/{file.name}" for file in (ROOT / "hub_configs/recipes").iterdir()}
     cards = {f"timm_deconv/hub_configs/{file.name}" for file in (ROOT / "hub_configs").glob("*.yaml")}
+    weights = {f"timm_deconv/hub_configs/packaged/{file.name}" for file in (ROOT / "hub_configs/packaged").iterdir()}
     page = {f"timm_deconv/demo/page/{file.name}" for file in (ROOT / "timm_deconv/demo/page").iterdir()}
     assert {"timm_deconv/demo/page/index.html", "timm_deconv/demo/page/app.js"} <= page
-    assert names - modules == recipes | cards | page | {"timm_deconv/py.typed"}
+    assert names - modules == recipes | cards | weights | page | {"timm_deconv/py.typed"}
+
+
+def test_weights_of_the_wheel_load_without_a_network(wheel_file: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel_file) as wheel:
+        wheel.extractall(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = _python(["-P", "-c", LOAD_PACKAGED], environment)
+    assert done.returncode == 0, done.stderr
+    place, loaded = done.stdout.splitlines()
+    assert Path(place).parents[1] == tmp_path
+    weights = {file.name.removesuffix(".safetensors") for file in (ROOT / "hub_configs/packaged").iterdir()}
+    assert set(loaded.split()) == weights
+
+
+def test_the_wheel_brings_a_command_that_knows_pictures_without_the_packages_of_train(
+    without_train: dict[str, str], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(_built("wheel", tmp_path)) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    (listed,) = (tmp_path / "installed").glob("*.dist-info/entry_points.txt")
+    assert listed.read_text().split() == ["[console_scripts]", "timm-deconv", "=", "timm_deconv.cli:main"]
+    places = (str(tmp_path / "site"), str(tmp_path / "installed"))
+    commands = ["list *_025_*", f"predict resnet18_025_cifar_deconv {ROOT}/docs/images/cat.jpg --top 1", "train digits"]
+    environment = without_train | {"PYTHONPATH": os.pathsep.join(places)}
+    done = _python(["-c", RUN_COMMANDS, *commands], environment, tmp_path)
+    _, *networks, _, predicted, missing = done.stdout.splitlines()
+    assert len(networks) == 2 and predicted.split()[1] == "cat", done.stdout + done.stderr
+    assert missing.endswith(" is not installed; pip install 'timm-deconv[train]'"), missing
 
 
 def test_the_sdist_holds_the_tests_and_what_they_need(tmp_path: Path) -> None:
@@ -121,6 +179,8 @@ def _built(target: str, folder: Path) -> Path:
     return next(folder.glob("*.whl" if target == "wheel" else "*.tar.gz"))
 
 
-def _python(arguments: list[object], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _python(
+    arguments: list[object], environment: dict[str, str], folder: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

@@ -73,6 +73,7 @@ class Predictor:
     Attributes:
         channels: of its pictures, 1 or 3.
         names: of its classes.
+        cfg: input size, mean and so on, as timm has them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,10 +81,10 @@ class Predictor:
             raise InputError("the network has no classifier, so it cannot name classes; name another one")
         self.names = class_names(model)
         self.for_masks = isinstance(model, SegmentationNet | Segmenter)
-        cfg = timm.data.resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
-        self.channels: int = cfg["input_size"][0]
+        self.cfg = timm.data.resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+        self.channels: int = self.cfg["input_size"][0]
         self.model = fuse(model) if is_whitened(model) else model.eval()
-        self.transform = _whole(**cfg) if self.for_masks else timm.data.create_transform(**cfg)
+        self.transform = _whole(**self.cfg) if self.for_masks else timm.data.create_transform(**self.cfg)
 
     @torch.inference_mode()
     def __call__(self, picture: Image.Image) -> Prediction:

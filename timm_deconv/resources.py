@@ -5,7 +5,7 @@ And which version of the code this is.
 
 import subprocess
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -59,4 +59,7 @@ def code_version() -> str:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             pass  # no git, or a copy without its history
-    return f"timm_deconv {version('timm-deconv')}"
+    try:
+        return f"timm_deconv {version('timm-deconv')}"
+    except PackageNotFoundError:
+        return "unknown"

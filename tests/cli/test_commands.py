@@ -69,7 +69,7 @@ def test_completion_is_a_script_that_knows_commands_and_options(shell, tmp_path,
         subprocess.run(["bash", "-n", file], check=True)
 
 
-def test_a_terminal_gets_rules_and_a_pipe_plain_columns_and_may_be_closed():
+def test_a_terminal_gets_rules_and_a_reader_may_go_away():
     words = [*RUN, "list", "resnet18_cifar*"]
     master, slave = pty.openpty()
     shown = subprocess.Popen(words, cwd=ROOT, stdout=slave, stderr=slave, env=os.environ | {"TERM": "xterm"})
@@ -80,9 +80,9 @@ def test_a_terminal_gets_rules_and_a_pipe_plain_columns_and_may_be_closed():
     assert shown.wait() == 0
     os.close(master)
     assert "┃ network" in re.sub(r"\x1b\[[\d;]*m", "", terminal.decode())
-    piped = f"{shlex.join(words)} | {{ read -r line; echo \"$line\"; }}; echo ${{PIPESTATUS[0]}}"
+    piped = f"{shlex.join(words)} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", piped], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stderr == "" and re.fullmatch(r"network +weights\n0\n", done.stdout)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_the_entry_point_is_the_function_that_scripts_call():

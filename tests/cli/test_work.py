@@ -33,7 +33,7 @@ def test_calibrated_weights_are_the_same_function_with_whitening(tmp_path, comma
         (["calibrate", "{}/plain", "digits", "{}/plain"], "{}/plain is not empty: name a new folder"),
         (["calibrate", "{}/plain", "digits", "{}/file/new"], "{}/file/new cannot be made, as {}/file is no folder"),
         (["convert", "resnet18_cifar", "{}/file"], "{}/file cannot be made, as {}/file is no folder to write to"),
-        (["convert", "resnet18_cifar", "{}/new", "--policy", "fasst"], "no preset 'fasst'; nearest: fast"),
+        (["convert", "local-dir:{}/plain", "{}/new", "--policy", "fasst"], "no preset 'fasst'; nearest: fast"),
         (["bench", "resnet18"], "no deconvolution network 'resnet18'; nearest: "),
         (["bench", "resnet18_cifar_deconv", "--rounds", "0"], "rounds 0: it is a positive number"),
     ],

@@ -1,5 +1,6 @@
 """Every form of weights into every form of network, from every place: the function stays; what cannot be is said."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -219,10 +220,12 @@ def published(folder: Path, model: nn.Module) -> Path:
 
 LOAD = """
 import json, sys
-import timm, torch
+from pathlib import Path
+import pytest, timm, torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 import timm_deconv
+from tests.models import zoo_of_two
 from timm_deconv.layers.notices import share_notices
 
 known, commit = load_file(sys.argv[1]), sys.argv[2]
@@ -233,15 +236,18 @@ places = {
     "tampered": ("hf-hub:someone/tampered", {}),
     "missing": ("hf-hub:someone/none", {}),
     "other revision": ("hf-hub:someone/net@v2", {}),
+    "registered": ("zoo18_deconv.nd_a", {}),
+    "registered, tampered": ("zoo18_deconv.nd_b", {}),
 }
 found = {}
-for case, (place, options) in places.items():
-    try:
-        model = timm.create_model(place, pretrained=True, **options).eval()
-        out = model(known["x"])
-        found[case] = out.shape[1] if options else float((out - known["y"]).abs().max() / known["y"].abs().max())
-    except Exception as error:
-        found[case] = f"{type(error).__name__}: {error}"
+with zoo_of_two.registered(Path(sys.argv[3]), pytest.MonkeyPatch()):
+    for case, (place, options) in places.items():
+        try:
+            model = timm.create_model(place, pretrained=True, **options).eval()
+            out = model(known["x"])
+            found[case] = out.shape[1] if options else float((out - known["y"]).abs().max() / known["y"].abs().max())
+        except Exception as error:
+            found[case] = f"{type(error).__name__}: {error}"
 folder = snapshot_download("someone/net", allow_patterns=["folded/*", "SHA256SUMS"])
 model = timm.create_model(f"local-dir:{folder}/folded", pretrained=True, fused=False).eval()
 found["folded"] = float((model(known["x"]) - known["y"]).abs().max() / known["y"].abs().max())
@@ -251,10 +257,17 @@ print(json.dumps(found))
 
 
 def test_published_networks_load_by_newest_and_pinned_revision_and_offline(tmp_path: Path) -> None:
-    model, x = trained("resnet18_025_cifar_deconv"), torch.randn(2, 3, SIZE, SIZE)
-    published(tmp_path / "hub" / "someone" / "net", model)
+    model, x = zoo_of_two.network(), torch.randn(2, 3, SIZE, SIZE)
+    model.train()(torch.randn(16, 3, SIZE, SIZE))
+    tree = published(tmp_path / "hub" / "someone" / "net", model.eval())
+    file = tree / "model.safetensors"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for tag, sha256 in (("nd_a", digest), ("nd_b", digest[::-1])):
+        files = {"training": {"sha256": sha256, "size": file.stat().st_size}}
+        place = {"hf_hub_id": f"someone/net@{COMMIT}", "files": files}
+        zoo_of_two.add(tmp_path / "hub_configs", f"zoo18_deconv.{tag}", None, **place)
     tampered = published(tmp_path / "hub" / "someone" / "tampered", model)
-    write_weights(trained("resnet18_025_cifar_deconv").train(), tampered / "model.safetensors", half=True)
+    write_weights(model, tampered / "model.safetensors", half=True)
     with torch.no_grad():
         save_file({"x": x, "y": model(x)}, tmp_path / "known.safetensors")
     environment = {
@@ -262,8 +275,10 @@ def test_published_networks_load_by_newest_and_pinned_revision_and_offline(tmp_p
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "known.safetensors"), COMMIT]
+    paths = (tmp_path / "known.safetensors", tmp_path / "hub_configs")
+    command = [sys.executable, "-c", LOAD, str(paths[0]), COMMIT, str(paths[1])]
 
     def run(**variables: str) -> dict[str, Any]:
         done = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True)
@@ -273,8 +288,9 @@ def test_published_networks_load_by_newest_and_pinned_revision_and_offline(tmp_p
     with hub(tmp_path / "hub") as endpoint:
         online = run(HF_ENDPOINT=endpoint)
     for found in (online, run(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")):
-        for case in ("newest", "pinned", "folded"):
+        for case in ("newest", "pinned", "folded", "registered"):
             assert found[case] < 1e-4, found
         assert found["other classes"] == 3 and found["calibrate"] is True
-        assert found["tampered"].startswith("InputError: ") and "another file than the known one" in found["tampered"]
+        for case in ("tampered", "registered, tampered"):
+            assert found[case].startswith("InputError: ") and "another file than the known one" in found[case]
         assert "Error: " in found["missing"] and "Error: " in found["other revision"]

@@ -1,7 +1,9 @@
 """The zoo: entries agree with registry, rows and files; what timm says of tags; what bad entries and names are told."""
 
 import csv
+import gzip
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from tests.models import zoo_of_two
 from timm_deconv.errors import InputError
 from timm_deconv.models import list_models
 from timm_deconv.models.zoo import ZooEntry, entries, parse_entry
+from timm_deconv.training.evaluation import validate
+from timm_deconv.training.processes import create_accelerator
 from timm_deconv.training.recipe import load_recipe
+from timm_deconv.training.tasks import create_task
 
 CONFIGS = Path(__file__).parents[2] / "hub_configs"
 LIMITS = {"packaged": 3e6, "weights": 10e6}
-RESULTS_OF_OURS = ("top1", "best_top1", "miou", "best_miou", "parameters")
+HEADLINES = {"top1", "best_top1", "miou", "best_miou"}
 
 VALUES: dict[str, Any] = {"architecture": "zoo18_deconv", "tag": "nd_a", **zoo_of_two.OTHERS}
 RUN: dict[str, Any] = {"recipe": "cifar10_e20", "seed": 0, "recipe_hash": "0" * 8}
@@ -49,8 +54,8 @@ def test_an_entry_agrees_with_its_row_its_files_and_timm(entry: ZooEntry) -> Non
         rows = [row for row in csv.DictReader(lines) if entry.results.row.items() <= row.items()]
     assert len(rows) == 1
     assert entry.results.figures == {key: float(rows[0][key]) for key in entry.results.figures}
-    assert entry.results.figures.keys() == set(RESULTS_OF_OURS) & rows[0].keys()
-    assert (rows[0]["model"], rows[0]["seed"]) == (entry.architecture, str(entry.seed)) or "." in rows[0]["model"]
+    assert len(HEADLINES & entry.results.figures.keys()) == 1 and "parameters" in entry.results.figures
+    assert rows[0]["seed"] == str(entry.seed)
 
 
 def test_every_file_of_weights_and_every_tag_of_ours_has_an_entry() -> None:
@@ -118,7 +123,7 @@ def test_pretrained_gives_the_trained_networks_function_and_its_twins(trained: n
 def test_what_is_said_of_weights_is_not_said_of_a_network_without_them(tmp_path: Path) -> None:
     for name, tag in (("zoo18_deconv", "nd_a"), ("zoo18_deconv.bn_c", "bn_c"), ("zoo18", "c")):
         cfg = timm.create_model(name, pretrained=True).pretrained_cfg
-        assert cfg["tag"] == tag and cfg["label_names"][0] == "class 0" and cfg["notes"][0] == "made up"
+        assert cfg["tag"] == tag and cfg["label_names"][0] == "class 0" and "made up" in cfg["notes"][0]
         model = timm.create_model(name)
         assert not {"tag", "label_names", "notes", "file"} & model.pretrained_cfg.keys()
         save_for_hf(model, str(tmp_path / name), safe_serialization=True)
@@ -236,3 +241,23 @@ def test_an_entry_is_written_as_it_is_read() -> None:
     values = {**VALUES, **RUN, "files": {"packaged": {"sha256": "0" * 64, "size": 1}}, "model_args": {"width": 0.5}}
     entry = parse_entry(values)
     assert entry.to_dict() == values and parse_entry(yaml.safe_load(yaml.safe_dump(entry.to_dict()))) == entry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, entry in entries().items() if "packaged" in entry.files])
+def test_the_packages_own_weights_are_right_as_often_as_their_row_says(
+    name: str, data_dir: Path, tmp_path: Path
+) -> None:
+    entry = entries()[name]
+    if entry.dataset != "cifar10" or entry.results is None:
+        pytest.skip("CIFAR-10 alone is evaluated here")
+    recorded = next(value for key, value in entry.results.figures.items() if key.endswith("top1"))
+    fused = {"fused": True} if entry.architecture in list_models() else {}
+    model = timm.create_model(name, pretrained=True, **fused)
+    images = data_dir / "cifar10" / "jpeg75" / "test.tar.gz"
+    with gzip.open(images) as packed, (tmp_path / "test.tar").open("wb") as tar:
+        shutil.copyfileobj(packed, tar)
+    recipe = load_recipe("cifar10_e20", ["dataset=", f"data_dir={tmp_path}", "workers=0"])
+    accelerator = create_accelerator(recipe, cpu=True)
+    figures = validate(model, create_task(recipe, accelerator.device), accelerator)
+    assert figures["images"] == 10_000 and abs(figures["top1"] - recorded) <= 0.1 and figures["top1"] >= 80

@@ -124,5 +124,5 @@ def test_a_network_that_cannot_be_loaded_is_answered_with_advice(tmp_path):
         load_network(str(tmp_path))
     with pytest.raises(InputError, match=r"no model or folder 'test_resnt'; nearest: .*test_resnet"):
         load_network("test_resnt")
-    with pytest.raises(InputError, match=r"resnet18_cifar has no pretrained weights"):
-        load_network("resnet18_cifar")
+    with pytest.raises(InputError, match=r"no weights of vgg16_cifar; .* train it: timm-deconv train cifar10_e20"):
+        load_network("vgg16_cifar")

@@ -5,10 +5,7 @@ block, and `Args:`. It calls the room that does the work, and prints by `output`
 as `InputError`, which ends the program with one line.
 """
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -34,8 +31,9 @@ COMMANDS = {
 
 EXIT_USAGE = 2
 EXIT_STATUS = """\
-Exit status: 0 done; 1 something given cannot be used, and one line says what to do; 2 no such command or option;
-75 a run was told to stop and has saved itself, to be resumed; 130 interrupted."""
+Exit status: 0 done; 1 something given cannot be used, and one line says what
+to do; 2 no such command or option; 75 a run was told to stop and has saved
+itself, to be resumed; 130 interrupted."""
 
 
 
@@ -57,7 +55,7 @@ app = App(
 )
 for _place, (_name, _function) in enumerate(COMMANDS.items()):
     app.command(f"timm_deconv.cli.{_name}:{_function}", name=_name, sort_key=_place, help_epilogue="")
-app.register_install_completion_command()
+app.register_install_completion_command(help_epilogue="")
 
 
 def main(*command: str) -> None:
@@ -71,24 +69,11 @@ def main(*command: str) -> None:
     """
     words = [*command, *sys.argv[1:]]
     try:
-        with one_line_errors(), _reader_may_go():
+        with one_line_errors():
+            if not words or words[0] in app.help_flags:
+                app.resolved_commands()  # so that the list of commands says what each does
             app(words)
     except CycloptsError as error:
         named = " ".join([app.name[0], *(word for word in words[:1] if word in COMMANDS)])
         print(f"{' '.join(str(error).split())} ({named} --help)", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
-
-
-@contextmanager
-def _reader_may_go() -> Iterator[None]:
-    """End quietly where whoever reads the output has seen enough, as `head` has."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # it is that pipe, and not a connection
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-            raise SystemExit(0) from None
-        raise

@@ -1,6 +1,8 @@
 """What commands print: tables for people and JSON for programs, on stdout; progress of long work, on stderr."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,7 +18,8 @@ Item = TypeVar("Item")
 
 def print_json(value: Any) -> None:
     """Print a value of mappings, lists, texts and numbers as JSON; paths and other objects by their text."""
-    print(json.dumps(value, indent=2, default=str, ensure_ascii=False))
+    with _reader_may_go():
+        print(json.dumps(value, indent=2, default=str, ensure_ascii=False))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
@@ -34,7 +37,19 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
     if console.is_terminal:
         console.print(_ruled(columns, numbers, title), markup=False)
     else:
-        print("\n".join(filter(None, [title, *_aligned(columns, numbers)])))
+        with _reader_may_go():
+            print("\n".join(filter(None, [title, *_aligned(columns, numbers)])))
+
+
+@contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """End quietly where whoever reads the output has seen enough, as `head` has."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(0) from None
 
 
 def _ruled(columns: Mapping[str, Sequence[str]], numbers: set[str], title: str) -> Table:

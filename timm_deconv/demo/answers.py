@@ -21,7 +21,7 @@ MOST_NAMED = 12
 """Classes that are listed, where there are no more."""
 PREVIEW = (640, 640)
 CONTRAST = 5
-"""Standard deviations of whitened values from black to white."""
+"""Standard deviations from black to white."""
 
 
 def about(pair: Pair) -> dict[str, Any]:
@@ -48,11 +48,10 @@ def answer(pair: Pair, picture: Image.Image) -> dict[str, Any]:
     preview = picture.copy()
     preview.thumbnail(PREVIEW)
     plain, whitened = (correlations(windows) for windows in found.windows)
-    white = middles(found.windows.whitened, pair.stem)
     return {
         "picture": _as_address(preview),
         "seen": _as_address(_as_image(found.seen)),
-        "whitened": _as_address(_as_image(white / (CONTRAST * white.std().clamp(min=1e-6)) + 0.5)),
+        "whitened": _as_address(_as_image(_stretched(middles(found.windows.whitened, pair.stem)))),
         "size": list(found.seen.shape[-2:]),
         "before": _rounded(plain),
         "after": _rounded(whitened),
@@ -73,6 +72,12 @@ def _likeliest(found: Comparison, names: list[str]) -> list[dict[str, Any]]:
         {"name": names[index].partition(",")[0], "deconv": float(found.deconv[index]), "twin": float(found.twin[index])}
         for index in sorted(chosen, key=lambda index: -float(greatest[index]))
     ]
+
+
+def _stretched(values: Tensor) -> Tensor:
+    """Bring values (C, H, W) of any size to the range 0..1, every channel around its mean."""
+    centred = values - values.mean((1, 2), keepdim=True)
+    return centred / (CONTRAST * centred.std().clamp(min=1e-6)) + 0.5
 
 
 def _as_image(values: Tensor) -> Image.Image:

@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.layers.notices import share_notices
 
-from .entries import LICENSES
 from .measure import Measured
+from .origins import LICENSES
 from .source import Source
 
 __all__ = ["eval_results", "model_card"]
@@ -76,7 +76,7 @@ def eval_results(source: Source, measured: Measured | None) -> dict[str, str]:
         task_id="default",
         value=result.metric_value,
         date=source.result.get("date"),
-        notes=f"{result.metric_name}, %; {_conditions(source, measured)}",
+        notes=f"{result.metric_name}, %; {result.dataset_name}; {_conditions(source, measured)}",
     )
     listed = huggingface_hub.eval_result_entries_to_yaml([entry])
     return {f".eval_results/{source.dataset}.yaml": yaml.safe_dump(listed, sort_keys=False)}
@@ -203,9 +203,10 @@ def _conditions(source: Source, measured: Measured | None) -> str:
     if not row:
         return f"{measured.images:,} images" if measured else ""
     last = "the best epoch" if source.folder.name == "best" else "the last epoch"
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "timm", "timm_deconv"))
     return (
-        f"one run, seed {row['seed']}, {last} of {row['epochs']}, batches of {row['batch_size']}; {row['hardware']},"
-        f" torch {row['torch']}, timm {row['timm']}, timm_deconv {row['timm_deconv']}, {row['date']}"
+        f"one run, seed {row['seed']}, {last} of {row['epochs']}, batches of {row['batch_size']};"
+        f" {row['hardware'].replace(' 1 threads', ' 1 thread')}, {versions}, {row['date']}"
     )
 
 

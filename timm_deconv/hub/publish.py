@@ -11,12 +11,13 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 import timm_deconv
 from timm_deconv.errors import InputError
+from timm_deconv.models.checksums import CHECKSUMS
 from timm_deconv.models.weights import check_new_folder
 
 from .client import CHANGED, answered, patiently, status_of
 from .measure import measure
 from .source import Source, read_source
-from .tree import CHECKSUMS, Tree, checked_forms, write_tree
+from .tree import Tree, checked_forms, write_tree
 
 __all__ = ["Published", "dry_run", "push"]
 

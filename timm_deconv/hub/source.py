@@ -22,7 +22,7 @@ with needs_extra("publish"):
     from timm_deconv.training.checkpoint import read_curve
     from timm_deconv.training.recipe import Recipe, load_recipe
 
-    from .entries import TRAINED, dataset_word
+    from .origins import TRAINED, dataset_word
 
 __all__ = ["Source", "read_source"]
 

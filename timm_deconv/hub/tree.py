@@ -22,19 +22,18 @@ from torch import nn
 from timm_deconv.atomic_io import remove
 from timm_deconv.convert import fuse
 from timm_deconv.errors import InputError
+from timm_deconv.models.checksums import CHECKSUMS
 from timm_deconv.models.weights import write_weights
 from timm_deconv.resources import code_version
 from timm_deconv.training.checkpoint import run_metadata
 
 from .card import eval_results, model_card
 from .curve import draw_curve
-from .entries import PAPER
 from .measure import Measured, check_outputs
+from .origins import PAPER
 from .source import Source
 
-__all__ = ["CHECKSUMS", "Tree", "checked_forms", "checksums", "write_tree"]
-
-CHECKSUMS = "SHA256SUMS"
+__all__ = ["Tree", "checked_forms", "checksums", "write_tree"]
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,7 @@ def load_network(name: str, *, weights: bool = True) -> nn.Module:
         return _load_from(name if ":" in name else f"hf-hub:{_hub_id(name)}", weights)
     if not timm.is_model(name):
         raise unknown_name("model or folder", name, timm.list_models())
-    if weights and not timm.is_model_pretrained(name):
-        raise InputError(f"{name} has no pretrained weights; give the output folder of a run")
-    return timm.create_model(name, pretrained=weights)
+    return _load_from(name, weights)
 
 
 def _saved_network(folder: Path, weights: bool) -> nn.Module:

@@ -137,7 +137,7 @@ class ZooEntry:
             "license": self.license,
             "paper_ids": self.paper_ids or None,
             "label_names": self.label_names or None,
-            "notes": (self.origin, self.dataset_license),
+            "notes": (f"{self.name}: {self.origin}", self.dataset_license),  # true of what is made of them, too
         }
         return {**self.pretrained_cfg, **{key: value for key, value in described.items() if value is not None}}
 

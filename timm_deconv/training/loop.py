@@ -99,6 +99,8 @@ class Trainer:
         self.network = task.create_model()  # without what accelerate puts around it: processes, compilation
         with accelerator.main_process_first():  # which downloads
             self.train_loader, val_loader = task.create_loaders()
+        for key in ("label_names", "label_descriptions"):  # of weights to start from
+            self.network.pretrained_cfg.pop(key, None)
         if names := task.class_names:  # which config.json tells
             self.network.pretrained_cfg.update(label_names=list(names), num_classes=len(names))
         self.order = self.train_loader.batch_sampler

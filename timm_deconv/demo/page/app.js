@@ -74,7 +74,7 @@ function show(found) {
   showImage("picture", found.picture, "Your picture");
   showImage("seen", found.seen, `Your picture at ${found.size.join(" by ")} pixels`);
   showImage("whitened", found.whitened, "Your picture after whitening");
-  byId("seen-note").textContent = `your picture as the networks take it, ${found.size.join(" × ")} pixels`;
+  byId("seen-note").textContent = `your picture as the networks take it, ${found.size.join("\u00a0×\u00a0")} pixels`;
   matrices = { before: found.before, after: found.after };
   const [before, after] = found.left.map((value) => value.toFixed(2));
   byId("before-note").textContent = `${before} on average between two values of a window`;
