@@ -22,7 +22,8 @@ def exports(results: Path) -> Table:
         cells = [_pair(twin, ours, column, digits) for column, digits in (("megabytes", 3), ("top1", 4))]
         difference = f"{float(ours['largest_difference']):.0e}" if ours["largest_difference"] else NOTHING
         times = [_pair(twin, ours, "milliseconds", 3), ours["ratio_to_twin"] or NOTHING]
-        body.append([f"`{network}`", form, cells[0], difference, cells[1], _count(twin, ours), *times])
+        same = _pair(twin, ours, "same_class", 3)
+        body.append([f"`{network}`", form, cells[0], difference, cells[1], same, *times])
         used += [row for row in (twin, ours) if row is not None]
     head = ["network", "form", "MB", "largest difference", "right in %", "as in float32", "ms a picture", "ratio"]
     return Table(head, body, used, "export.csv", "python scripts/benchmark.py exports")
@@ -48,7 +49,3 @@ def _pair(twin: Row | None, ours: Row, column: str, digits: int) -> str:
     """Write a figure of batch norm's and of our network."""
     values = [significant(float(row[column]), digits) if row and row[column] else NOTHING for row in (twin, ours)]
     return NOTHING if set(values) == {NOTHING} else " / ".join(values)
-
-
-def _count(twin: Row | None, ours: Row) -> str:
-    return _pair(twin, ours, "same_class", 3)

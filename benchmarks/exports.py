@@ -21,9 +21,9 @@ from timm_deconv.export.pictures import labelled_pictures, picture_loader, top1
 from timm_deconv.export.plain import plain_form, run
 from timm_deconv.export.report import load_any
 from timm_deconv.models.pretrained import create_batch_norm, create_transferred
+from timm_deconv.timing import Timings, interleave
 
 from .rows import CONDITIONS, Row, conditions, rounded
-from .timing import Timings, interleave
 
 __all__ = ["COLUMNS", "RANGES", "SHOWN", "SHOWN_RANGES", "ExportSettings", "export_rows", "range_rows"]
 

@@ -46,6 +46,7 @@ from .cost_tables import (
     scaling,
     steps,
 )
+from .export_tables import export_ranges, exports
 from .hub_tables import loaded_by_path
 from .sharing_tables import equivalence, sent_bytes, sharing_speed
 from .survival_tables import killed_runs
@@ -245,6 +246,8 @@ TABLES: dict[str, Maker] = {
     "going on": going_on,
     "photographs": photographs,
     "conversions": conversions,
+    "exports": exports,
+    "export ranges": export_ranges,
     "steps": steps(device="cpu", compile="", amp=""),
     "compiled steps": steps(device="cpu", compile="default", price=False),
     "GPU goals": gpu_goals,

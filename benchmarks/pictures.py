@@ -110,6 +110,6 @@ PICTURES: dict[str, Callable[[Path, Path], None]] = {
 }
 """File name -> what draws it from the folder of rows."""
 
-NOT_OF_ROWS = {"camvid.png", "demo.png"}
-"""Pictures that other scripts have drawn: `plot_runs.py` of runs whose curves are not among the rows, `demo_picture.py`
-of the demo's page."""
+NOT_OF_ROWS = {"camvid.png", "cat.jpg", "demo.png"}
+"""A photograph, and pictures that other scripts have drawn: `plot_runs.py` of runs whose curves are not among the rows,
+`demo_picture.py` of the demo's page."""

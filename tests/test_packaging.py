@@ -67,6 +67,19 @@ for command in sys.argv[1:]:
 """
 
 
+RUN_COMMANDS = """
+import sys
+from timm_deconv.cli import main
+
+for words in sys.argv[1:]:
+    try:
+        sys.argv = ["timm-deconv", *words.split()]
+        main()
+    except SystemExit as ended:
+        print(ended.code)
+"""
+
+
 @pytest.fixture
 def without_train(tmp_path: Path) -> dict[str, str]:
     """An environment in which no package can be imported that only the extra `train` brings."""
@@ -135,6 +148,22 @@ def test_weights_of_the_wheel_load_without_a_network(wheel_file: Path, tmp_path:
     assert set(loaded.split()) == weights
 
 
+def test_the_wheel_brings_a_command_that_knows_pictures_without_the_packages_of_train(
+    without_train: dict[str, str], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(_built("wheel", tmp_path)) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    (listed,) = (tmp_path / "installed").glob("*.dist-info/entry_points.txt")
+    assert listed.read_text().split() == ["[console_scripts]", "timm-deconv", "=", "timm_deconv.cli:main"]
+    places = (str(tmp_path / "site"), str(tmp_path / "installed"))
+    commands = ["list *_025_*", f"predict resnet18_025_cifar_deconv {ROOT}/docs/images/cat.jpg --top 1", "train digits"]
+    environment = without_train | {"PYTHONPATH": os.pathsep.join(places)}
+    done = _python(["-c", RUN_COMMANDS, *commands], environment, tmp_path)
+    _, *networks, _, predicted, missing = done.stdout.splitlines()
+    assert len(networks) == 2 and predicted.split()[1] == "cat", done.stdout + done.stderr
+    assert missing.endswith(" is not installed; pip install 'timm-deconv[train]'"), missing
+
+
 def test_the_sdist_holds_the_tests_and_what_they_need(tmp_path: Path) -> None:
     with tarfile.open(_built("sdist", tmp_path)) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
@@ -150,6 +179,8 @@ def _built(target: str, folder: Path) -> Path:
     return next(folder.glob("*.whl" if target == "wheel" else "*.tar.gz"))
 
 
-def _python(arguments: list[object], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _python(
+    arguments: list[object], environment: dict[str, str], folder: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

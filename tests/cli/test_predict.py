@@ -8,7 +8,7 @@ import timm
 import torch
 from PIL import Image
 
-from tests.pictures import read_cifar
+from tests.pictures import read_cifar, write_camvid
 from tests.served import served
 from timm_deconv.models.weights import save_network
 
@@ -42,6 +42,23 @@ def test_a_folder_a_pattern_and_an_address_give_the_same_classes(network, pictur
     with served(pictures) as address:
         (answered,) = json.loads(command("predict", network, f"{address}/bird.jpg", "--json").output)
     assert answered == {"picture": f"{address}/bird.jpg", "classes": by_folder[2]["classes"]}
+
+
+def test_the_network_of_the_package_knows_real_pictures(data_dir, tmp_path, command):
+    truth = {}
+    for index, (name, content) in enumerate(read_cifar(data_dir, 4)):
+        truth[f"{tmp_path}/{index:02d}.jpg"] = name
+        Path(f"{tmp_path}/{index:02d}.jpg").write_bytes(content)
+    found = json.loads(command("predict", "resnet18_025_cifar_deconv", tmp_path, "--top", 1, "--json").output)
+    right = [each["classes"][0]["class"] == truth[each["picture"]] for each in found]
+    assert len(right) == 40 and sum(right) >= 32
+
+
+def test_a_network_for_masks_says_shares_of_the_pixels(data_dir, tmp_path, command):
+    save_network(timm.create_model("segmenter", base="test_resnet", num_classes=3), tmp_path / "masks")
+    picture = next((write_camvid(data_dir, tmp_path, val=1) / "val" / "images").iterdir())
+    (found,) = json.loads(command("predict", tmp_path / "masks", picture, "--json").output)
+    assert sum(row["share"] for row in found["classes"]) == pytest.approx(1)
 
 
 def test_the_table_has_a_line_a_class_and_pictures_are_drawn(network, pictures, command, tmp_path):
@@ -89,5 +106,5 @@ def test_bad_input_is_one_line_and_status_1(network, pictures, command, tmp_path
 
 def test_weights_that_are_not_there_are_said_to_be_missing(pictures, command):
     done = command("predict", "densenet121_cifar_deconv", pictures)
-    assert done.status == 1 and "densenet121_cifar_deconv has no pretrained weights" in done.errors
+    assert done.status == 1 and "there are no weights of densenet121_cifar_deconv" in done.errors
     assert done.errors.count("\n") == 1

@@ -31,8 +31,9 @@ COMMANDS = {
 
 EXIT_USAGE = 2
 EXIT_STATUS = """\
-Exit status: 0 done; 1 something given cannot be used, and one line says what to do; 2 no such command or option;
-75 a run was told to stop and has saved itself, to be resumed; 130 interrupted."""
+Exit status: 0 done; 1 something given cannot be used, and one line says what
+to do; 2 no such command or option; 75 a run was told to stop and has saved
+itself, to be resumed; 130 interrupted."""
 
 
 
@@ -54,7 +55,7 @@ app = App(
 )
 for _place, (_name, _function) in enumerate(COMMANDS.items()):
     app.command(f"timm_deconv.cli.{_name}:{_function}", name=_name, sort_key=_place, help_epilogue="")
-app.register_install_completion_command()
+app.register_install_completion_command(help_epilogue="")
 
 
 def main(*command: str) -> None:

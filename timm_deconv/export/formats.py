@@ -1,5 +1,6 @@
 """The formats: how a plain network is written, and how a written one is run again to be checked."""
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ PLAIN_DOMAINS = ("", "ai.onnx")
 """Of ONNX's own operators, which every runtime knows."""
 
 TIMM_KEYS = ("mean", "std", "interpolation", "crop_pct")
-"""Fields of timm's configuration that say how images are prepared; an ONNX file holds them as its metadata."""
+"""Fields of timm's configuration that say how images are prepared; an ONNX file holds them as its metadata, in JSON."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _write_onnx(model: nn.Module, file: Path, images: Tensor, dynamic: bool) -> 
         )
     assert program is not None
     cfg: Any = model.pretrained_cfg
-    program.model.metadata_props.update({f"timm.{key}": str(cfg[key]) for key in TIMM_KEYS if key in cfg})
+    program.model.metadata_props.update({f"timm.{key}": json.dumps(cfg[key]) for key in TIMM_KEYS if key in cfg})
     program.save(str(file))
 
 
