@@ -286,7 +286,7 @@ def test_pretrained_downloads_timms_weights_from_the_hub(tmp_path: Path, batch_n
     result = json.loads(found.stdout.splitlines()[-1])
     assert result.pop("missing") == "RepositoryNotFoundError"
     assert result.keys() == {"plain", "tag", "grey", "url", "converted", "fused"} and max(result.values()) < 1e-4
-    assert any(line.startswith("GET /timm/resnet18.a1_in1k/model.safetensors") for line in requests)
+    assert "HEAD /timm/resnet18.a1_in1k/resolve/main/model.safetensors" in requests
 
 
 @pytest.mark.parametrize("name", ["dla46_c", "mobilenetv2_050"])
