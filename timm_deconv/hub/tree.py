@@ -100,7 +100,8 @@ def write_tree(
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
         cause = " ".join(str(error).split())
-        raise InputError(f"{folder} could not be written ({cause}): make room, or name another place") from None
+        way_out = "make room, or name another place (--output, TMPDIR)"
+        raise InputError(f"{folder} could not be written ({cause}): {way_out}") from None
     finally:
         remove(partial)
     return tree
