@@ -26,7 +26,7 @@ def export(
         timm-deconv export output/RUN
         timm-deconv export resnet18_025_cifar_deconv --dynamic --output resnet.onnx
         timm-deconv export output/RUN --format safetensors --half
-        timm-deconv export output/RUN --int8 DATA/train --data-dir DATA --twin output/TWIN_RUN
+        timm-deconv export output/RUN --int8 DATA --data-dir DATA --twin output/TWIN
 
     What is written is run and compared with the network first; a file that differs is not kept.
 
