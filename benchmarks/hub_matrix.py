@@ -1,7 +1,7 @@
 """Published networks by every path of loading, with several versions of the Hub's client, on a local Hub.
 
 A row is a network, a path and a client: the largest difference of an output to that of the tree's own folder, relative
-to the largest output, and the time of loading.
+to the largest output.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from .rows import CONDITIONS, Row, conditions, rounded
 
 __all__ = ["COLUMNS", "measure_here", "measure_with"]
 
-COLUMNS = ["case", "model", "client", "path", "difference", "seconds", *CONDITIONS]
+COLUMNS = ["case", "model", "client", "path", "difference", *CONDITIONS]
 ORGANISATION, TOKEN = "lab", "hf_local"
 
 
@@ -82,15 +81,12 @@ def _rows(folder: Path) -> list[Row]:
         expected = reference(images)
     rows = []
     for path, load in _paths(repository, commit, folder).items():
-        started = time.perf_counter()
         model = load().eval()
-        seconds = time.perf_counter() - started
         with torch.no_grad():
             difference = float((model(images) - expected).abs().max() / expected.abs().max())
         client = huggingface_hub.__version__
-        measured = {"difference": rounded(difference), "seconds": rounded(seconds)}
         about = {"case": f"{folder.name}, {path}, {client}", "model": folder.name, "client": client, "path": path}
-        rows.append({**about, **measured, **conditions("cpu")})
+        rows.append({**about, "difference": rounded(difference), **conditions("cpu")})
     return rows
 
 

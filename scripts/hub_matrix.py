@@ -38,7 +38,7 @@ def main() -> None:
         for client in args.clients:
             rows = measure_with(client, [tree.resolve() for tree in args.trees])
             add_rows(files, COLUMNS, rows)
-            print_table(rows, ["model", "client", "path", "difference", "seconds"])
+            print_table(rows, ["model", "client", "path", "difference"])
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_every_format_gives_what_the_network_gives(format, half, tmp_path):
     assert weights * (2 if half else 4) < export.bytes < weights * (2.6 if half else 4.9)
 
 
-@pytest.mark.parametrize("name", ["resnet18_025_cifar", "preact_resnet18_cifar"])
+@pytest.mark.parametrize("name", ["resnet18_025_cifar_deconv", "resnet18_025_cifar", "preact_resnet18_cifar"])
 def test_onnx_of_any_batch_and_size_has_plain_operators_only(name, tmp_path):
     model = trained(name, **({"width": 0.25} if "preact" in name else {}))
     export = export_network(model, tmp_path / "net.onnx", dynamic=True)

@@ -126,7 +126,21 @@ def test_results_of_a_data_set_of_the_hub_are_there_in_its_own_form(finished_run
     assert entry["dataset"] == {"id": "uoft-cs/cifar10", "task_id": "default"}
     assert entry["value"] == card.data.eval_results[0].metric_value
     assert card.data.datasets == ["uoft-cs/cifar10"]
+    assert card.data.eval_results[0].dataset_type == "uoft-cs/cifar10"
     assert prepared.repository.endswith(".nd_e2_cifar10")
+
+
+def test_results_on_the_images_of_a_folder_are_not_given_as_those_of_the_hubs_data_set(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    run = copied(finished_run, tmp_path)
+    settings = (run / "recipe.yaml").read_text().replace("dataset: digits", "dataset: ''")
+    (run / "recipe.yaml").write_text(settings.replace("name: digits", "name: cifar10_e20"))
+    prepared = dry_run(run, "me", tmp_path / "tree", evaluate=False)
+    card = ModelCard.load(prepared.folder / "README.md")
+    assert not (prepared.folder / ".eval_results").exists()
+    assert card.data.eval_results[0].dataset_type == "imagefolder"
+    assert card.data.datasets == ["uoft-cs/cifar10"], "it was trained on them"
 
 
 def test_carried_over_weights_make_a_tree_that_says_where_they_are_from(tmp_path: Path) -> None:

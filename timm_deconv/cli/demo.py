@@ -16,9 +16,10 @@ def demo(
     port: int = 7860,
     open_page: Annotated[bool, Parameter(name="--open")] = False,
 ) -> None:
-    """Serve a page on this computer that shows what batch norm and deconvolution make of a picture.
+    """Serve a page that shows what batch norm and deconvolution see in a picture.
 
-    The page is at http://127.0.0.1:PORT/, for this computer alone, until Ctrl-C ends it.
+    The page is at http://127.0.0.1:PORT/, for this computer alone, until
+    Ctrl-C ends it.
 
         timm-deconv demo --open
         timm-deconv demo --model tf_efficientnet_lite0_deconv

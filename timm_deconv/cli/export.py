@@ -21,14 +21,15 @@ def export(
     twin: str | None = None,
     json: bool = False,
 ) -> None:
-    """Write a network with its whitening folded away into a file that other programs run.
+    """Write a network without whitening into a file that other programs run.
 
-        timm-deconv export output/RUN
-        timm-deconv export resnet18_025_cifar_deconv --dynamic --output resnet.onnx
-        timm-deconv export output/RUN --format safetensors --half
-        timm-deconv export output/RUN --int8 DATA --data-dir DATA --twin output/TWIN
+    Whitening is folded away. What is written is run and compared with the
+    network first; a file that differs is not kept.
 
-    What is written is run and compared with the network first; a file that differs is not kept.
+        timm-deconv export runs/mine
+        timm-deconv export resnet18_025_cifar_deconv --dynamic --output r18.onnx
+        timm-deconv export runs/mine --format safetensors --half
+        timm-deconv export runs/mine --int8 DIR --data-dir DIR --twin runs/bn
 
     Args:
         model: a registered name, the output folder of a run, or a repository (hf-hub:ORG/NAME).

@@ -24,11 +24,12 @@ def push(
 ) -> None:
     """Publish a trained network on the Hub, as ORG/ARCHITECTURE.TAG.
 
-    The weights are evaluated again first. All files go up in one commit or none, and an upload that was interrupted is
-    completed by the same command. The token is that of `hf auth login`, or of the variable HF_TOKEN.
+    The weights are evaluated again first. All files go up in one commit or
+    none, and an upload that was interrupted is completed by the same command.
+    The token is that of `hf auth login`, or of the variable HF_TOKEN.
 
-        timm-deconv push runs/digits/resnet18_cifar_deconv-seed0 --org me --dry-run
-        timm-deconv push runs/digits/resnet18_cifar_deconv-seed0 --org me --private --tag nd_e3_digits
+        timm-deconv push runs/mine --org me --dry-run
+        timm-deconv push runs/mine --org me --private --tag nd_e3_digits
 
     Args:
         run_dir: output folder of a finished run, its best/, or a folder of carried-over weights.

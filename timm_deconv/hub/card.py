@@ -68,7 +68,7 @@ def model_card(source: Source, repository: str, measured: Measured | None) -> Mo
 
 def eval_results(source: Source, measured: Measured | None) -> dict[str, str]:
     """Return the Hub's form of results, file and text; nothing where there are none, or the client has no such form."""
-    dataset, result = _hub_dataset(source), _result(source, measured)
+    dataset, result = _evaluated_on(source), _result(source, measured)
     if dataset is None or result is None or not hasattr(huggingface_hub, "EvalResultEntry"):
         return {}
     entry = huggingface_hub.EvalResultEntry(
@@ -102,7 +102,7 @@ def _result(source: Source, measured: Measured | None) -> EvalResult | None:
     task, metric, called = FIGURES[_figure(source, measured)]
     return EvalResult(
         task_type=task,
-        dataset_type=_hub_dataset(source) or source.dataset or "custom",
+        dataset_type=_evaluated_on(source) or "imagefolder",
         dataset_name=_images(source, measured),
         dataset_split="test" if source.dataset else None,
         metric_type=metric,
@@ -119,6 +119,11 @@ def _figure(source: Source, measured: Measured | None) -> str:
 
 def _hub_dataset(source: Source) -> str | None:
     return DATASETS.get(source.dataset, (None, ""))[0]
+
+
+def _evaluated_on(source: Source) -> str | None:
+    """Name the data set of the Hub whose images the figures are of; None where a folder may hold others of its name."""
+    return _hub_dataset(source) if source.recipe is not None and source.recipe.dataset else None
 
 
 def _images(source: Source, measured: Measured | None) -> str:

@@ -80,7 +80,7 @@ class Source:
 
 
 def read_source(folder: str | Path, tag: str | None = None) -> Source:
-    """Read the output folder of a finished run, its best/, or a folder that `scripts/transfer.py` wrote.
+    """Read the output folder of a finished run, its best/, or a folder that `timm-deconv convert` wrote.
 
     Args:
         folder: with model.safetensors and config.json; of a run, with recipe.yaml, results.csv and curve.csv too.
@@ -103,7 +103,7 @@ def read_source(folder: str | Path, tag: str | None = None) -> Source:
 def _metadata(folder: Path) -> dict[str, str]:
     """Read what a file of weights says of itself, and refuse what is no file of the format."""
     if not folder.is_dir():
-        raise InputError(f"no folder {folder}; give the output folder of a run, or of scripts/transfer.py")
+        raise InputError(f"no folder {folder}; give the output folder of a run, or of timm-deconv convert")
     file = folder / "model.safetensors"
     if not file.exists():
         pickles = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
