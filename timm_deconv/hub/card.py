@@ -256,7 +256,7 @@ def _origins(source: Source) -> Iterator[str]:
     cfg: Any = source.model.pretrained_cfg
     yield f"- Licence of the weights: {_licence(source)}."
     if source.recipe is None:
-        yield f"- Weights: {cfg.get('origin_url') or 'origin not recorded'}, tag `{source.tag}`."
+        yield f"- Weights: {cfg.get('origin_url') or source.carried_from or 'origin not recorded'}, tag `{source.tag}`."
     else:
         start = source.recipe.pretrained_path or ("timm's" if source.recipe.pretrained else None)
         yield f"- Weights: trained {f'from {start} weights' if start else 'from scratch'} by `timm_deconv`."

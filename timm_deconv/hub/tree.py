@@ -100,7 +100,8 @@ def write_tree(
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
         cause = " ".join(str(error).split())
-        raise InputError(f"{folder} could not be written ({cause}): make room, or name another place") from None
+        way_out = "make room, or name another place (--output, TMPDIR)"
+        raise InputError(f"{folder} could not be written ({cause}): {way_out}") from None
     finally:
         remove(partial)
     return tree
@@ -138,10 +139,10 @@ def _configuration(source: Source, tree: Tree) -> dict[str, Any]:
     described = {
         "tag": source.tag,
         "license": cfg.get("license") or "unknown",
-        "origin_url": cfg.get("origin_url") or f"https://huggingface.co/{tree.repository}",
+        "origin_url": cfg.get("origin_url") or source.carried_from or f"https://huggingface.co/{tree.repository}",
         "paper_ids": [*papers, *([PAPER] if source.whitened and PAPER not in papers else [])],
     }
-    names = tree.measured.class_names if tree.measured else ()
+    names = tree.measured.class_names if tree.measured and source.recipe else ()
     if not cfg.get("label_names") and len(names) == source.model.num_classes:  # runs before 0.2 did not name them
         described["label_names"] = list(names)
     return {"pretrained_cfg": described}
