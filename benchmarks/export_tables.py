@@ -19,11 +19,9 @@ def exports(results: Path) -> Table:
             continue
         twin, ours = (latest.get((network, form, each)) for each in NORMS)
         assert ours is not None
-        cells = [_pair(twin, ours, column, digits) for column, digits in (("megabytes", 3), ("top1", 4))]
-        difference = f"{float(ours['largest_difference']):.0e}" if ours["largest_difference"] else NOTHING
-        times = [_pair(twin, ours, "milliseconds", 3), ours["ratio_to_twin"] or NOTHING]
-        same = _pair(twin, ours, "same_class", 3)
-        body.append([f"`{network}`", form, cells[0], difference, cells[1], same, *times])
+        figures = [_pair(twin, ours, column) for column in ("top1", "same_class", "milliseconds")]
+        ratio = f"{float(ours['ratio_to_twin']):.2f}" if ours["ratio_to_twin"] else NOTHING
+        body.append([f"`{network}`", form, _pair(twin, ours, "megabytes"), _difference(ours), *figures, ratio])
         used += [row for row in (twin, ours) if row is not None]
     head = ["network", "form", "MB", "largest difference", "right in %", "as in float32", "ms a picture", "ratio"]
     return Table(head, body, used, "export.csv", "python scripts/benchmark.py exports")
@@ -45,7 +43,14 @@ def export_ranges(results: Path) -> Table:
     return Table(head, body, used, "export_ranges.csv", "python scripts/benchmark.py export-ranges")
 
 
-def _pair(twin: Row | None, ours: Row, column: str, digits: int) -> str:
+def _difference(row: Row) -> str:
+    if not row["largest_difference"]:
+        return NOTHING
+    value = float(row["largest_difference"])
+    return significant(value, 2) if value == 0 or value > 1e-3 else f"{value:.0e}"
+
+
+def _pair(twin: Row | None, ours: Row, column: str) -> str:
     """Write a figure of batch norm's and of our network."""
-    values = [significant(float(row[column]), digits) if row and row[column] else NOTHING for row in (twin, ours)]
+    values = [significant(float(row[column])) if row and row[column] else NOTHING for row in (twin, ours)]
     return NOTHING if set(values) == {NOTHING} else " / ".join(values)

@@ -19,7 +19,7 @@ from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.export.network import export_network, open_export
 from timm_deconv.export.pictures import labelled_pictures, picture_loader, top1
 from timm_deconv.export.plain import plain_form, run
-from timm_deconv.export.report import load_any
+from timm_deconv.models.loading import load_network
 from timm_deconv.models.pretrained import create_batch_norm, create_transferred
 from timm_deconv.timing import Timings, interleave
 
@@ -127,9 +127,9 @@ def range_rows(settings: ExportSettings, progress: Callable[[str], object] = pri
 
 
 def _networks(settings: ExportSettings, progress: Callable[[str], object]) -> dict[str, nn.Module]:
-    twin = load_any(settings.twin_run) if settings.twin_run else create_batch_norm(settings.network)
+    twin = load_network(settings.twin_run) if settings.twin_run else create_batch_norm(settings.network)
     if settings.run:
-        return {"batch norm": twin, "deconv": load_any(settings.run)}
+        return {"batch norm": twin, "deconv": load_network(settings.run)}
     deconv = create_transferred(settings.network)
     progress(f"calibrating on {settings.calibration_images} pictures")
     calibrate(deconv, picture_loader(deconv, settings.data_dir, images=settings.calibration_images))

@@ -163,7 +163,7 @@ def test_fine_tuning_by_a_foreign_script_is_ahead_of_the_uncalibrated_start(
             tar.extractall(images / split, filter="data")
     model = ("--model", "tf_efficientnet_lite0_deconv", "--pretrained", "--num-classes", "10", "--img-size", "64")
     command = (str(FINETUNE), str(images), *model, "--epochs", "2", "--batch-size", "25")
-    with pytest.warns(UserWarning, match="from batch norm start training from another function"):
+    with pytest.warns(UserWarning, match="transferred from batch norm, start training from another function"):
         run_here(*command)
     run_here("--calibrate", str(images), "--images", "128", "--image-size", "64", *command)
     plain, calibrated = (  # of the network and its average, behind the loss of the first batch

@@ -54,6 +54,16 @@ def test_the_network_of_the_package_knows_real_pictures(data_dir, tmp_path, comm
     assert len(right) == 40 and sum(right) >= 32
 
 
+def test_batch_norms_network_and_the_whitened_one_name_the_same_classes_of_imagenet(command):
+    words = [Path(__file__).parents[2] / "docs" / "images" / "cat.jpg", "--top", 2, "--json"]
+    twin, whitened = (
+        json.loads(command("predict", name, *words).output)[0]["classes"]
+        for name in ("tf_efficientnet_lite0", "tf_efficientnet_lite0_deconv")
+    )
+    assert [row["class"] for row in twin] == ["Egyptian cat", "tiger cat"]
+    assert whitened == [{**row, "probability": pytest.approx(row["probability"], abs=2e-4)} for row in twin]
+
+
 def test_a_network_for_masks_says_shares_of_the_pixels(data_dir, tmp_path, command):
     save_network(timm.create_model("segmenter", base="test_resnet", num_classes=3), tmp_path / "masks")
     picture = next((write_camvid(data_dir, tmp_path, val=1) / "val" / "images").iterdir())

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from timm_deconv.errors import NonFiniteError, Stopped
 from timm_deconv.models.weights import save_network
 
 
@@ -45,6 +46,23 @@ def test_bad_input_is_one_line_before_any_work(words, line, tmp_path, command):
     assert (done.status, done.output) == (1, "") and done.errors.count("\n") == 1
     assert line.format(tmp_path, tmp_path) in done.errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "plain"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (Stopped(), 75, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (NonFiniteError("the loss is NaN"), 1, "NonFiniteError: the loss is NaN\n"),
+        (OSError(28, "No space left on device"), 1, "OSError: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_the_exit_status_says_how_a_run_has_ended(raised, status, line, monkeypatch, command):
+    def train(*args, **options):
+        raise raised
+
+    monkeypatch.setattr("timm_deconv.training.loop.train", train)
+    assert command("train", "digits", "epochs=1") == (status, "", line)
 
 
 def test_bench_measures_all_forms_beside_batch_norm(command):

@@ -17,6 +17,11 @@ def trained(name: str, images: torch.Tensor | None = None, **arguments: Any) -> 
     return model
 
 
+def small() -> nn.Module:
+    """Create a network of a few layers for images of 64 x 64."""
+    return of_size(trained("deconv", torch.randn(8, 3, 64, 64), base="test_resnet", num_classes=10), 64)
+
+
 def of_size(model: nn.Module, size: int) -> nn.Module:
     """Let a network's configuration ask for images of another size."""
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}

@@ -18,6 +18,7 @@ from timm_deconv.export.formats import check_operators
 from timm_deconv.export.network import open_export
 from timm_deconv.export.pictures import labelled_pictures, picture_loader, top1
 from timm_deconv.export.plain import plain_form, run
+from timm_deconv.export.quantisation import agreement
 from timm_deconv.models.weights import save_network
 
 from .networks import trained
@@ -55,7 +56,7 @@ def test_carried_over_and_calibrated_weights_give_in_eight_bits_what_batch_norms
     twin = trained("resnet18_025_cifar").eval()
     model = copy.deepcopy(twin)
     transfer(model, {"preset": "fast", "block": 16})
-    loader = picture_loader(twin, pictures)
+    loader = picture_loader(twin, pictures, images=32)
     calibrate(model, loader)
     model(torch.randn(2, 3, 32, 32))
     files = [export_network(each, tmp_path / f"{n}.onnx", int8=loader).file for n, each in enumerate((twin, model))]
@@ -126,6 +127,11 @@ def test_what_the_command_cannot_do_is_one_line_and_nothing_is_written(options, 
         export(options.pop("model", "cifar_deconv"), **options)
     assert "\n" not in str(caught.value)
     assert sorted(runs.rglob("*")) == before
+
+
+def test_no_pictures_to_find_ranges_on_are_an_error():
+    with pytest.raises(InputError, match="no pictures to find ranges on: there are none"):
+        agreement(Path("net.onnx"), Path("net.onnx"), iter(()))
 
 
 def test_a_request_says_its_form():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import onnx
 import onnxruntime
@@ -13,24 +14,25 @@ from torch import nn
 from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError
 from timm_deconv.export import export_network, network
-from timm_deconv.export.formats import FORMATS, check_operators
+from timm_deconv.export.formats import FORMATS, check_operators, open_onnx
 from timm_deconv.export.network import open_export
+from timm_deconv.export.plain import plain_form
 from timm_deconv.layers import Deconv2d
 
-from .networks import evaluated, of_size, trained
+from .networks import evaluated, of_size, small, trained
 
 # What every runtime of ONNX has; a network of convolutions needs no others.
 PLAIN_OPERATORS = set(
     """Add Cast Clip Concat Conv Div Expand Flatten Gemm GlobalAveragePool MatMul MaxPool Mul Pad ReduceMean Relu
     Reshape Resize Shape Sigmoid Slice Squeeze Unsqueeze""".split()
 )
-ONE = torch.randn(1, 3, 32, 32)
+ONE = torch.randn(1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_gives_what_the_network_gives(format, half, tmp_path):
-    model = trained("resnet18_025_cifar_deconv")
+    model = small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     export = export_network(model, tmp_path / "written", format, half=half)
     assert [file.name for file in tmp_path.iterdir()] == ["written"]
@@ -40,7 +42,7 @@ def test_every_format_gives_what_the_network_gives(format, half, tmp_path):
     tolerance = 2e-2 if half else 1e-4
     torch.testing.assert_close(given, evaluated(model, ONE), rtol=tolerance, atol=tolerance)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    assert weights * (2 if half else 4) < export.bytes < weights * (2.4 if half else 4.6)
+    assert weights * (2 if half else 4) < export.bytes < weights * (2.6 if half else 4.9)
 
 
 @pytest.mark.parametrize("name", ["resnet18_025_cifar_deconv", "resnet18_025_cifar", "preact_resnet18_cifar"])
@@ -70,9 +72,9 @@ def test_a_class_for_every_pixel_is_exported_at_any_size(name, tmp_path):
 
 @pytest.mark.parametrize("format", ["torch-export", "torchscript"])
 def test_formats_of_torch_take_other_batches_and_sizes(format, tmp_path):
-    model = trained("resnet18_025_cifar_deconv")
+    model = small()
     export = export_network(model, tmp_path / "net", format, dynamic=True)
-    images = torch.randn(4, 3, 48, 40)
+    images = torch.randn(4, 3, 96, 72)
     torch.testing.assert_close(open_export(export.file, format)(images), evaluated(model, images))
 
 
@@ -81,7 +83,7 @@ class Around(nn.Module):
 
     def __init__(self, after) -> None:
         super().__init__()
-        self.net = timm.create_model("resnet18_025_cifar_deconv")
+        self.net = small()
         self.pretrained_cfg, self.after = self.net.pretrained_cfg, after
 
     def forward(self, images):
@@ -108,12 +110,14 @@ def test_folded_safetensors_load_as_a_plain_network(name, tmp_path):
 
 
 def test_the_file_says_how_images_are_prepared(tmp_path):
-    file = export_network(trained("resnet18_025_cifar_deconv"), tmp_path / "net.onnx").file
+    model = small()
+    file = tmp_path / "net.onnx"
+    FORMATS["onnx"].write(plain_form(model), file, ONE, False)
     told = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
-    assert told["timm.mean"] == [0.4914, 0.4822, 0.4465] and told["timm.interpolation"] == "bilinear"
+    assert told["timm.mean"] == list(model.pretrained_cfg["mean"]) and told["timm.interpolation"] == "bilinear"
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["safetensors", "torchscript"])
 def test_a_file_that_differs_is_refused_and_leaves_nothing(format, tmp_path, monkeypatch):
     how = FORMATS[format]
 
@@ -124,7 +128,7 @@ def test_a_file_that_differs_is_refused_and_leaves_nothing(format, tmp_path, mon
 
     monkeypatch.setitem(network.FORMATS, format, dataclasses.replace(how, write=write_another))
     with pytest.raises(InputError, match=f"refused: written as {format} the network gives other values"):
-        export_network(trained("resnet18_025_cifar_deconv"), tmp_path / "net", format)
+        export_network(small(), tmp_path / "net", format)
     assert not list(tmp_path.iterdir())
 
 
@@ -135,7 +139,6 @@ def test_a_file_that_differs_is_refused_and_leaves_nothing(format, tmp_path, mon
         ({"format": "torchscript", "int8": []}, "int8 is written as onnx, not as torchscript"),
         ({"half": True, "int8": []}, "int8 and half exclude each other"),
         ({"format": "safetensors", "dynamic": True}, "dynamic is not for safetensors"),
-        ({"int8": []}, "no pictures to find ranges on"),
         ({"file": "taken.onnx"}, "taken.onnx is there already; remove it"),
         ({"file": "nowhere/net.onnx"}, "no folder .*nowhere for the output"),
         ({"file": "taken.onnx/net.onnx"}, "no folder .*taken.onnx for the output"),
@@ -156,9 +159,11 @@ def test_what_cannot_be_exported_is_said_in_one_line_and_nothing_is_lost(options
     assert (tmp_path / "taken.onnx").read_text() == "precious"
 
 
-@pytest.mark.parametrize("package", ["onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(package, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(InputError, match=rf"{package} is not installed; pip install 'timm-deconv\[export\]'"):
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(tmp_path, monkeypatch):
+    for package in ("onnxruntime", "onnxscript"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=r"onnxscript is not installed; pip install 'timm-deconv\[export\]'"):
         export_network(timm.create_model("resnet18_025_cifar_deconv"), tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"onnxruntime is not installed; pip install 'timm-deconv\[export\]'"):
+        open_onnx(tmp_path / "net.onnx")

@@ -30,10 +30,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18_025_cifar_deconv": {"layers": (1, 1, 1, 1), "width": 0.25},
     "efficientnet_b0_cifar_deconv": {"width": 0.25},  # with plain layers in squeeze-excite
     "deconv": {"base": "test_resnet", "deconv": {"block": 16, "classifier": "plain"}},
-    "fcn_resnet50_deconv": {"layers": (1, 1, 1, 1), "aux_head": True},
 }
-OTHER = {"resnet18_025_cifar_deconv": "paper", "efficientnet_b0_cifar_deconv": {"block": 16, "layout": "window"}}
-"""Whitening settings under which other features are whitened together."""
 SIZE = 32
 
 Source = tuple[nn.Module, Path]
@@ -92,15 +89,26 @@ def test_every_form_of_weights_goes_into_every_form_of_network(source: Source, f
         assert close(maps(x)[0], features(model, x))
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_weights_of_other_whitening_settings_are_folded_and_it_is_said(name: str, tmp_path: Path) -> None:
+@torch.no_grad()
+def test_an_auxiliary_head_stays_or_goes_as_the_network_has_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("fcn_resnet50_deconv", layers=(1, 1, 1, 1), aux_head=True)
+    x = torch.randn(1, 3, SIZE, SIZE)
+    save_network(model.eval(), tmp_path)
+    for aux_head in (False, True):
+        found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, fused=True, aux_head=aux_head).eval()
+        assert close(found(x), model(x)) and (found.aux_decoder is not None) is aux_head
+
+
+def test_weights_of_other_whitening_settings_are_folded_and_it_is_said(tmp_path: Path) -> None:
+    name = "resnet18_025_cifar_deconv"
     model, x = trained(name), torch.randn(2, 3, SIZE, SIZE)
     save_network(model, tmp_path)
     file = {"file": str(tmp_path / "model.safetensors")}
-    others = {**NETWORKS[name], "deconv": OTHER[name]}
+    others = {**NETWORKS[name], "deconv": "paper"}
     with torch.no_grad():
         for found, settings in (
-            (f"local-dir:{tmp_path}", {"deconv": OTHER[name]}),
+            (f"local-dir:{tmp_path}", {"deconv": "paper"}),
             (name, {"pretrained_cfg_overlay": file, **others}),  # config.json is beside it
         ):
             with pytest.warns(UserWarning, match="under other whitening settings than the network's") as said:
@@ -110,7 +118,7 @@ def test_weights_of_other_whitening_settings_are_folded_and_it_is_said(name: str
         other.train()
         with pytest.warns(UserWarning, match="call timm_deconv.calibrate"):
             other(torch.randn(4, 3, SIZE, SIZE))
-        plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, deconv=OTHER[name], fused=True).eval()
+        plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, deconv="paper", fused=True).eval()
         assert close(plain(x), model(x))
     with pytest.raises(InputError, match=r"under other whitening settings .* give deconv= as in training"):
         weights = {"state_dict": load_file(tmp_path / "model.safetensors")}

@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 
-from timm_deconv.convert.module_types import batch_norms
+import timm_deconv
+from timm_deconv.convert.module_types import batch_norms, is_whitened
 from timm_deconv.errors import InputError
 from timm_deconv.layers import Deconv2d
 from timm_deconv.models.weights import save_network
@@ -42,3 +43,25 @@ def test_a_base_that_is_no_encoder_is_named():
         timm.create_model("segmenter", base="resnet19")
     with pytest.raises(InputError, match="test_vit is no encoder: it cannot be dilated to an output stride of 16"):
         timm.create_model("segmenter", base="test_vit")
+
+
+@torch.no_grad()
+def test_either_form_of_weights_goes_into_either_form_and_into_other_classes_and_channels(tmp_path):
+    model = timm.create_model("segmenter", base="test_efficientnet", deconv={"block": 16}, num_classes=5)
+    x = torch.randn(2, 3, 64, 64)
+    model.train()(x)
+    save_network(model.eval(), tmp_path / "own")
+    save_network(timm_deconv.fuse(model), tmp_path / "folded")
+    deep = model.encoder(x)[-1]
+    for form in ("own", "folded"):
+        place = f"local-dir:{tmp_path / form}"
+        for fused in (False, True):
+            found = timm.create_model(place, pretrained=True, fused=fused).eval()
+            assert is_whitened(found) is not fused
+            torch.testing.assert_close(found(x), model(x), rtol=1e-3, atol=1e-4)
+        other = timm.create_model(place, pretrained=True, num_classes=3).eval()
+        torch.testing.assert_close(other.encoder(x)[-1], deep, rtol=1e-3, atol=1e-4)
+        assert other(x).shape == (2, 3, 64, 64)
+        grey = timm.create_model(place, pretrained=True, in_chans=1).eval()
+        expected = model(x[:, :1].expand(-1, 3, -1, -1))
+        torch.testing.assert_close(grey(x[:, :1]), expected, rtol=1e-3, atol=1e-4)

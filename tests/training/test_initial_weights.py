@@ -126,7 +126,7 @@ def test_frozen_batch_norms_do_not_move(weights: Path) -> None:
 def test_with_a_frozen_backbone_the_classifier_alone_learns(weights: Path, tmp_path: Path, form: str) -> None:
     settings = {"train_images": 256, "val_images": 64, "freeze_backbone": True}
     recipe = recipe_from(weights, form, **settings)
-    warning = "from batch norm start training from another function"
+    warning = "transferred from batch norm, start training from another function"
     uncalibrated = pytest.warns(UserWarning, match=warning) if form else nullcontext()
     with uncalibrated:
         train(recipe, tmp_path / "run", cpu=True)

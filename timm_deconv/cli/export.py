@@ -29,7 +29,7 @@ def export(
         timm-deconv export runs/mine
         timm-deconv export resnet18_025_cifar_deconv --dynamic --output r18.onnx
         timm-deconv export runs/mine --format safetensors --half
-        timm-deconv export runs/mine --int8 DIR/train --data-dir DIR --twin runs/bn
+        timm-deconv export runs/mine --int8 DIR --data-dir DIR --twin runs/bn
 
     Args:
         model: a registered name, the output folder of a run, or a repository (hf-hub:ORG/NAME).

@@ -67,8 +67,8 @@ def agreement(file: Path, source: Path, pictures: Iterable[Any]) -> tuple[float,
         The largest difference of an output of `file`, as `largest_difference` has it, and the share of the pictures, or
         of their pixels, that are given the same class.
     """
-    ours, wanted = ([run(image) for image in _one_by_one(pictures)] for run in (open_onnx(file), open_onnx(source)))
-    found, expected = torch.cat(ours), torch.cat(wanted)
+    images = list(_one_by_one(pictures))
+    found, expected = (torch.cat(list(map(open_onnx(each), images))) for each in (file, source))
     same = (found.argmax(1) == expected.argmax(1)).double().mean()
     return largest_difference(found, expected), float(same)
 

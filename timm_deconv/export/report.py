@@ -5,19 +5,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm
 from torch import nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.models import list_models
 from timm_deconv.models.loading import load_network
-from timm_deconv.models.pretrained import create_batch_norm
 
 from .network import check_options, check_place, default_name, export_network, open_export
 from .pictures import labelled_pictures, picture_loader, top1
 from .plain import run
 
-__all__ = ["Request", "export_and_measure", "load_any"]
+__all__ = ["Request", "export_and_measure"]
 
 Row = dict[str, Any]
 
@@ -61,7 +58,7 @@ def export_and_measure(
 
     Args:
         request: how.
-        name: a registered name, folder of a run or place of the Hub, as `load_any` takes it.
+        name: a registered name, folder of a run or place of the Hub, as `load_network` takes it.
         file: to be written; by default named after the network, in the working folder.
         twin: name of a network that is exported likewise, measured, and not kept.
 
@@ -74,22 +71,13 @@ def export_and_measure(
     """
     if file is not None:
         check_place(file)
-    model = load_any(name)
+    model = load_network(name)
     file = file or Path(default_name(model, request.format, half=request.half, int8=request.int8 is not None))
     rows = _export(request, name, model, file)
     if twin is not None:
         with TemporaryDirectory() as folder:
-            rows += _export(request, twin, load_any(twin), Path(folder, "twin"))
+            rows += _export(request, twin, load_network(twin), Path(folder, "twin"))
     return file, rows
-
-
-def load_any(name: str) -> nn.Module:
-    """Load a network with its weights as `load_network` does; batch norm's may be those of an installed package."""
-    if timm.is_model(name) and not Path(name).is_dir() and name.partition(".")[0] not in list_models():
-        if not timm.is_model_pretrained(name):
-            raise InputError(f"{name} has no pretrained weights; give the output folder of a run")
-        return create_batch_norm(name)
-    return load_network(name)
 
 
 def _export(request: Request, name: str, model: nn.Module, file: Path) -> list[Row]:

@@ -263,7 +263,7 @@ def _in_the_models_settings(
 ) -> StateDict:
     """Return weights as they are where whitening means the same in the model; else folded."""
     trained_under = as_saved(saved["deconv"], saved) if saved and "deconv" in saved else deconv
-    if is_whitened(model) and trained_under == deconv:
+    if is_whitened(model) and _same_settings(trained_under, deconv):
         return state_dict
     cfg = model.pretrained_cfg
     classifier = tuple(f"{name}." for name in _names(cfg, "classifier"))
@@ -282,6 +282,11 @@ def _in_the_models_settings(
     if is_whitened(model):
         share_notices(model).say(OTHER_SETTINGS)
     return fold_weights(weights, network)
+
+
+def _same_settings(a: Any, b: Any) -> bool:
+    """Return whether two settings are surely the same; their versions tell what a preset meant."""
+    return a == b and getattr(a, "version", None) == getattr(b, "version", None)
 
 
 def _check_settings(state_dict: StateDict, model: nn.Module) -> None:

@@ -12,6 +12,9 @@ from torch import nn
 
 from timm_deconv.errors import InputError, unknown_name
 
+from .pretrained import create_batch_norm
+from .registration import list_models
+
 __all__ = ["load_network"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.@-]*")
@@ -61,6 +64,8 @@ def _hub_id(name: str) -> str:
 
 def _load_from(name: str, weights: bool) -> nn.Module:
     try:
+        if weights and timm.is_model(name) and name.partition(".")[0] not in list_models():
+            return create_batch_norm(name)  # whose weights may be those of an installed package
         return timm.create_model(name, pretrained=weights)
     except (OSError, RuntimeError, AssertionError) as error:  # which the errors of the Hub's client are too
         reason = textwrap.shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
