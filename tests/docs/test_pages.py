@@ -173,6 +173,13 @@ def test_what_the_readme_admits_of_its_comparison_is_in_the_rows() -> None:
     assert f"{fast} that without norms, batch norm's {norm}" in readme
 
 
+def test_what_the_readme_admits_of_longer_runs_is_in_the_rows() -> None:
+    accuracies = {line[0].strip("`"): line[3] for line in TABLES["zoo"](RESULTS).body}
+    names = ("resnet18_025_cifar_deconv.nd_e20_cifar10", "resnet18_025_cifar.e20_cifar10")
+    ours, norm = (accuracies[name] for name in names)
+    assert f"`resnet18_025_cifar` has {ours} % against batch norm's {norm} (one run each)" in README.read_text()
+
+
 def test_what_fine_tuning_says_of_frozen_batch_norm_is_in_the_rows() -> None:
     page = (ROOT / "docs" / "finetuning.md").read_text()
     table = TABLES["fine-tuning, CIFAR-10"](RESULTS)
