@@ -50,7 +50,8 @@ def _line(entry: ZooEntry, row: Row | None) -> list[str]:
 
 def _training(entry: ZooEntry) -> str:
     """Name the recipe and the settings that differ, but for the place of the images."""
-    differing = (f"{key}={json.dumps(value)}" for key, value in entry.settings.items() if key != "dataset")
+    changed = {key: value for key, value in entry.settings.items() if key != "dataset"}
+    differing = (f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in changed.items())
     return " ".join([entry.recipe or "", *differing])
 
 

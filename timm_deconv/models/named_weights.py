@@ -140,6 +140,9 @@ def _nearest(architecture: str, names: Iterable[str]) -> list[str]:
 def _training(architecture: str, entry: ZooEntry | None) -> str:
     if architecture in ANY_NETWORK:
         return "or take a batch-norm network's: timm-deconv convert NETWORK OUTPUT"
+    if entry is not None and entry.recipe is None:
+        source = architecture.removesuffix("_deconv")
+        return f"or carry batch norm's over: timm-deconv convert {source} OUTPUT --calibrate PHOTOGRAPHS"
     cfg = get_pretrained_cfg(architecture)
     recipe = entry.recipe if entry and entry.recipe else RECIPES.get(cfg.num_classes if cfg else 0, "imagenet_e90")
     return f"or train it: timm-deconv train {recipe} --model {architecture} --data-dir DIR"
