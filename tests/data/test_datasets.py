@@ -4,6 +4,7 @@ import gzip
 import io
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -146,3 +147,8 @@ def test_no_images_at_all_are_refused(images):
         chosen_images(create_dataset("digits"), images)
     with pytest.raises(InputError, match=f"{images} images asked for: at least one"):
         calibration_loader(timm.create_model("test_resnet"), "digits", images=images)
+
+
+def test_classes_of_several_names_are_named_in_one_line():
+    imagenet = SimpleNamespace(classes=[("tench", "Tinca tinca"), ("goldfish",)])  # as torchvision tells them
+    assert class_names(imagenet) == ["tench, Tinca tinca", "goldfish"]

@@ -1,5 +1,7 @@
 """Which two networks stand side by side."""
 
+import inspect
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,23 @@ import torch
 from PIL import Image
 
 from tests.demo.pairs import CLASSES, small_pair
+from timm_deconv.cli.demo import demo
+from timm_deconv.data.pictures import read_picture
 from timm_deconv.demo import Pair, load_pair
 from timm_deconv.errors import InputError
 from timm_deconv.models.weights import save_network
 
 GREY = Image.new("RGB", (300, 240), "grey")
+
+
+def test_the_networks_of_the_command_come_along_and_both_know_the_cat_of_the_page() -> None:
+    pair = load_pair(inspect.signature(demo).parameters["model"].default)
+    assert not pair.carried_over
+    assert all("_cifar10" in name for name in pair.names)
+    content = (files("timm_deconv.demo") / "page" / "cat.jpg").read_bytes()
+    found = pair.compare(read_picture(content))
+    assert all(pair.classes[int(each.argmax())] == "cat" for each in (found.deconv, found.twin))
+    assert not torch.equal(found.deconv, found.twin)
 
 
 def test_imagenet_weights_of_a_package_and_their_twin_answer_alike() -> None:

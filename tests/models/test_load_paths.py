@@ -28,8 +28,7 @@ from timm_deconv.models.weights import save_network, write_weights
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18_025_cifar_deconv": {"layers": (1, 1, 1, 1), "width": 0.25},
-    "efficientnet_b0_cifar_deconv": {"width": 0.25},  # with plain layers in squeeze-excite
-    "deconv": {"base": "test_resnet", "deconv": {"block": 16, "classifier": "plain"}},
+    "deconv": {"base": "test_efficientnet", "deconv": {"block": 16, "classifier": "plain"}},  # squeeze-excite is plain
 }
 SIZE = 32
 

@@ -18,6 +18,7 @@ from torch import nn
 from tests.models import zoo_of_two
 from timm_deconv.errors import InputError
 from timm_deconv.models import list_models
+from timm_deconv.models.pretrained import create_transferred
 from timm_deconv.models.zoo import ZooEntry, entries, parse_entry
 from timm_deconv.training.evaluation import validate
 from timm_deconv.training.processes import create_accelerator
@@ -115,8 +116,8 @@ def test_pretrained_gives_the_trained_networks_function_and_its_twins(trained: n
         found = timm.create_model(name, pretrained=True).eval()(x)
         assert (found - trained(x)).abs().max() < 0.01 * trained(x).abs().max(), "but for the rounding of float16"
     twin = timm.create_model("zoo18", pretrained=True).eval()
-    carried_over = timm.create_model("zoo18_deconv.bn_c", pretrained=True).eval()
-    torch.testing.assert_close(carried_over(x), twin(x), rtol=1e-4, atol=1e-5)
+    for carried_over in (timm.create_model("zoo18_deconv.bn_c", pretrained=True), create_transferred("zoo18")):
+        torch.testing.assert_close(carried_over.eval()(x), twin(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("zoo")

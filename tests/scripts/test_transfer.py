@@ -69,7 +69,7 @@ def test_what_cannot_be_transferred_ends_in_one_line_and_writes_nothing(tmp_path
         (("preact_resnet18_cifar", tmp_path / "new", "--checkpoint", file), "keep_affine=True"),
         (("resnet18_cifar", tmp_path / "full"), "is not empty"),
         (("resnet18_cifra", tmp_path / "new"), "nearest: .*resnet18_cifar"),
-        (("resnet18_cifar", tmp_path / "new"), "No pretrained weights exist"),
+        (("resnet18_cifar", tmp_path / "new"), "there are no weights of resnet18_cifar_deconv"),
         (("resnet18_cifar", tmp_path / "new", "--policy", "{block: 3}"), "is not JSON"),
     ):
         with pytest.raises(SystemExit, match=message) as stop:

@@ -147,7 +147,8 @@ def class_names(dataset: Dataset) -> list[str] | None:
         return [str(digit) for digit in range(10)]
     reader = getattr(dataset, "reader", None)
     indices = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-    return sorted(indices, key=indices.get) if indices else getattr(dataset, "classes", None)
+    names = sorted(indices, key=indices.get) if indices else getattr(dataset, "classes", None)
+    return None if names is None else [", ".join(each) if isinstance(each, tuple) else each for each in names]
 
 
 def _check_name(name: str) -> None:

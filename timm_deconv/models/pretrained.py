@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import Tensor, nn
 
 from timm_deconv.convert import DeconvPolicy, transfer
@@ -105,9 +105,14 @@ def _check_name(network: str) -> None:
 
 
 def _registered(network: str) -> str:
-    """Return the registered deconvolution form of a batch-norm name, with its weights' tag; else the name itself."""
+    """Return the registered deconvolution form of a batch-norm name, with the tag of its weights; else the name itself.
+
+    Without a tag those are meant that the batch-norm name alone means, and not those of the deconvolution form.
+    """
     base, tag = split_model_name_tag(network)
     name = f"{base.removesuffix('_bn')}_deconv"
     if ":" in network or name not in list_models():
         return network
-    return f"{name}.{TAG_PREFIX}{tag}" if tag else name
+    cfg = timm.get_pretrained_cfg(base)
+    tagged = f"{name}.{TAG_PREFIX}{tag or (cfg and cfg.tag)}"
+    return tagged if tag or tagged in get_arch_pretrained_cfgs(name) else name

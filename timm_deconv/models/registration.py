@@ -203,6 +203,8 @@ def _deconv_entry_point(
 
     def entry_point(pretrained: bool = False, *, deconv: Any = None, fused: bool = False, **kwargs: Any) -> nn.Module:
         kwargs = {"deconv": deconv, "fused": fused, **kwargs}
+        if pretrained and not kwargs.get("pretrained_cfg"):  # the default's, which a package has or not
+            kwargs["pretrained_cfg"] = getattr(get_pretrained_cfg(name), "tag", None)
         with packaged_weights(source, kwargs) if pretrained else nullcontext(kwargs) as options:
             return build_deconv(name, source, convert, pretrained, feature_cfg=feature_cfg, **options)
 
