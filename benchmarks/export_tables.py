@@ -19,7 +19,7 @@ def exports(results: Path) -> Table:
             continue
         twin, ours = (latest.get((network, form, each)) for each in NORMS)
         assert ours is not None
-        figures = [_pair(twin, ours, column) for column in ("top1", "same_class", "milliseconds")]
+        figures = [_pair(twin, ours, "top1", 4), _pair(twin, ours, "same_class"), _pair(twin, ours, "milliseconds")]
         ratio = f"{float(ours['ratio_to_twin']):.2f}" if ours["ratio_to_twin"] else NOTHING
         body.append([f"`{network}`", form, _pair(twin, ours, "megabytes"), _difference(ours), *figures, ratio])
         used += [row for row in (twin, ours) if row is not None]
@@ -50,7 +50,7 @@ def _difference(row: Row) -> str:
     return significant(value, 2) if value == 0 or value > 1e-3 else f"{value:.0e}"
 
 
-def _pair(twin: Row | None, ours: Row, column: str) -> str:
+def _pair(twin: Row | None, ours: Row, column: str, digits: int = 3) -> str:
     """Write a figure of batch norm's and of our network."""
-    values = [significant(float(row[column])) if row and row[column] else NOTHING for row in (twin, ours)]
+    values = [significant(float(row[column]), digits) if row and row[column] else NOTHING for row in (twin, ours)]
     return NOTHING if set(values) == {NOTHING} else " / ".join(values)
