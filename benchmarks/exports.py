@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from timm_deconv.convert import calibrate
 from timm_deconv.convert.module_types import is_whitened
+from timm_deconv.data.evaluation import picture_loader
 from timm_deconv.export.network import export_network, open_export
-from timm_deconv.export.pictures import labelled_pictures, picture_loader, top1
+from timm_deconv.export.pictures import labelled_pictures, top1
 from timm_deconv.export.plain import plain_form, run
 from timm_deconv.models.loading import load_network
 from timm_deconv.models.pretrained import create_batch_norm, create_transferred

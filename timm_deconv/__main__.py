@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from timm_deconv.convert import calibrate, convert_sync
-from timm_deconv.data.calibration import calibration_loader
+from timm_deconv.data.evaluation import picture_loader
 from timm_deconv.errors import InputError
 from timm_deconv.models.registration import when_transferred
 
@@ -57,7 +57,7 @@ class Calibrator:
         """
         try:
             with torch.random.fork_rng(devices=[]):
-                loader = calibration_loader(model, self.data, images=self.images, image_size=self.image_size)
+                loader = picture_loader(model, self.data, images=self.images, image_size=self.image_size)
                 calibrate(model, loader)
         except (InputError, OSError) as error:
             raise SystemExit(f"--calibrate {self.data}: {' '.join(str(error).split())}") from error

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from tests.pictures import read_cifar
 from timm_deconv.errors import NonFiniteError, Stopped
 from timm_deconv.models.weights import save_network
 
@@ -26,11 +27,25 @@ def test_calibrated_weights_are_the_same_function_with_whitening(tmp_path, comma
     assert (after.conv1.running_deconv.reshape(27, 27) - eye).abs().max() > 0.1
 
 
+def test_a_folder_of_pictures_alone_is_enough_to_calibrate_on(data_dir, tmp_path, command):
+    (tmp_path / "photographs").mkdir()
+    for index, (_, content) in enumerate(read_cifar(data_dir, 7)):
+        (tmp_path / "photographs" / f"{index}.jpg").write_bytes(content)
+    save_network(timm.create_model("resnet18_cifar", width=0.125), tmp_path / "twin")
+    options = ("--calibrate", tmp_path / "photographs", "--images", 64)
+    assert command("convert", f"local-dir:{tmp_path / 'twin'}", tmp_path / "converted", *options).status == 0
+    places = (tmp_path / "converted", tmp_path / "photographs", tmp_path / "again")
+    assert command("calibrate", *places, *options[2:]).status == 0
+    for name in ("converted", "again"):
+        network = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True)
+        assert (network.conv1.running_deconv.reshape(27, 27) - torch.eye(27)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["calibrate", "{}/plain", "digits", "{}/new"], "no whitening layer"),
-        (["calibrate", "{}/plain", "{}/none", "{}/new"], "{}/none"),
+        (["calibrate", "{}/plain", "{}/none", "{}/new"], "no folder or tar of pictures {}/none"),
         (["calibrate", "{}/plain", "digits", "{}/plain"], "{}/plain is not empty: name a new folder"),
         (["calibrate", "{}/plain", "digits", "{}/file/new"], "{}/file/new cannot be made, as {}/file is no folder"),
         (["convert", "resnet18_cifar", "{}/file"], "{}/file cannot be made, as {}/file is no folder to write to"),

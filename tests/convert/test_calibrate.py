@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.layers.sampled import sampled_rows
 from timm_deconv import Deconv2d, DeconvCfg, DeconvLinear, calibrate, convert_deconv_model, fuse, transfer
 from timm_deconv.data import Digits
-from timm_deconv.data.calibration import calibration_loader
+from timm_deconv.data.evaluation import picture_loader
 from timm_deconv.errors import InputError
 from timm_deconv.layers import ChannelDeconv, WhiteningMixin
 from timm_deconv.linalg import isqrt_newton_schulz
@@ -421,7 +421,7 @@ def test_devices_without_float64_are_calibrated_in_float64_on_the_processor(monk
 def test_converted_network_without_trained_weights_is_calibrated_too() -> None:
     net = timm.create_model("mobilenetv2_050", num_classes=10)
     convert_deconv_model(net)
-    loader = calibration_loader(net, "digits", images=64)
+    loader = picture_loader(net, "digits", images=64)
     calibrate(net.train(), (F.interpolate(images, 64) for images, _ in loader))
     assert net.training
     assert net(torch.randn(2, 3, 64, 64)).isfinite().all()

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from timm_deconv.data import Digits, chosen_images, class_names, create_dataset, create_loader, create_transform
-from timm_deconv.data.calibration import calibration_loader
+from timm_deconv.data.evaluation import picture_loader
 from timm_deconv.errors import InputError
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -146,7 +146,7 @@ def test_no_images_at_all_are_refused(images):
     with pytest.raises(InputError, match=f"{images} images asked for: at least one"):
         chosen_images(create_dataset("digits"), images)
     with pytest.raises(InputError, match=f"{images} images asked for: at least one"):
-        calibration_loader(timm.create_model("test_resnet"), "digits", images=images)
+        picture_loader(timm.create_model("test_resnet"), "digits", images=images)
 
 
 def test_classes_of_several_names_are_named_in_one_line():

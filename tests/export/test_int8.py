@@ -12,11 +12,12 @@ import torch
 from tests.pictures import read_cifar, write_folders
 from timm_deconv.cli.export import export
 from timm_deconv.convert import calibrate, transfer
+from timm_deconv.data.evaluation import picture_loader
 from timm_deconv.errors import InputError
 from timm_deconv.export import Request, export_network
 from timm_deconv.export.formats import check_operators
 from timm_deconv.export.network import open_export
-from timm_deconv.export.pictures import labelled_pictures, picture_loader, top1
+from timm_deconv.export.pictures import labelled_pictures, top1
 from timm_deconv.export.plain import plain_form, run
 from timm_deconv.export.quantisation import agreement
 from timm_deconv.models.weights import save_network

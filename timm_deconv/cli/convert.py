@@ -46,7 +46,7 @@ def convert(
     """
     from timm_deconv.convert import calibrate as whiten
     from timm_deconv.convert import fuse as fold
-    from timm_deconv.data.calibration import calibration_loader
+    from timm_deconv.data.evaluation import picture_loader
     from timm_deconv.models.pretrained import create_transferred
     from timm_deconv.models.weights import check_new_folder, save_network
 
@@ -55,7 +55,7 @@ def convert(
     options = {"policy": _policy(policy), "keep_affine": keep_affine}
     model = create_transferred(network, checkpoint, **options, **classes).eval()
     if calibrate:
-        whiten(model, calibration_loader(model, calibrate, images=images, image_size=image_size))
+        whiten(model, picture_loader(model, calibrate, images=images, image_size=image_size))
     save_network(fold(model) if fuse else model, output)
     print(f"{output}: load it by timm.create_model('local-dir:{output}', pretrained=True)")
 

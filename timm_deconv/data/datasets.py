@@ -168,7 +168,8 @@ def image_files(path: Path, mode: str) -> Dataset:
     try:
         return StrictImageDataset(str(path), input_img_mode=mode)
     except (RuntimeError, ValueError, tarfile.TarError) as error:  # timm's readers, where there is nothing to read
-        raise InputError(f"no images in {path} ({' '.join(str(error).split())}); it needs CLASS/IMAGE files") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"no images in {path} ({reason}); it needs image files, to train on CLASS/IMAGE") from None
 
 
 def _hub_rows(

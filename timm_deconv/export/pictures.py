@@ -1,43 +1,19 @@
-"""Real pictures for an export in eight bits: to find ranges on, and with labels to count how many are named rightly."""
+"""Real pictures with labels, to count how many an exported network names rightly."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm.data
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from timm_deconv.data import chosen_images, class_names
-from timm_deconv.data.datasets import find_split, image_files
+from timm_deconv.data import class_names
+from timm_deconv.data.evaluation import picture_loader
 from timm_deconv.errors import InputError
 
-__all__ = ["labelled_pictures", "picture_loader", "top1"]
-
-
-def picture_loader(
-    model: nn.Module, place: str | Path, *, split: str = "train", images: int | None = None, batch_size: int = 32
-) -> DataLoader:
-    """Create a loader of (images (B, C, H, W), classes (B,)) as a network wants them in evaluation.
-
-    Args:
-        model: a timm network; its settings are those of `timm.data.resolve_data_config`.
-        place: folder or tar of images, in folders by class where there are classes; or one that holds a part `split`.
-        split: name of the part, where there are parts.
-        images: so many at most, drawn at random (always the same ones); None for all.
-        batch_size: images a batch.
-
-    Raises:
-        InputError: there is no such folder, or no image in it.
-    """
-    place = Path(place)
-    if not place.exists():
-        raise InputError(f"no folder or tar of pictures {place}")
-    dataset: Any = image_files(find_split(place, split) or place, "RGB")
-    dataset.transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)
-    return DataLoader(chosen_images(dataset, images and min(images, len(dataset))), batch_size)
+__all__ = ["labelled_pictures", "top1"]
 
 
 def labelled_pictures(model: nn.Module, place: str | Path, images: int | None = None) -> DataLoader:

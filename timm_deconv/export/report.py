@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from timm_deconv.data.evaluation import picture_loader
 from timm_deconv.errors import InputError
 from timm_deconv.models.loading import load_network
 
 from .network import check_options, check_place, default_name, export_network, open_export
-from .pictures import labelled_pictures, picture_loader, top1
+from .pictures import labelled_pictures, top1
 from .plain import run
 
 __all__ = ["Request", "export_and_measure"]
