@@ -115,6 +115,9 @@ def test_the_command_prints_a_table(runs, capsys):
         ({"int8": Path("no_pictures")}, "cannot be read|cannot identify"),
         ({"data_dir": Path("other")}, "'cats' is the name of none"),
         ({"output": Path("cifar_deconv")}, "cifar_deconv is there already"),
+        ({"output": Path("a.pt2")}, "a.pt2 ends as torch-export does, but would hold onnx: give --format torch-export"),
+        ({"output": Path("a.TS")}, "a.TS ends as torchscript does, .* give --format torchscript"),
+        ({"output": Path("a.onnx"), "format": "safetensors"}, "a.onnx ends as onnx does, but would hold safetensors"),
     ],
 )
 def test_what_the_command_cannot_do_is_one_line_and_nothing_is_written(options, said, runs, monkeypatch):

@@ -60,7 +60,7 @@ def export_network(
     Args:
         model: a network with whitening or batch norm that takes images as its `pretrained_cfg` says and gives one
             tensor; unchanged.
-        file: to be written, of safetensors a folder. There must be none yet.
+        file: to be written, of safetensors a folder. There must be none yet, nor may it end as those of another format.
         format: `safetensors` (loads by `timm.create_model('local-dir:FOLDER', pretrained=True)`), `onnx`,
             `torch-export` or `torchscript`.
         half: weights and computation in float16, and so images and outputs; of safetensors the weights alone.
@@ -74,7 +74,7 @@ def export_network(
     """
     file = Path(file)
     check_options(format, half=half, dynamic=dynamic, int8=int8 is not None)
-    check_place(file)
+    check_place(file, format)
     if format == "safetensors" and not is_whitened(model):
         raise InputError(
             "a batch-norm network's folded weights fit no network of timm: timm.models.save_for_hf saves it as it is,"
@@ -175,12 +175,16 @@ class _Written:
             raise InputError(f"{name} cannot be written as {self.format} ({why}); {hint}") from error
 
 
-def check_place(file: Path) -> None:
-    """Check that a file can be made at a place.
+def check_place(file: Path, format: str) -> None:
+    """Check that a file of a format can be made at a place.
 
     Raises:
-        InputError: there is one, or no folder to hold it.
+        InputError: there is one, no folder to hold it, or its name ends as those of another format.
     """
+    ending = file.suffix.lower()
+    meant = next((name for name, each in FORMATS.items() if ending and each.ending == ending), format)
+    if meant != format:
+        raise InputError(f"{file} ends as {meant} does, but would hold {format}: give --format {meant}, or a new name")
     if file.exists():
         raise InputError(f"{file} is there already; remove it, or give another output")
     if not file.parent.is_dir():

@@ -71,7 +71,7 @@ def export_and_measure(
         InputError: see `export_network`; or what cannot be loaded, or pictures that cannot be had.
     """
     if file is not None:
-        check_place(file)
+        check_place(file, request.format)
     model = load_network(name)
     file = file or Path(default_name(model, request.format, half=request.half, int8=request.int8 is not None))
     rows = _export(request, name, model, file)
