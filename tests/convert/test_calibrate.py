@@ -220,13 +220,22 @@ def test_modes_hooks_and_gradients_are_as_before_also_after_an_error() -> None:
     assert all(p.requires_grad and p.grad is None and p.grad_fn is None for p in net.parameters())
 
 
-def test_too_few_samples_name_the_layer_and_what_it_needs_and_change_nothing() -> None:
+def test_too_few_samples_name_the_neediest_layer_and_how_many_images_it_needs_and_change_nothing() -> None:
     net = timm.create_model("resnet18_cifar_deconv", width=0.25)
     before = state(net)
-    with pytest.raises(InputError, match=r"calibrate layer\S+: it saw \d+ rows and needs at least 128"):
-        calibrate(net, [torch.randn(4, 3, 32, 32)])
+    said = "calibrate fc: it saw 4 rows and needs at least 128, one a feature; give 128 images, not 4"
+    with pytest.raises(InputError, match=said):
+        calibrate(net, [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)])
     assert_unchanged(net, before)
     assert net.training
+    calibrate(net, [torch.randn(128, 3, 32, 32)])
+
+
+def test_as_many_images_are_named_as_the_rows_of_one_need() -> None:
+    net = nn.Sequential(Deconv2d(3, 8, 3))  # 27 features; of 7 x 7 rows an image, each third a side is used
+    with pytest.raises(InputError, match="it saw 18 rows and needs at least 27, one a feature; give 3 images, not 2"):
+        calibrate(net, [torch.randn(2, 3, 9, 9)])
+    calibrate(net, [torch.randn(3, 3, 9, 9)])
 
 
 def test_layers_that_evaluation_does_not_use_and_channel_whitening_stay_as_they_are() -> None:

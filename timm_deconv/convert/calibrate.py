@@ -55,13 +55,15 @@ def calibrate(model: nn.Module, loader: Iterable[Any], *, batches: int | None = 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, WhiteningMixin)}
     _check_layers(model, layers)
     moments: dict[str, Moments] = {}
-    seen = 0
+    seen = image_count = 0
     with _evaluating(model, layers, moments):
         for images in images_of(loader, batches, next(iter(layers.values())).weight):
             model(images)
             seen += 1
+            image_count += len(images)
     if not seen:
         raise InputError("no batches to calibrate on: the loader is empty, or its iterator was used up before")
+    _check_samples(layers, moments, image_count)
     values = {name: _values(name, layers[name], moments[name]) for name in layers if name in moments}
     for name, new in values.items():
         _write(layers[name], new, seen)
@@ -157,14 +159,19 @@ def _watch(name: str, layer: WhiteningMixin, moments: dict[str, Moments]) -> Any
     return watch
 
 
+def _check_samples(layers: dict[str, WhiteningMixin], moments: dict[str, Moments], images: int) -> None:
+    """Check that the layer that lacks most has a row a feature; say how many images bring them."""
+    samples = [(layers[name].blocks.features, found.row_count, name) for name, found in moments.items()]
+    features, rows, name = max(samples, key=lambda sample: sample[0] / sample[1], default=(0, 0, ""))
+    if rows < features:
+        raise InputError(
+            f"too few samples to calibrate {name}: it saw {rows} rows and needs at least {features}, one a feature;"
+            f" give {-(-features * images // rows)} images, not {images}"
+        )
+
+
 def _values(name: str, layer: WhiteningMixin, moments: Moments) -> Values:
     """Compute, in float64, what leaves a layer's function as it is and whitens its input."""
-    features = layer.blocks.features
-    if moments.row_count < features:
-        raise InputError(
-            f"too few samples to calibrate {name}: it saw {moments.row_count} rows and needs at least {features}, one a"
-            " feature; give more images"
-        )
     if not (moments.mean.isfinite().all() and moments.cov.isfinite().all()):
         raise InputError(f"the input of {name} is not finite: look for NaN or infinity in the images and the weights")
     weight, bias = (to_double(value) for value in layer.folded())
