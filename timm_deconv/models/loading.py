@@ -25,7 +25,8 @@ def load_network(name: str, *, weights: bool = True) -> nn.Module:
 
     Args:
         name: of the network.
-        weights: load them; else the network is made as they need it, without them.
+        weights: load them; else the network is made as they need it, without them. A name without a tag means the
+            default weights.
 
     Raises:
         InputError: no such folder, name or repository (with the nearest names), or timm knows no weights for the name.
@@ -66,7 +67,8 @@ def _load_from(name: str, weights: bool) -> nn.Module:
     try:
         if weights and timm.is_model(name) and name.partition(".")[0] not in list_models():
             return create_batch_norm(name)  # whose weights may be those of an installed package
-        return timm.create_model(name, pretrained=weights)
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        return timm.create_model(name, pretrained=weights, pretrained_cfg=cfg and cfg.tag)
     except (OSError, RuntimeError, AssertionError) as error:  # which the errors of the Hub's client are too
         reason = textwrap.shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
         raise InputError(

@@ -150,8 +150,7 @@ def segmenter(
         InputError: no `base`, or one that timm does not know or that cannot be an encoder; or the weights do not fit.
     """
     given = {"base": base, "deconv": deconv, "pretrained_cfg": pretrained_cfg, **kwargs}
-    if pretrained:
-        given = named_weights(NAME, given)
+    given = named_weights(NAME, given, pretrained=pretrained)
     base = given.pop("base", None)
     if not isinstance(base, str) or not timm.is_model(base):
         raise unknown_name(f"base of {NAME}", str(base), timm.list_models())
