@@ -45,6 +45,12 @@ def test_a_base_that_is_no_encoder_is_named():
         timm.create_model("segmenter", base="test_vit")
 
 
+def test_its_name_alone_means_its_default_weights() -> None:
+    model, tagged = (timm.create_model(name, pretrained=True) for name in ("segmenter", "segmenter.nd_camvid"))
+    assert model.pretrained_cfg == tagged.pretrained_cfg and model.pretrained_cfg["tag"] == "nd_camvid"
+    assert all(torch.equal(value, tagged.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 @torch.no_grad()
 def test_either_form_of_weights_goes_into_either_form_and_into_other_classes_and_channels(tmp_path):
     model = timm.create_model("segmenter", base="test_efficientnet", deconv={"block": 16}, num_classes=5)

@@ -67,7 +67,8 @@ def named_weights(
     if cfg is None or entry is None:
         return dict(arguments)
     given = {key: value for key, value in arguments.items() if value is not None}
-    completed = {**entry.model_args, **given, "pretrained_model_args": dict(entry.model_args)}
+    saved = dict(entry.model_args)
+    completed = {**saved, **given, "pretrained_model_args": saved, "pretrained_cfg": cfg.tag}
     file = _checked_file(entry, arguments.get("cache_dir")) if pretrained else None
     return completed if file is None else {**completed, "pretrained_cfg_overlay": {**overlay, "file": str(file)}}
 
