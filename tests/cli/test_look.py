@@ -7,6 +7,7 @@ import pytest
 import timm
 
 from tests.golden_files import golden_folder
+from timm_deconv.models.description import layers_of
 from timm_deconv.models.weights import save_network
 
 GOLDEN = json.loads((golden_folder() / "architectures.json").read_text())
@@ -14,7 +15,8 @@ GOLDEN = json.loads((golden_folder() / "architectures.json").read_text())
 
 def test_list_takes_patterns_and_knows_what_has_weights(command):
     names = {line.split()[0] for line in command("list").output.splitlines()[1:]}
-    assert set(timm.list_models("*_deconv")) < names and "resnet18" not in names and "segmenter" not in names
+    assert set(timm.list_models("*_deconv")) < names and not {"resnet18", "deconv"} & names
+    assert command("list", "segm*").output.splitlines()[1:] == ["segmenter  nd_camvid"]
     assert {line.split()[0] for line in command("list", "vgg1?_cifar").output.splitlines()[1:]} == {
         f"vgg{depth}_cifar" for depth in (11, 13, 16, 19)
     }
@@ -43,6 +45,15 @@ def test_info_counts_what_the_published_networks_have(name, command):
     model = timm.create_model(f"{name}_deconv")
     assert whitened["bytes_training"] == 4 * sum(value.numel() for value in model.state_dict().values())
     assert whitened["bytes_half"] == whitened["bytes_folded"] / 2 < whitened["bytes_training"] / 2
+
+
+@pytest.mark.parametrize("name", ["segmenter", "segmenter.nd_camvid"])
+def test_info_describes_the_network_that_a_tags_weights_need(name, command):
+    about, model = json.loads(command("info", name, "--json").output), timm.create_model(name, pretrained=True)
+    assert about["classes"] == 11 and about["image_size"] == [180, 240]
+    assert about["parameters"] == sum(value.numel() for value in model.parameters())
+    assert [layer.settings for layer in layers_of(model)] == [layer["settings"] for layer in about["layers"]]
+    assert [weights["tag"] for weights in about["weights"]] == ["nd_camvid"]
 
 
 def test_info_shows_blocks_settings_by_role_and_weights(command):

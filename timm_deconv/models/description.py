@@ -115,8 +115,12 @@ def cost_of(model: nn.Module, image_size: int | None = None) -> Cost:
 
 
 def list_own(pattern: str) -> list[str]:
-    """List the networks that this package registers, with whitening and with batch norm, whose names match."""
-    names = (name for name in timm.list_models() if fnmatch(name, pattern) and name not in BUILDERS)
+    """List the networks that this package registers, with whitening and with batch norm, whose names match.
+
+    Names that make a network of any other are among them if they have weights, which say of which.
+    """
+    matching = (name for name in timm.list_models() if fnmatch(name, pattern))
+    names = (name for name in matching if name not in BUILDERS or weights_of(name))
     return [name for name in names if model_entrypoint(name).__module__.startswith("timm_deconv.")]
 
 
