@@ -148,6 +148,24 @@ def test_a_layout_of_equal_shapes_is_not_taken_for_the_trained_one(tmp_path: Pat
         assert close(other(x), model(x))
 
 
+def test_a_configuration_of_other_weights_is_not_believed(tmp_path: Path) -> None:
+    name, x = "resnet18_025_cifar_deconv", torch.randn(2, 3, SIZE, SIZE)
+    arguments = {**NETWORKS[name], "deconv": {"preset": "paper", "block": 8}}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments)
+    model.train()(torch.randn(16, 3, SIZE, SIZE))
+    save_network(model.eval(), tmp_path)
+    others = {"preset": "paper", "block": 8, "layout": "window"}
+    for called, architecture in (("epoch3.safetensors", name), ("model.safetensors", "vgg11_cifar_deconv")):
+        config = {"architecture": architecture, "model_args": {**arguments, "deconv": others}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / called).write_bytes((tmp_path / "model.safetensors").read_bytes())
+        overlay = {"file": str(tmp_path / called)}
+        found = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
+        with torch.no_grad():
+            assert torch.equal(found(x), model(x))
+
+
 def test_folded_weights_warn_in_training_until_they_are_calibrated_and_then_train_whitened(tmp_path: Path) -> None:
     model, images = trained("resnet18_025_cifar_deconv"), torch.randn(128, 3, SIZE, SIZE)
     save_network(timm_deconv.fuse(model), tmp_path)

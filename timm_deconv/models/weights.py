@@ -156,16 +156,32 @@ def arguments_of_weights(model: nn.Module) -> Mapping[str, Any] | None:
     cfg: Any = model.pretrained_cfg
     if cfg.get("source") in ("local-dir", "hf-hub") or model.pretrained_model_args:
         return model.pretrained_model_args  # type: ignore[return-value]
-    return saved_arguments(Path(cfg["file"]).parent) if cfg.get("file") else None
+    file = Path(cfg.get("file") or "")
+    return saved_arguments(file.parent, cfg["architecture"]) if file.name in DESCRIBED else None
 
 
-def saved_arguments(folder: Path) -> Mapping[str, Any] | None:
-    """Read a network's arguments from timm's config.json in a folder; None where there is no such file."""
+DESCRIBED = ("model.safetensors", "pytorch_model.bin")
+"""Files of weights that a config.json beside them is of."""
+
+
+def saved_arguments(folder: Path, architecture: str | None = None) -> Mapping[str, Any] | None:
+    """Read a network's arguments from timm's config.json in a folder.
+
+    Args:
+        folder: with the file.
+        architecture: that the file must be of, or of its batch-norm network; None for any.
+
+    Returns:
+        The arguments; None where there is no such file.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    return config.get("model_args", {}) if isinstance(config, dict) and "architecture" in config else None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        return None
+    twins = (name.removesuffix("_deconv").removesuffix("_bn") for name in (config["architecture"], architecture or ""))
+    return config.get("model_args", {}) if architecture is None or len(set(twins)) == 1 else None
 
 
 def follow_saved(model: Any, arguments: Mapping[str, Any] | None) -> None:
