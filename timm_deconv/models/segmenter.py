@@ -147,9 +147,12 @@ def segmenter(
         kwargs: `num_classes`, and arguments of `base`.
 
     Raises:
-        InputError: no `base`, or one that timm does not know or that cannot be an encoder; or the weights do not fit.
+        InputError: no `base`, or one that timm does not know or that cannot be an encoder; `features_only`; or the
+            weights do not fit.
     """
     given = {"base": base, "deconv": deconv, "pretrained_cfg": pretrained_cfg, **kwargs}
+    if given.pop("features_only", False):
+        raise InputError(f"{NAME} gives classes, no maps of features: create its base with features_only=True")
     given = named_weights(NAME, given, pretrained=pretrained)
     base = given.pop("base", None)
     if not isinstance(base, str) or not timm.is_model(base):
