@@ -94,6 +94,12 @@ def test_what_cannot_be_read_is_left_out_and_named(network, pictures, command):
     assert last == "InputError: 2 of 5 pictures cannot be read"
 
 
+def test_a_picture_that_is_named_twice_is_shown_twice(network, pictures, command):
+    done = command("predict", network, pictures / "bird.jpg", pictures / "bird.jpg", "--json")
+    first, second = json.loads(done.output)
+    assert (done.status, done.errors) == (0, "") and first == second
+
+
 def test_bad_input_is_one_line_and_status_1(network, pictures, command, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "page.html").write_text("<html></html>")

@@ -43,19 +43,19 @@ def predict(model: str, places: list[str], /, *, top: int = 5, draw: Path | None
     predictor = Predictor(load_network(model))
     if draw is not None:
         draw.mkdir(parents=True, exist_ok=True)
-    found = {}
+    found = []
     for number, picture in enumerate(progress(pictures, "pictures", len(pictures))):
         prediction = _look(predictor, picture, alone=len(pictures) == 1)
         if prediction is None:
             continue
-        found[picture] = prediction.top(top)
+        found.append((picture, prediction.top(top)))
         if draw is not None:
             prediction.drawn(top).save(draw / f"{number:04d}-{Path(picture).stem}.png")
     figure = "share" if predictor.for_masks else "probability"
     if json:
-        print_json([{"picture": picture, "classes": list(_rows(named, figure))} for picture, named in found.items()])
+        print_json([{"picture": picture, "classes": list(_rows(named, figure))} for picture, named in found])
     else:
-        print_table([{"picture": picture, **row} for picture, named in found.items() for row in _rows(named, figure)])
+        print_table([{"picture": picture, **row} for picture, named in found for row in _rows(named, figure)])
     if left_out := len(pictures) - len(found):
         raise InputError(f"{left_out} of {len(pictures)} pictures cannot be read")
 
