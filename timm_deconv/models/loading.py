@@ -67,7 +67,9 @@ def _load_from(name: str, weights: bool) -> nn.Module:
         if weights and timm.is_model(name) and name.partition(".")[0] not in list_models():
             return create_batch_norm(name)  # whose weights may be those of an installed package
         return timm.create_model(name, pretrained=weights)
-    except (OSError, RuntimeError, AssertionError) as error:  # which the errors of the Hub's client are too
+    except InputError:
+        raise
+    except (OSError, RuntimeError, AssertionError, ValueError) as error:  # which the errors of the Hub's client are too
         reason = textwrap.shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
         raise InputError(
             f"{name} cannot be had ({reason}); is it the folder of a run, or ORG/NAME of the Hub?"
