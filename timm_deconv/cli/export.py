@@ -35,7 +35,7 @@ def export(
         model: a registered name, the output folder of a run, or a repository (hf-hub:ORG/NAME).
         format: safetensors (a folder that timm loads), onnx, torch-export or torchscript.
         output: file, of safetensors folder, which must not be there yet; default the network's name in this folder.
-        half: weights and computation in float16.
+        half: weights and computation in float16; safetensors hold matrices and kernels so, vectors in float32.
         dynamic: batches and images of any size, in place of one image of the network's size.
         int8: folder or tar of pictures; weights and activations get 8 bits, with ranges found on them.
         int8_images: use so many of them, always the same ones.
