@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.served import served
 from timm_deconv.data import pictures
-from timm_deconv.data.pictures import fetch, find_pictures, read_picture
+from timm_deconv.data.pictures import fetch, file_stem, find_pictures, read_picture
 from timm_deconv.errors import InputError
 
 
@@ -56,6 +56,12 @@ def test_an_address_gives_the_bytes_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(encoded(RED))
     with served(tmp_path) as address:
         assert fetch(f"{address}/red.png") == fetch(str(tmp_path / "red.png")) == encoded(RED)
+
+
+def test_a_name_for_a_file_is_of_letters_that_any_file_system_takes() -> None:
+    assert file_stem("https://example.org/a%2Fb%3Cc.d.jpg?signature=1/2#top") == "b_c.d"
+    assert file_stem("scans/cat.jpg") == "cat" and file_stem("https://example.org") == ""
+    assert file_stem(f"{'a' * 199}é.png") == 199 * "a"
 
 
 def test_addresses_that_give_no_picture_are_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 import glob
 import io
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageOps
 
@@ -14,7 +16,7 @@ from timm_deconv.errors import InputError
 
 from .images import UNREADABLE, as_mode, mode_of
 
-__all__ = ["FORMATS", "MOST_BYTES", "MOST_PIXELS", "fetch", "find_pictures", "read_picture"]
+__all__ = ["FORMATS", "MOST_BYTES", "MOST_PIXELS", "fetch", "file_stem", "find_pictures", "read_picture"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is read of Pillow's formats: some others start programs, as EPS does."""
@@ -25,6 +27,8 @@ MOST_PIXELS = 50_000_000
 ADDRESSES = ("http://", "https://")
 PAGES = ("text/", "application/json", "application/xhtml")
 """How the content types of what is no picture begin."""
+LONGEST_STEM = 200
+"""Bytes of a name; file systems take 255 with what is put before and after."""
 PATIENCE = 20.0
 """Seconds that a server may be silent."""
 
@@ -57,6 +61,16 @@ def _pictures_of(place: str) -> Iterator[str]:
         yield from found
     else:
         raise InputError(f"no file or folder {place}; an address begins with https://")
+
+
+def file_stem(place: str) -> str:
+    """Return a name, without ending, for a file that is made of a picture: of an address its path's, without a query.
+
+    It is cut to LONGEST_STEM bytes; what no file system takes is left out.
+    """
+    path = unquote(urlsplit(place).path) if place.startswith(ADDRESSES) else place
+    stem = re.sub(r'[\x00-\x1f<>:"|?*\\/]', "_", Path(path).stem)
+    return stem.encode(errors="ignore")[:LONGEST_STEM].decode(errors="ignore")
 
 
 def fetch(place: str) -> bytes:
