@@ -77,6 +77,8 @@ def test_info_describes_a_saved_network_without_its_weights(command, tmp_path):
         ("resnet18_cifar_decnv", "no model or folder 'resnet18_cifar_decnv'; nearest: "),
         ("runs/nowhere/here", "no folder runs/nowhere/here"),
         ("local-dir:nowhere", "local-dir:nowhere cannot be had"),
+        ("hf-hub:one/two/three", "hf-hub:one/two/three cannot be had (HFValidationError "),
+        ("foo:bar", "foo:bar cannot be had (ValueError Unknown model source 'foo'"),
     ],
 )
 def test_a_network_that_is_not_there_is_named_in_one_line(name, line, command, tmp_path, monkeypatch):
@@ -86,3 +88,12 @@ def test_a_network_that_is_not_there_is_named_in_one_line(name, line, command, t
         done = command(*words)
         assert done.status == 1 and line in done.errors and done.errors.count("\n") == 1 and not done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.png"]
+
+
+@pytest.mark.parametrize(
+    ("size", "line"),
+    [(-5, "image size -5: it is a positive"), (0, "image size 0: it is a positive"), (2, "images of 2 x 2 cannot be")],
+)
+def test_a_size_that_a_network_cannot_take_is_said_in_one_line(size, line, command):
+    done = command("info", "vgg11_cifar_deconv", f"--image-size={size}")
+    assert (done.status, done.output) == (1, "") and line in done.errors and done.errors.count("\n") == 1

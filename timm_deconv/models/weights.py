@@ -136,11 +136,17 @@ def check_new_folder(folder: str | Path) -> None:
         raise InputError(f"{folder} cannot be made, as {standing} is no folder to write to: name another")
 
 
-def save_network(model: nn.Module, folder: str | Path) -> None:
-    """Write a timm network into a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
+def save_network(model: nn.Module, folder: str | Path, *, half: bool = False) -> None:
+    """Write a timm network into a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
+
+    Args:
+        model: the network.
+        folder: is made where there is none.
+        half: as in `write_weights`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(model, folder / "model.safetensors")
+    write_weights(model, folder / "model.safetensors", half=half)
     save_config_for_hf(model, str(folder / "config.json"))
 
 
