@@ -16,7 +16,9 @@ from timm_deconv.convert.head import GENERIC_NAME
 from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError, needs_extra
 from timm_deconv.models import list_models
+from timm_deconv.models.deeplabv3 import SegmentationNet
 from timm_deconv.models.loading import load_network
+from timm_deconv.models.segmenter import Segmenter
 from timm_deconv.models.weights import PACKAGES, TAG_PREFIX
 
 with needs_extra("publish"):
@@ -67,6 +69,11 @@ class Source:
     def whitened(self) -> bool:
         """Whether it is a deconvolution network, and no batch-norm twin."""
         return is_whitened(self.model)
+
+    @property
+    def dense(self) -> bool:
+        """Whether it gives a class to each pixel."""
+        return isinstance(self.model, Segmenter | SegmentationNet)
 
     @property
     def dataset(self) -> str:
