@@ -59,7 +59,7 @@ def add_entry(run: str | Path, tag: str, *, packaged: bool = False, configs: Pat
     Raises:
         InputError: an unfinished run, weights that do not load or do not fit the limit of size, give outputs that are
             not finite, or others in float16 than its rounding explains; an entry or its weights that are there already;
-            a data set of unknown licence.
+            weights or a data set of unknown licence.
     """
     configs = configs or _checkout()
     source = read_source(run, tag)
@@ -71,6 +71,8 @@ def add_entry(run: str | Path, tag: str, *, packaged: bool = False, configs: Pat
     target, weights = configs / f"{name}.yaml", configs / folder / f"{name}.safetensors"
     if there := next((path for path in (target, weights) if path.exists()), None):
         raise InputError(f"{there} is there already: take another tag, or remove the file first")
+    if not source.model.pretrained_cfg.get("license"):  # type: ignore[operator, union-attr]
+        raise InputError(f"the licence of the weights is not known: add license to {Path(run) / 'config.json'}")
     if source.dataset not in LICENSES:
         raise InputError(
             f"the licence of {source.dataset!r} is not known: add it to LICENSES of timm_deconv/hub/origins.py"
@@ -159,7 +161,7 @@ def _entry(source: Source, row: Mapping[str, str], files: Mapping[str, WeightsFi
     return ZooEntry(
         architecture=source.architecture,
         tag=source.tag,
-        license="apache-2.0",
+        license=cfg["license"],
         origin=f"trained by timm_deconv from {f'{start} weights' if start else 'random weights'}",
         dataset=source.dataset,
         dataset_license=LICENSES[source.dataset],
