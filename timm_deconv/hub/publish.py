@@ -33,14 +33,12 @@ class Published:
         repository: ORGANISATION/NAME.
         commit: its revision, by which `hf-hub:REPOSITORY@COMMIT` pins it.
         url: of the commit.
-        tree: what went up; its folder is gone.
         sizes: files and their bytes.
     """
 
     repository: str
     commit: str
     url: str
-    tree: Tree
     sizes: dict[str, int]
 
 
@@ -101,7 +99,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="timm_deconv_") as place:
         tree = _checked_tree(source, org, Path(place, "tree"), evaluate, data_dir)
         commit, url = remote.upload(tree, private)
-        return Published(remote.repository, commit, url, tree, tree.sizes())
+        return Published(remote.repository, commit, url, tree.sizes())
 
 
 def _checked_tree(source: Source, org: str, place: Path, evaluate: bool, data_dir: str | Path | None) -> Tree:
