@@ -49,7 +49,9 @@ def _served() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture) -> Iterator:
+def _fresh(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture, tmp_path: Path
+) -> Iterator:
     """An empty Hub, a token that may write, no waiting; afterwards no token in what was logged, printed or written."""
     store.__init__(users=USERS)  # type: ignore[misc]
     monkeypatch.setenv("HF_TOKEN", SECRET)
@@ -58,10 +60,10 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ca
     caplog.set_level("DEBUG")
     yield
     printed = "".join(capfd.readouterr()) + caplog.text
-    places = (path for place in (home, RUN) for path in place.rglob("*") if path.is_file())
+    written = [path.read_bytes() for place in (home, RUN, tmp_path) for path in place.rglob("*") if path.is_file()]
     for secret in (SECRET, FOREIGN, WRONG):
         assert secret not in printed
-        assert not any(secret.encode() in path.read_bytes() for path in places)
+        assert not any(secret.encode() in content for content in written)
 
 
 @pytest.fixture
