@@ -34,7 +34,8 @@ from huggingface_hub.utils import _http  # noqa: E402
 
 from timm_deconv.errors import InputError  # noqa: E402
 from timm_deconv.hub.publish import Remote, dry_run, push  # noqa: E402
-from timm_deconv.hub.tree import Tree  # noqa: E402
+from timm_deconv.hub.tree import Tree, checksums  # noqa: E402
+from timm_deconv.models.checksums import CHECKSUMS  # noqa: E402
 
 RUN = Path(os.environ["TIMM_DECONV_RUN"])
 NAME = "resnet18_cifar_deconv.nd_e2_digits"
@@ -75,9 +76,12 @@ def tree(tmp_path: Path) -> Tree:
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# net\n")
     (folder / "model.safetensors").write_bytes(os.urandom(300_000))
     (folder / "folded" / "model.safetensors").write_bytes(os.urandom(200_000))
-    names = ("README.md", "config.json", "folded/model.safetensors", "model.safetensors")
-    (folder / "SHA256SUMS").write_text("".join(f"{sha256((folder / n).read_bytes())}  {n}\n" for n in names))
+    write_checksums(folder)
     return Tree(folder, "me/net", "net", None)
+
+
+def write_checksums(folder: Path) -> None:
+    (folder / CHECKSUMS).write_text(checksums(folder))
 
 
 def send(tree: Tree, revision: str | None = None, private: bool = False) -> str:
@@ -225,6 +229,19 @@ def test_files_of_the_earlier_tree_go_and_those_of_others_stay(tree: Tree) -> No
     (tree.folder / "folded" / "model.safetensors").unlink()
     send(tree)
     assert set(repository.files()) == {*tree.files(), "NOTES"}
+
+
+def test_a_file_that_its_owner_has_removed_does_not_hinder(tree: Tree) -> None:
+    (tree.folder / "curve.png").write_bytes(b"a picture")
+    write_checksums(tree.folder)
+    send(tree)
+    repository = store.repositories["me/net"]
+    kept = {name: content for name, content in repository.files().items() if name != "curve.png"}
+    repository.commit("main", kept)
+    (tree.folder / "curve.png").unlink()
+    write_checksums(tree.folder)
+    send(tree)
+    assert held(tree)
 
 
 def test_a_private_repository_shows_itself_to_tokens_alone(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:

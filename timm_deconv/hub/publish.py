@@ -160,7 +160,8 @@ class Remote:
         if {"config.json", CHECKSUMS} <= files:
             with tempfile.TemporaryDirectory(prefix="timm_deconv_") as place:
                 found = _architecture(self._read(info.sha, "config.json", place))
-                self.ours = [line.partition("  ")[2] for line in self._read(info.sha, CHECKSUMS, place).splitlines()]
+                ours = {line.partition("  ")[2] for line in self._read(info.sha, CHECKSUMS, place).splitlines()}
+                self.ours = sorted(ours & files)  # the owner may have removed some
         if found != architecture:
             what = f"a network {found}" if found else f"other files ({', '.join(sorted(files)[:3])})"
             raise InputError(
