@@ -244,6 +244,14 @@ def test_a_file_that_its_owner_has_removed_does_not_hinder(tree: Tree) -> None:
     assert held(tree)
 
 
+def test_a_public_repository_made_meanwhile_takes_nothing_private(tree: Tree) -> None:
+    remote = Remote("me/net")
+    remote.check("net", True)
+    store.create("me/net")
+    refused(lambda: remote.upload(tree, True), "me/net: somebody else has just changed it")
+    assert store.repositories["me/net"].files() == {} and not store.large
+
+
 def test_a_private_repository_shows_itself_to_tokens_alone(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = send(tree, private=True)
     assert store.repositories["me/net"].private

@@ -183,17 +183,17 @@ class Remote:
         """
         visibility = {"private": True} if private else {}  # else as the organisation has it
         patiently(lambda: self.api.create_repo(self.repository, **visibility, exist_ok=True))
-        parent = self.head or self._head_of_new()
+        parent = self.head or self._head_of_new(private)
         if self.revision is not None:
             start = {"branch": self.revision, "revision": parent}
             patiently(lambda: self.api.create_branch(self.repository, **start, exist_ok=True))
         commit = patiently(lambda: self._commit(tree, parent))
         return commit.oid, commit.commit_url
 
-    def _head_of_new(self) -> str:
-        """Return the commit that the Hub begins a repository with."""
+    def _head_of_new(self, private: bool) -> str:
+        """Return the commit that the Hub begins a repository with; somebody else may have made it meanwhile."""
         info = patiently(lambda: self.api.model_info(self.repository))
-        if _files(info):
+        if _files(info) or (private and not info.private):
             raise InputError(f"{self.repository}: {CHANGED}")
         return info.sha
 
