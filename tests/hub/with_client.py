@@ -168,6 +168,15 @@ def test_a_commit_whose_answer_is_lost_is_there_once(tree: Tree) -> None:
     assert held(tree, commit) and commits() == 1
 
 
+def test_a_commit_that_deletes_and_whose_answer_is_lost_is_there_once(tree: Tree) -> None:
+    send(tree)
+    (tree.folder / "folded" / "model.safetensors").unlink()
+    write_checksums(tree.folder)
+    store.faults = [Fault(f"POST {API}/commit", None)]
+    commit = send(tree)
+    assert held(tree, commit) and commits() == 2
+
+
 @pytest.mark.parametrize("status", [429, 500])
 def test_a_busy_hub_is_asked_again(tree: Tree, status: int) -> None:
     asked = ("GET /api/whoami", "POST /api/repos", f"GET {API}", f"POST {API}/preupload", f"POST {API}/commit")
@@ -186,6 +195,7 @@ def test_of_two_pushes_at_once_one_wins_and_the_other_says_so(tree: Tree) -> Non
         for remote in remotes:
             remote.check("net", False)
         (tree.folder / "README.md").write_text(f"---\nlicense: mit\n---\n# net, {there}\n")
+        write_checksums(tree.folder)
         before, barrier, outcomes = commits() if there else 0, threading.Barrier(2), []
 
         def race(remote: Remote, barrier: threading.Barrier = barrier, outcomes: list = outcomes) -> None:
@@ -205,11 +215,13 @@ def test_of_two_pushes_at_once_one_wins_and_the_other_says_so(tree: Tree) -> Non
         assert held(tree) and commits() == before + 1 and len(won) == 1
         assert all("somebody else has just changed it" in reason for reason in lost)
     (tree.folder / "README.md").write_text("---\nlicense: mit\n---\n# of the one\n")
+    write_checksums(tree.folder)
     late, first = Remote("me/net"), Remote("me/net")
     late.check("net", False)
     first.check("net", False)
     first.upload(tree, False)
     (tree.folder / "README.md").write_text("---\nlicense: mit\n---\n# of the other\n")
+    write_checksums(tree.folder)
     refused(lambda: late.upload(tree, False), "me/net: somebody else has just changed it", "push again")
     assert b"of the one" in store.repositories["me/net"].files()["README.md"]
 

@@ -187,7 +187,12 @@ class Remote:
         if self.revision is not None:
             start = {"branch": self.revision, "revision": parent}
             patiently(lambda: self.api.create_branch(self.repository, **start, exist_ok=True))
-        commit = patiently(lambda: self._commit(tree, parent))
+        try:
+            commit = patiently(lambda: self._commit(tree, parent))
+        except Exception as error:
+            if status_of(error) == 412 and (done := self._committed(tree)):
+                return done
+            raise
         return commit.oid, commit.commit_url
 
     def _head_of_new(self, private: bool) -> str:
@@ -196,6 +201,16 @@ class Remote:
         if _files(info) or (private and not info.private):
             raise InputError(f"{self.repository}: {CHANGED}")
         return info.sha
+
+    def _committed(self, tree: Tree) -> tuple[str, str] | None:
+        """Return the head and its address where it holds the tree: the answer to a commit had been lost."""
+        info = self._info(self.revision)
+        if info is None or CHECKSUMS not in _files(info):
+            return None
+        with tempfile.TemporaryDirectory(prefix="timm_deconv_") as place:
+            if self._read(info.sha, CHECKSUMS, place) != (tree.folder / CHECKSUMS).read_text():
+                return None
+        return info.sha, f"{self.api.endpoint}/{self.repository}/commit/{info.sha}"
 
     def _commit(self, tree: Tree, parent: str) -> CommitInfo:
         files = tree.files()
