@@ -280,7 +280,8 @@ class _Hub(_Handler):
             for line in lines[1:]:
                 value = line["value"]
                 if line["key"] == "deletedFile":
-                    del files[value["path"]]
+                    if files.pop(value["path"], None) is None:
+                        return self._json({"error": f"no file {value['path']}"}, 404)
                 elif line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif (content := self.store.large.get(value["oid"])) is not None:
