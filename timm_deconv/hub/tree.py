@@ -137,7 +137,7 @@ def _configuration(source: Source, tree: Tree) -> dict[str, Any]:
         "paper_ids": [*papers, *([PAPER] if source.whitened and PAPER not in papers else [])],
     }
     names = tree.measured.class_names if tree.measured and source.recipe else ()
-    if not cfg.get("label_names") and len(names) == source.model.num_classes:  # runs before 0.2 did not name them
+    if not cfg.get("label_names") and len(names) == source.model.num_classes:  # as older runs did not name them
         described["label_names"] = list(names)
     return {"pretrained_cfg": described}
 
