@@ -8,16 +8,16 @@ Set HF_ENDPOINT and HF_HUB_DISABLE_XET=1 before huggingface_hub is imported.
 import base64
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tests.hub_store import COMMIT, Files, Repository, Store, git_hash, is_large, sha256
+from tests.served import serving
 
 __all__ = ["COMMIT", "hub"]
 
@@ -31,21 +31,8 @@ def hub(held: Path | Store, requests: list[str] | None = None) -> Iterator[str]:
     store = held if isinstance(held, Store) else Store(held, requests=requests)
     with ExitStack() as stack:
         # clients of version 1 follow a redirect to the same host, whatever its port: another name it must be
-        storage = stack.enter_context(_serving(partial(_Storage, store))).replace("127.0.0.1", "localhost")
-        yield stack.enter_context(_serving(partial(_Hub, store, storage)))
-
-
-@contextmanager
-def _serving(handler: "partial[_Handler]") -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        storage = stack.enter_context(serving(partial(_Storage, store))).replace("127.0.0.1", "localhost")
+        yield stack.enter_context(serving(partial(_Hub, store, storage)))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -293,7 +280,8 @@ class _Hub(_Handler):
             for line in lines[1:]:
                 value = line["value"]
                 if line["key"] == "deletedFile":
-                    del files[value["path"]]
+                    if files.pop(value["path"], None) is None:
+                        return self._json({"error": f"no file {value['path']}"}, 404)
                 elif line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif (content := self.store.large.get(value["oid"])) is not None:

@@ -15,15 +15,23 @@ FAR = 2**30
 """A byte behind the end of any file: where Windows locks, which would otherwise keep others from reading."""
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], partial: Path | None = None) -> None:
     """Let `write` make a file or folder beside `path`, renamed when it is on the disk.
 
     On failure `path` stays as it was. A folder needs a `path` where there is none, or an empty one.
+
+    Args:
+        path: of what is made.
+        write: makes it at the path that it is given, where there is nothing.
+        partial: that path, beside `path`, .NAME.partial by default; what an earlier process left there is removed.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial or path.with_name(f".{path.name}.partial")
     try:
+        remove(partial)
         write(partial)
         flush(partial)
+        if partial.is_dir() and path.is_dir():
+            path.rmdir()  # which Windows does not do itself
         os.replace(partial, path)
         flush_folder(path.parent)
     except BaseException:
@@ -37,10 +45,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until the file, or every file of the folder, is on the disk."""
-    for file in path.rglob("*") if path.is_dir() else (path,):
+    """Wait until the file, or all that is in the folder, is on the disk."""
+    for file in (*path.rglob("*"), path):
         if file.is_file():
             _sync(file, os.O_RDONLY if fcntl else os.O_RDWR)
+        else:
+            flush_folder(file)
 
 
 def flush_folder(folder: Path) -> None:

@@ -9,12 +9,15 @@ import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from cyclopts import CycloptsError
 
 import timm_deconv
 from timm_deconv.cli import COMMANDS, app
+from timm_deconv.cli.export import Format
+from timm_deconv.export.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, "-c", "from timm_deconv.cli import main; main()"]
@@ -67,6 +70,14 @@ def test_completion_is_a_script_that_knows_commands_and_options(shell, tmp_path,
     assert all(name in script for name in THERE) and "batch-size" in script and "pretrained" in script
     if shell == "bash":
         subprocess.run(["bash", "-n", file], check=True)
+
+
+def test_formats_of_an_export_are_offered_and_a_mistyped_one_is_answered_with_the_nearest(command):
+    assert set(get_args(Format)) == set(FORMATS)
+    for text in (command("export", "--help").output, app.generate_completion(shell="bash")):
+        assert "torch-export" in text and "torchscript" in text
+    done = command("export", "resnet18_025_cifar_deconv", "--format", "onx")
+    assert (done.status, done.output, done.errors) == (1, "", "InputError: no format 'onx'; nearest: onnx\n")
 
 
 def test_a_terminal_gets_rules_and_a_reader_may_go_away():

@@ -7,6 +7,7 @@ import pytest
 import timm
 
 from tests.golden_files import golden_folder
+from timm_deconv.models.description import layers_of
 from timm_deconv.models.weights import save_network
 
 GOLDEN = json.loads((golden_folder() / "architectures.json").read_text())
@@ -14,7 +15,8 @@ GOLDEN = json.loads((golden_folder() / "architectures.json").read_text())
 
 def test_list_takes_patterns_and_knows_what_has_weights(command):
     names = {line.split()[0] for line in command("list").output.splitlines()[1:]}
-    assert set(timm.list_models("*_deconv")) < names and "resnet18" not in names and "segmenter" not in names
+    assert set(timm.list_models("*_deconv")) < names and not {"resnet18", "deconv"} & names
+    assert command("list", "segm*").output.splitlines()[1:] == ["segmenter  nd_camvid"]
     assert {line.split()[0] for line in command("list", "vgg1?_cifar").output.splitlines()[1:]} == {
         f"vgg{depth}_cifar" for depth in (11, 13, 16, 19)
     }
@@ -45,6 +47,15 @@ def test_info_counts_what_the_published_networks_have(name, command):
     assert whitened["bytes_half"] == whitened["bytes_folded"] / 2 < whitened["bytes_training"] / 2
 
 
+@pytest.mark.parametrize("name", ["segmenter", "segmenter.nd_camvid"])
+def test_info_describes_the_network_that_a_tags_weights_need(name, command):
+    about, model = json.loads(command("info", name, "--json").output), timm.create_model(name, pretrained=True)
+    assert about["classes"] == 11 and about["image_size"] == [180, 240]
+    assert about["parameters"] == sum(value.numel() for value in model.parameters())
+    assert [layer.settings for layer in layers_of(model)] == [layer["settings"] for layer in about["layers"]]
+    assert [weights["tag"] for weights in about["weights"]] == ["nd_camvid"]
+
+
 def test_info_shows_blocks_settings_by_role_and_weights(command):
     shown = command("info", "seresnet50_deconv", "--image-size", "160").output
     assert "layer2.1.conv1         pointwise       Deconv2d      128 x 512 x 1 x 1    8 x 64\n" in shown
@@ -66,6 +77,8 @@ def test_info_describes_a_saved_network_without_its_weights(command, tmp_path):
         ("resnet18_cifar_decnv", "no model or folder 'resnet18_cifar_decnv'; nearest: "),
         ("runs/nowhere/here", "no folder runs/nowhere/here"),
         ("local-dir:nowhere", "local-dir:nowhere cannot be had"),
+        ("hf-hub:one/two/three", "hf-hub:one/two/three cannot be had (HFValidationError "),
+        ("foo:bar", "foo:bar cannot be had (ValueError Unknown model source 'foo'"),
     ],
 )
 def test_a_network_that_is_not_there_is_named_in_one_line(name, line, command, tmp_path, monkeypatch):
@@ -75,3 +88,12 @@ def test_a_network_that_is_not_there_is_named_in_one_line(name, line, command, t
         done = command(*words)
         assert done.status == 1 and line in done.errors and done.errors.count("\n") == 1 and not done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.png"]
+
+
+@pytest.mark.parametrize(
+    ("size", "line"),
+    [(-5, "image size -5: it is a positive"), (0, "image size 0: it is a positive"), (2, "images of 2 x 2 cannot be")],
+)
+def test_a_size_that_a_network_cannot_take_is_said_in_one_line(size, line, command):
+    done = command("info", "vgg11_cifar_deconv", f"--image-size={size}")
+    assert (done.status, done.output) == (1, "") and line in done.errors and done.errors.count("\n") == 1

@@ -83,6 +83,27 @@ def test_the_table_has_a_line_a_class_and_pictures_are_drawn(network, pictures, 
             assert picture.height > 192 + 2 * 12
 
 
+def test_drawings_are_named_by_the_path_of_an_address_and_by_what_a_file_system_takes(network, pictures, command):
+    long = (pictures / "bird.jpg").rename(pictures / f"{'é' * 124}.jpg")
+    with served(pictures) as address:
+        places = [f"{address}/cat%20x.jpg?signature=a/b", long]
+        (pictures / "airplane.jpg").rename(pictures / "cat x.jpg")
+        done = command("predict", network, *places, "--draw", pictures / "drawn")
+    assert (done.status, done.errors) == (0, "")
+    drawn = sorted(file.name for file in (pictures / "drawn").iterdir())
+    assert drawn == ["0000-cat x.png", f"0001-{'é' * 100}.png"]
+
+
+def test_a_drawing_that_cannot_be_written_loses_nothing_else(network, pictures, command, tmp_path):
+    (tmp_path / "drawn" / "0000-airplane.png").mkdir(parents=True)
+    done = command("predict", network, pictures, "--draw", tmp_path / "drawn", "--json")
+    assert [Path(each["picture"]).stem for each in json.loads(done.output)] == NAMES[:3]
+    first, last = done.errors.splitlines()
+    assert first.startswith(f"{pictures}/airplane.jpg: ") and "Is a directory" in first
+    assert (done.status, last) == (1, "InputError: 1 of 3 pictures cannot be drawn")
+    assert (tmp_path / "drawn" / "0002-bird.png").is_file()
+
+
 def test_what_cannot_be_read_is_left_out_and_named(network, pictures, command):
     (pictures / "aaa.png").write_text("no picture")
     (pictures / "empty.png").touch()
@@ -92,6 +113,12 @@ def test_what_cannot_be_read_is_left_out_and_named(network, pictures, command):
     assert first.startswith(f"{pictures}/aaa.png: the file is no picture; JPEG, PNG")
     assert second == f"{pictures}/empty.png: the file is empty; choose another"
     assert last == "InputError: 2 of 5 pictures cannot be read"
+
+
+def test_a_picture_that_is_named_twice_is_shown_twice(network, pictures, command):
+    done = command("predict", network, pictures / "bird.jpg", pictures / "bird.jpg", "--json")
+    first, second = json.loads(done.output)
+    assert (done.status, done.errors) == (0, "") and first == second
 
 
 def test_bad_input_is_one_line_and_status_1(network, pictures, command, tmp_path):

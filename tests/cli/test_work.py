@@ -52,6 +52,7 @@ def test_a_folder_of_pictures_alone_is_enough_to_calibrate_on(data_dir, tmp_path
         (["convert", "local-dir:{}/plain", "{}/new", "--policy", "fasst"], "no preset 'fasst'; nearest: fast"),
         (["bench", "resnet18"], "no deconvolution network 'resnet18'; nearest: "),
         (["bench", "resnet18_cifar_deconv", "--rounds", "0"], "rounds 0: it is a positive number"),
+        (["bench", "vgg11_cifar_deconv", "--image-size", "2", "--batch-size", "2"], "images of 2 x 3 x 2 x 2 cannot"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(words, line, tmp_path, command):

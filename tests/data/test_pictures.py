@@ -2,15 +2,18 @@
 
 import io
 import socket
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.served import served
+from tests.served import served, serving
 from timm_deconv.data import pictures
-from timm_deconv.data.pictures import fetch, find_pictures, read_picture
+from timm_deconv.data.pictures import fetch, file_stem, find_pictures, read_picture
 from timm_deconv.errors import InputError
 
 
@@ -56,6 +59,48 @@ def test_an_address_gives_the_bytes_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(encoded(RED))
     with served(tmp_path) as address:
         assert fetch(f"{address}/red.png") == fetch(str(tmp_path / "red.png")) == encoded(RED)
+
+
+class _Odd(BaseHTTPRequestHandler):
+    """Answers /bare with a picture that has no type, /page with one that is called a page, /slow a byte at a time."""
+
+    def do_GET(self) -> None:
+        self.send_response(302 if self.path == "/ftp" else 200)
+        if self.path == "/ftp":
+            self.send_header("Location", "ftp://127.0.0.1:1/cat.png")
+        if self.path == "/page":
+            self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        if self.path != "/slow":
+            self.wfile.write(encoded(RED))
+            return
+        with suppress(ConnectionError):
+            for _ in range(200):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_what_a_picture_is_says_the_file_and_not_the_server() -> None:
+    with serving(_Odd) as address:
+        assert fetch(f"{address}/bare") == fetch(f"{address}/page") == encoded(RED)
+
+
+def test_a_download_ends_in_time_and_leads_to_no_ftp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "DEADLINE", 0.1)
+    with serving(_Odd) as address:
+        with pytest.raises(InputError, match="takes more than 0 seconds; try again later, or give a file"):
+            fetch(f"{address}/slow")
+        with pytest.raises(InputError, match=r"302 Found, to ftp://127\.0\.0\.1:1/cat\.png, which is not followed"):
+            fetch(f"{address}/ftp")
+
+
+def test_a_name_for_a_file_is_of_letters_that_any_file_system_takes() -> None:
+    assert file_stem("https://example.org/a%2Fb%3Cc.d.jpg?signature=1/2#top") == "b_c.d"
+    assert file_stem("scans/cat.jpg") == "cat" and file_stem("https://example.org") == ""
+    assert file_stem(f"{'a' * 199}é.png") == 199 * "a"
 
 
 def test_addresses_that_give_no_picture_are_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

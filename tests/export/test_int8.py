@@ -53,6 +53,32 @@ def test_eight_bits_name_real_pictures_as_32_do(pictures, tmp_path):
             assert sizes[node.input[1]] == [kernels[node.input[0]].dims[0]]  # a scale for each output channel
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (("zero", "one", "two"), [1, 2, 0]),  # folders are in the order of the alphabet, the network's classes are not
+        (("zero", "one", "two", "three"), [1, 2, 0]),
+        (("nought", "first", "second"), [0, 1, 2]),
+        (None, [0, 1, 2]),
+    ],
+)
+def test_folders_are_the_classes_of_their_names_or_else_in_order(labels, classes, data_dir, tmp_path):
+    content = read_cifar(data_dir, 1)[0][1]
+    write_folders([(name, content) for name in ("zero", "one", "two")], tmp_path)
+    model = timm.create_model("resnet18_025_cifar", num_classes=len(labels or classes))
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": labels}
+    assert [int(each) for _, batch in labelled_pictures(model, tmp_path) for each in batch] == classes
+
+
+def test_folders_of_which_some_are_no_class_are_refused(data_dir, tmp_path):
+    content = read_cifar(data_dir, 1)[0][1]
+    write_folders([(name, content) for name in ("zero", "one", "too")], tmp_path)
+    model = timm.create_model("resnet18_025_cifar", num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ("zero", "one", "two")}
+    with pytest.raises(InputError, match="3 folders and the network 3 classes: 'too' is the name of none"):
+        labelled_pictures(model, tmp_path)
+
+
 def test_carried_over_and_calibrated_weights_give_in_eight_bits_what_batch_norms_do(pictures, tmp_path):
     twin = trained("resnet18_025_cifar").eval()
     model = copy.deepcopy(twin)

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from timm_deconv.convert.module_types import is_whitened
@@ -18,6 +19,7 @@ from timm_deconv.export.formats import FORMATS, check_operators, open_onnx
 from timm_deconv.export.network import open_export
 from timm_deconv.export.plain import plain_form
 from timm_deconv.layers import Deconv2d
+from timm_deconv.models.weights import write_weights
 
 from .networks import evaluated, of_size, small, trained
 
@@ -107,6 +109,15 @@ def test_folded_safetensors_load_as_a_plain_network(name, tmp_path):
     assert not any(isinstance(layer, Deconv2d) for layer in again.modules())
     images = torch.randn(2, *model.pretrained_cfg["input_size"])
     torch.testing.assert_close(again(images), evaluated(model, images))
+
+
+def test_half_safetensors_are_those_of_the_zoo_with_vectors_in_float32(tmp_path):
+    model = small()
+    folder = export_network(model, tmp_path / "folded", "safetensors", half=True).file
+    write_weights(plain_form(model), tmp_path / "zoo.safetensors", half=True)
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "zoo.safetensors").read_bytes()
+    types = {value.ndim > 1: value.dtype for value in load_file(folder / "model.safetensors").values()}
+    assert types == {True: torch.float16, False: torch.float32}
 
 
 def test_the_file_says_how_images_are_prepared(tmp_path):

@@ -106,6 +106,44 @@ def test_what_is_refused_leaves_nothing(run: Path, configs: Path, monkeypatch: p
     refused(r"no results\.csv")
 
 
+def relicensed(run: Path, licence: str | None) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["pretrained_cfg"]["license"] = licence
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def test_the_licence_is_that_of_the_weights_and_must_be_known(run: Path, configs: Path) -> None:
+    relicensed(run, "cc-by-nc-4.0")
+    assert add_entry(run, TAG, configs=configs).license == "cc-by-nc-4.0"
+    relicensed(run, None)
+    with pytest.raises(InputError, match=r"the licence of the weights is not known: add license to .*config\.json"):
+        add_entry(run, "nd_other", configs=configs)
+    assert f"weights/{NAME.replace(TAG, 'nd_other')}.safetensors" not in written(configs)
+
+
+def test_what_cannot_be_written_leaves_neither_weights_nor_entry_nor_row(
+    run: Path, configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for step in ("write_text", "append_rows"):
+        with monkeypatch.context() as patch:
+            patch.setattr(entries, step, full)
+            with pytest.raises(OSError, match="No space left"):
+                add_entry(run, TAG, configs=configs)
+        assert written(configs) == []
+
+
+def test_weights_that_lie_there_without_an_entry_stay(run: Path, configs: Path) -> None:
+    file = configs / "packaged" / f"{NAME}.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"somebody's")
+    with pytest.raises(InputError, match=r"safetensors is there already: take another tag, or remove the file first"):
+        add_entry(run, TAG, packaged=True, configs=configs)
+    assert file.read_bytes() == b"somebody's" and written(configs) == [f"packaged/{NAME}.safetensors"]
+
+
 def test_an_entry_is_not_written_over(run: Path, configs: Path) -> None:
     add_entry(run, TAG, configs=configs)
     with pytest.raises(InputError, match=r"yaml is there already: take another tag, or remove the file first"):

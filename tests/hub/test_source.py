@@ -103,6 +103,15 @@ def test_a_folder_that_cannot_be_published_is_refused_with_the_way_out(
     assert not (tmp_path / "tree").exists()
 
 
+def test_a_folded_segmenter_is_refused_as_such(tmp_path: Path) -> None:
+    model = timm.create_model("segmenter", base="test_resnet", num_classes=5, deconv="fast").eval()
+    save_network(timm_deconv.fuse(model), tmp_path)
+    with pytest.raises(InputError, match="holds folded weights: publish the network that they were folded from"):
+        read_source(tmp_path, "nd_x")
+    save_network(timm.create_model("segmenter", base="test_resnet", num_classes=5), tmp_path / "batch_norm")
+    assert not read_source(tmp_path / "batch_norm", "x").whitened
+
+
 def test_the_best_epoch_has_its_own_record(finished_run: Path) -> None:
     last, best = read_source(finished_run), read_source(finished_run / "best")
     assert last.recorded == float(last.result["top1"]) and best.recorded == float(last.result["best_top1"])

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 import timm_deconv
+from tests.pictures import write_camvid
 from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError
 from timm_deconv.hub import tree
@@ -22,6 +23,8 @@ from timm_deconv.hub.publish import dry_run
 from timm_deconv.hub.source import Source, read_source
 from timm_deconv.hub.tree import Tree
 from timm_deconv.models.weights import save_network
+from timm_deconv.training.loop import train
+from timm_deconv.training.recipe import load_recipe
 
 NAME = "resnet18_cifar_deconv.nd_e2_digits"
 
@@ -35,6 +38,16 @@ def function(name: str) -> torch.Tensor:
     model = timm.create_model(name, pretrained=True).eval()
     with torch.no_grad():
         return model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(scope="module")
+def segmentation(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
+    """A run of a tiny network for segmentation, and its tree."""
+    place = tmp_path_factory.mktemp("segmentation")
+    images = write_camvid(data_dir, place / "camvid", train=8, val=4)
+    settings = ["model=test_resnet", "model_kwargs={deconv: fast}", f"data_dir={images}", "epochs=1", "batch_size=4"]
+    train(load_recipe("camvid", [*settings, "input_size=[3,64,80]", "workers=0"]), place / "run", cpu=True)
+    return place / "run", dry_run(place / "run", "me", place / "tree", tag="nd_camvid", data_dir=images)
 
 
 def copied(run: Path, tmp_path: Path) -> Path:
@@ -102,6 +115,31 @@ def test_the_code_on_the_card_runs(prepared: Tree, monkeypatch: pytest.MonkeyPat
         exec(block.replace(f"hf-hub:{prepared.repository}", local), known)
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(known["plain"](x), known["model"](x), atol=1e-4)
+
+
+def test_a_segmenter_goes_up_in_both_forms_with_its_mean_iou(segmentation: tuple[Path, Tree]) -> None:
+    run, prepared = segmentation
+    assert prepared.repository == "me/segmenter.nd_camvid"
+    places = (run, prepared.folder, prepared.folder / "folded")
+    trained, own, folded = (timm.create_model(f"local-dir:{place}", pretrained=True).eval() for place in places)
+    assert is_whitened(own) and not is_whitened(folded)
+    x = torch.randn(2, 3, 64, 80)
+    with torch.no_grad():
+        expected = trained(x)
+        assert expected.shape == (2, 11, 64, 80) and torch.equal(own(x), expected)
+        assert (folded(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+    card, recorded = ModelCard.load(prepared.folder / "README.md"), read_source(run).recorded
+    (result,) = card.data.eval_results
+    assert (card.data.pipeline_tag, result.metric_type) == ("image-segmentation", "mean_iou")
+    assert result.metric_value == pytest.approx(recorded, abs=0.1) and "Measured again on 4 images" in card.text
+    assert "gives a class to each pixel" in card.text and "`features_only`" not in card.text
+    assert '"preset": "fast"' in card.text
+
+
+def test_a_segmenter_of_no_run_is_one_too(tmp_path: Path) -> None:
+    save_network(timm.create_model("segmenter", base="test_resnet", num_classes=5, deconv="fast"), tmp_path / "seg")
+    prepared = dry_run(tmp_path / "seg", "me", tmp_path / "tree", tag="nd_x", evaluate=False)
+    assert ModelCard.load(prepared.folder / "README.md").data.pipeline_tag == "image-segmentation"
 
 
 def test_equal_weights_give_equal_files(prepared: Tree, finished_run: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ from huggingface_hub.utils import _http  # noqa: E402
 
 from timm_deconv.errors import InputError  # noqa: E402
 from timm_deconv.hub.publish import Remote, dry_run, push  # noqa: E402
-from timm_deconv.hub.tree import Tree  # noqa: E402
+from timm_deconv.hub.tree import Tree, checksums  # noqa: E402
+from timm_deconv.models.checksums import CHECKSUMS  # noqa: E402
 
 RUN = Path(os.environ["TIMM_DECONV_RUN"])
 NAME = "resnet18_cifar_deconv.nd_e2_digits"
@@ -49,7 +50,9 @@ def _served() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture) -> Iterator:
+def _fresh(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture, tmp_path: Path
+) -> Iterator:
     """An empty Hub, a token that may write, no waiting; afterwards no token in what was logged, printed or written."""
     store.__init__(users=USERS)  # type: ignore[misc]
     monkeypatch.setenv("HF_TOKEN", SECRET)
@@ -58,10 +61,10 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ca
     caplog.set_level("DEBUG")
     yield
     printed = "".join(capfd.readouterr()) + caplog.text
-    places = (path for place in (home, RUN) for path in place.rglob("*") if path.is_file())
+    written = [path.read_bytes() for place in (home, RUN, tmp_path) for path in place.rglob("*") if path.is_file()]
     for secret in (SECRET, FOREIGN, WRONG):
         assert secret not in printed
-        assert not any(secret.encode() in path.read_bytes() for path in places)
+        assert not any(secret.encode() in content for content in written)
 
 
 @pytest.fixture
@@ -73,9 +76,12 @@ def tree(tmp_path: Path) -> Tree:
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# net\n")
     (folder / "model.safetensors").write_bytes(os.urandom(300_000))
     (folder / "folded" / "model.safetensors").write_bytes(os.urandom(200_000))
-    names = ("README.md", "config.json", "folded/model.safetensors", "model.safetensors")
-    (folder / "SHA256SUMS").write_text("".join(f"{sha256((folder / n).read_bytes())}  {n}\n" for n in names))
+    write_checksums(folder)
     return Tree(folder, "me/net", "net", None)
+
+
+def write_checksums(folder: Path) -> None:
+    (folder / CHECKSUMS).write_text(checksums(folder))
 
 
 def send(tree: Tree, revision: str | None = None, private: bool = False) -> str:
@@ -162,6 +168,15 @@ def test_a_commit_whose_answer_is_lost_is_there_once(tree: Tree) -> None:
     assert held(tree, commit) and commits() == 1
 
 
+def test_a_commit_that_deletes_and_whose_answer_is_lost_is_there_once(tree: Tree) -> None:
+    send(tree)
+    (tree.folder / "folded" / "model.safetensors").unlink()
+    write_checksums(tree.folder)
+    store.faults = [Fault(f"POST {API}/commit", None)]
+    commit = send(tree)
+    assert held(tree, commit) and commits() == 2
+
+
 @pytest.mark.parametrize("status", [429, 500])
 def test_a_busy_hub_is_asked_again(tree: Tree, status: int) -> None:
     asked = ("GET /api/whoami", "POST /api/repos", f"GET {API}", f"POST {API}/preupload", f"POST {API}/commit")
@@ -180,6 +195,7 @@ def test_of_two_pushes_at_once_one_wins_and_the_other_says_so(tree: Tree) -> Non
         for remote in remotes:
             remote.check("net", False)
         (tree.folder / "README.md").write_text(f"---\nlicense: mit\n---\n# net, {there}\n")
+        write_checksums(tree.folder)
         before, barrier, outcomes = commits() if there else 0, threading.Barrier(2), []
 
         def race(remote: Remote, barrier: threading.Barrier = barrier, outcomes: list = outcomes) -> None:
@@ -199,11 +215,13 @@ def test_of_two_pushes_at_once_one_wins_and_the_other_says_so(tree: Tree) -> Non
         assert held(tree) and commits() == before + 1 and len(won) == 1
         assert all("somebody else has just changed it" in reason for reason in lost)
     (tree.folder / "README.md").write_text("---\nlicense: mit\n---\n# of the one\n")
+    write_checksums(tree.folder)
     late, first = Remote("me/net"), Remote("me/net")
     late.check("net", False)
     first.check("net", False)
     first.upload(tree, False)
     (tree.folder / "README.md").write_text("---\nlicense: mit\n---\n# of the other\n")
+    write_checksums(tree.folder)
     refused(lambda: late.upload(tree, False), "me/net: somebody else has just changed it", "push again")
     assert b"of the one" in store.repositories["me/net"].files()["README.md"]
 
@@ -223,6 +241,27 @@ def test_files_of_the_earlier_tree_go_and_those_of_others_stay(tree: Tree) -> No
     (tree.folder / "folded" / "model.safetensors").unlink()
     send(tree)
     assert set(repository.files()) == {*tree.files(), "NOTES"}
+
+
+def test_a_file_that_its_owner_has_removed_does_not_hinder(tree: Tree) -> None:
+    (tree.folder / "curve.png").write_bytes(b"a picture")
+    write_checksums(tree.folder)
+    send(tree)
+    repository = store.repositories["me/net"]
+    kept = {name: content for name, content in repository.files().items() if name != "curve.png"}
+    repository.commit("main", kept)
+    (tree.folder / "curve.png").unlink()
+    write_checksums(tree.folder)
+    send(tree)
+    assert held(tree)
+
+
+def test_a_public_repository_made_meanwhile_takes_nothing_private(tree: Tree) -> None:
+    remote = Remote("me/net")
+    remote.check("net", True)
+    store.create("me/net")
+    refused(lambda: remote.upload(tree, True), "me/net: somebody else has just changed it")
+    assert store.repositories["me/net"].files() == {} and not store.large
 
 
 def test_a_private_repository_shows_itself_to_tokens_alone(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:

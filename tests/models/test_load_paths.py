@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from tests.models import zoo_of_two
 from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError
 from timm_deconv.layers.notices import OTHER_SETTINGS, UNCALIBRATED
-from timm_deconv.models.checksums import CHECKSUMS
+from timm_deconv.models.checksums import CHECKSUMS, check_recorded
 from timm_deconv.models.weights import save_network, write_weights
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -148,6 +150,24 @@ def test_a_layout_of_equal_shapes_is_not_taken_for_the_trained_one(tmp_path: Pat
         assert close(other(x), model(x))
 
 
+def test_a_configuration_of_other_weights_is_not_believed(tmp_path: Path) -> None:
+    name, x = "resnet18_025_cifar_deconv", torch.randn(2, 3, SIZE, SIZE)
+    arguments = {**NETWORKS[name], "deconv": {"preset": "paper", "block": 8}}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments)
+    model.train()(torch.randn(16, 3, SIZE, SIZE))
+    save_network(model.eval(), tmp_path)
+    others = {"preset": "paper", "block": 8, "layout": "window"}
+    for called, architecture in (("epoch3.safetensors", name), ("model.safetensors", "vgg11_cifar_deconv")):
+        config = {"architecture": architecture, "model_args": {**arguments, "deconv": others}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / called).write_bytes((tmp_path / "model.safetensors").read_bytes())
+        overlay = {"file": str(tmp_path / called)}
+        found = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
+        with torch.no_grad():
+            assert torch.equal(found(x), model(x))
+
+
 def test_folded_weights_warn_in_training_until_they_are_calibrated_and_then_train_whitened(tmp_path: Path) -> None:
     model, images = trained("resnet18_025_cifar_deconv"), torch.randn(128, 3, SIZE, SIZE)
     save_network(timm_deconv.fuse(model), tmp_path)
@@ -207,9 +227,34 @@ def test_a_saved_network_whose_weights_are_not_those_of_its_checksums_is_refused
         assert timm.create_model(f"local-dir:{place}", pretrained=True)
         weights = load_file(place / "model.safetensors")
         save_file({key: value + 1 for key, value in weights.items()}, place / "model.safetensors", {"format": "pt"})
-        with pytest.raises(InputError, match=r"another file than the known one .* or remove .*SHA256SUMS") as error:
+        name, options = "resnet18_025_cifar_deconv", NETWORKS["resnet18_025_cifar_deconv"]
+        overlay = {"pretrained_cfg_overlay": {"file": str(place / "model.safetensors")}, **options}
+        for source, arguments in ((f"local-dir:{place}", {}), (name, overlay)):
+            with pytest.raises(InputError, match=r"another file than the known one .* or remove .*SHA256SUMS") as error:
+                timm.create_model(source, pretrained=True, **arguments)
+            assert "\n" not in str(error.value)
+        (place / "model.safetensors").unlink()
+        torch.save(weights, place / "pytorch_model.bin")
+        with pytest.raises(InputError, match=r"SHA256SUMS lists .*model\.safetensors, which is missing: get it again"):
             timm.create_model(f"local-dir:{place}", pretrained=True)
-        assert "\n" not in str(error.value)
+
+
+def test_checksums_that_cannot_be_asked_for_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"  # where nobody answers
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the client tries five times
+    cfg = {"source": "hf-hub", "hf_hub_id": "someone/net"}
+    with pytest.raises(InputError, match=r"checksums of someone/net cannot be had, .* HF_HUB_OFFLINE=1") as error:
+        check_recorded(cfg, tmp_path)
+    assert "\n" not in str(error.value)
+    place = tmp_path / "models--someone--net"
+    for file, text in (("refs/main", COMMIT), (f".no_exist/{COMMIT}/{CHECKSUMS}", "")):
+        (place / file).parent.mkdir(parents=True)
+        (place / file).write_text(text)
+    check_recorded(cfg, tmp_path)  # which once was told that there are none
 
 
 # Published ones

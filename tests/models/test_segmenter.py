@@ -38,11 +38,19 @@ def test_roles_are_those_of_the_whole_network_and_none_is_missed():
     assert blocks == {8} and model._model_args["deconv"]["roles"].keys() == {"depthwise", "classifier"}
 
 
-def test_a_base_that_is_no_encoder_is_named():
+def test_what_cannot_be_a_segmenter_is_named():
     with pytest.raises(InputError, match="no base of segmenter 'resnet19'; nearest: resnet1"):
         timm.create_model("segmenter", base="resnet19")
     with pytest.raises(InputError, match="test_vit is no encoder: it cannot be dilated to an output stride of 16"):
         timm.create_model("segmenter", base="test_vit")
+    with pytest.raises(InputError, match="no maps of features: create its base with features_only=True"):
+        timm.create_model("segmenter", base="test_resnet", features_only=True)
+
+
+def test_its_name_alone_means_its_default_weights() -> None:
+    model, tagged = (timm.create_model(name, pretrained=True) for name in ("segmenter", "segmenter.nd_camvid"))
+    assert model.pretrained_cfg == tagged.pretrained_cfg and model.pretrained_cfg["tag"] == "nd_camvid"
+    assert all(torch.equal(value, tagged.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 @torch.no_grad()

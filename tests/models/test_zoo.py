@@ -18,7 +18,9 @@ from torch import nn
 from tests.models import zoo_of_two
 from timm_deconv.errors import InputError
 from timm_deconv.models import list_models
+from timm_deconv.models.loading import load_network
 from timm_deconv.models.pretrained import create_transferred
+from timm_deconv.models.weights import save_network
 from timm_deconv.models.zoo import ZooEntry, entries, parse_entry
 from timm_deconv.training.evaluation import validate
 from timm_deconv.training.processes import create_accelerator
@@ -147,6 +149,38 @@ def test_arguments_that_an_entry_names_make_the_network_unless_others_are_given(
         assert timm.create_model("zoo18_deconv").conv1.out_channels == 8
         with pytest.raises(InputError, match="do not fit zoo18_deconv"):
             timm.create_model("zoo18_deconv", pretrained=True, width=0.125)
+        for unloaded in (timm.create_model("zoo18_deconv.nd_wide"), load_network("zoo18_deconv", weights=False)):
+            assert unloaded.conv1.out_channels == 16 and unloaded.deconv_policy.preset == "paper"
+            assert not {"tag", "label_names", "notes", "file"} & unloaded.pretrained_cfg.keys()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_arguments_that_an_entry_names_are_saved(
+    weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, arguments = tmp_path / "hub_configs", {"width": 0.25, "output_stride": 4}
+    for form, tag in (("", "wide"), ("_deconv", "nd_wide")):
+        model = timm.create_model(f"resnet18_025_cifar{form}", layers=(1, 1, 1, 1), width=0.25).eval()
+        zoo_of_two.add(folder, f"zoo18{form}.{tag}", model, model_args=arguments)
+    with zoo_of_two.registered(folder, monkeypatch):
+        for name in ("zoo18.wide", "zoo18_deconv.nd_wide", "zoo18_deconv.bn_wide"):
+            model = timm.create_model(name, pretrained=weights, output_stride=2 if "bn_" in name else None)
+            save_network(model, tmp_path / name)
+            again = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True)
+            assert {**arguments, **({"output_stride": 2} if "bn_" in name else {})}.items() <= again._model_args.items()
+            assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name, entry in entries().items() if entry.local_file()])
+@torch.no_grad()
+def test_every_entrys_network_is_loaded_as_it_was_saved(name: str, tmp_path: Path) -> None:
+    model = timm.create_model(name, pretrained=True).eval()
+    assert entries()[name].model_args.keys() <= model._model_args.keys()
+    save_network(model, tmp_path)
+    again = load_network(str(tmp_path)).eval()
+    assert model._model_args.items() <= again._model_args.items()
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.usefixtures("zoo")

@@ -1,17 +1,29 @@
 """`timm-deconv export`."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal, cast
+
+from cyclopts import Parameter, Token
 
 from .output import print_json, print_table
 
-__all__ = ["export"]
+__all__ = ["Format", "export"]
+
+Format = Literal["safetensors", "onnx", "torch-export", "torchscript"]
+"""The names in `timm_deconv.export.formats.FORMATS`, for help and completion, which wait for no import of them."""
+
+
+def _as_given(_type: type, tokens: Sequence[Token]) -> Format:
+    """Pass on any name: the export tells which known one is the nearest."""
+    return cast(Format, tokens[0].value)
 
 
 def export(
     model: str,
     /,
     *,
-    format: str = "onnx",
+    format: Annotated[Format, Parameter(converter=_as_given)] = "onnx",
     output: Path | None = None,
     half: bool = False,
     dynamic: bool = False,
@@ -33,9 +45,9 @@ def export(
 
     Args:
         model: a registered name, the output folder of a run, or a repository (hf-hub:ORG/NAME).
-        format: safetensors (a folder that timm loads), onnx, torch-export or torchscript.
+        format: what is written; safetensors is a folder that timm loads.
         output: file, of safetensors folder, which must not be there yet; default the network's name in this folder.
-        half: weights and computation in float16.
+        half: weights and computation in float16; safetensors hold matrices and kernels so, vectors in float32.
         dynamic: batches and images of any size, in place of one image of the network's size.
         int8: folder or tar of pictures; weights and activations get 8 bits, with ranges found on them.
         int8_images: use so many of them, always the same ones.

@@ -19,10 +19,12 @@ def info(model: str, /, *, image_size: int | None = None, json: bool = False) ->
 
         timm-deconv info resnet18_cifar_deconv
         timm-deconv info resnet50_deconv --image-size 160
+        timm-deconv info segmenter.nd_camvid
         timm-deconv info runs/digits/vgg11_cifar_deconv-seed0 --json
 
     Args:
-        model: name of the network, folder of a run, or repository of the Hub (hf-hub:ORG/NAME).
+        model: name of the network, with a tag or the default one, folder of a run, or repository of the Hub
+            (hf-hub:ORG/NAME).
         image_size: height and width of the image that is counted for; default the network's own.
         json: print JSON.
     """

@@ -19,8 +19,8 @@ def predict(model: str, places: list[str], /, *, top: int = 5, draw: Path | None
     """Say what pictures show: a network's first classes, how probable they are.
 
     Networks for masks give the classes of the pixels, with their shares of
-    the picture. What cannot be read is named on standard error and left out,
-    and the exit status is 1.
+    the picture. What cannot be read or drawn is named on standard error and
+    left out, and the exit status is 1.
 
         timm-deconv predict resnet18_025_cifar_deconv cat.jpg ship.png
         timm-deconv predict runs/mine 'scans/*.png' --top 1 --draw drawn
@@ -33,7 +33,7 @@ def predict(model: str, places: list[str], /, *, top: int = 5, draw: Path | None
         draw: folder for the pictures with their classes below, or over the pixels.
         json: print a list of JSON.
     """
-    from timm_deconv.data.pictures import find_pictures
+    from timm_deconv.data.pictures import file_stem, find_pictures
     from timm_deconv.models.loading import load_network
     from timm_deconv.prediction import Predictor
 
@@ -43,21 +43,23 @@ def predict(model: str, places: list[str], /, *, top: int = 5, draw: Path | None
     predictor = Predictor(load_network(model))
     if draw is not None:
         draw.mkdir(parents=True, exist_ok=True)
-    found = {}
+    found, undrawn = [], 0
     for number, picture in enumerate(progress(pictures, "pictures", len(pictures))):
         prediction = _look(predictor, picture, alone=len(pictures) == 1)
         if prediction is None:
             continue
-        found[picture] = prediction.top(top)
+        found.append((picture, prediction.top(top)))
         if draw is not None:
-            prediction.drawn(top).save(draw / f"{number:04d}-{Path(picture).stem}.png")
+            undrawn += not _draw(prediction, top, picture, draw / f"{number:04d}-{file_stem(picture)}.png")
     figure = "share" if predictor.for_masks else "probability"
     if json:
-        print_json([{"picture": picture, "classes": list(_rows(named, figure))} for picture, named in found.items()])
+        print_json([{"picture": picture, "classes": list(_rows(named, figure))} for picture, named in found])
     else:
-        print_table([{"picture": picture, **row} for picture, named in found.items() for row in _rows(named, figure)])
+        print_table([{"picture": picture, **row} for picture, named in found for row in _rows(named, figure)])
     if left_out := len(pictures) - len(found):
         raise InputError(f"{left_out} of {len(pictures)} pictures cannot be read")
+    if undrawn:
+        raise InputError(f"{undrawn} of {len(pictures)} pictures cannot be drawn")
 
 
 def _look(predictor: "Predictor", picture: str, alone: bool) -> "Prediction | None":
@@ -71,6 +73,16 @@ def _look(predictor: "Predictor", picture: str, alone: bool) -> "Prediction | No
             raise InputError(f"{picture}: {error}") from None
         print(f"{picture}: {error}", file=sys.stderr)
         return None
+
+
+def _draw(prediction: "Prediction", top: int, picture: str, file: Path) -> bool:
+    """Draw into a file; False and a line on stderr where it cannot be written, as what is predicted is worth more."""
+    try:
+        prediction.drawn(top).save(file)
+        return True
+    except OSError as error:
+        print(f"{picture}: {error}", file=sys.stderr)
+        return False
 
 
 def _rows(classes: list[tuple[str, float]], figure: str) -> Iterator[dict[str, Any]]:

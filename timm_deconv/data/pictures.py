@@ -2,11 +2,16 @@
 
 import glob
 import io
+import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import Request
 
 from PIL import Image, ImageOps
 
@@ -14,7 +19,7 @@ from timm_deconv.errors import InputError
 
 from .images import UNREADABLE, as_mode, mode_of
 
-__all__ = ["FORMATS", "MOST_BYTES", "MOST_PIXELS", "fetch", "find_pictures", "read_picture"]
+__all__ = ["FORMATS", "MOST_BYTES", "MOST_PIXELS", "fetch", "file_stem", "find_pictures", "read_picture"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is read of Pillow's formats: some others start programs, as EPS does."""
@@ -25,8 +30,14 @@ MOST_PIXELS = 50_000_000
 ADDRESSES = ("http://", "https://")
 PAGES = ("text/", "application/json", "application/xhtml")
 """How the content types of what is no picture begin."""
+LONGEST_STEM = 200
+"""Bytes of a name; file systems take 255 with what is put before and after."""
 PATIENCE = 20.0
 """Seconds that a server may be silent."""
+DEADLINE = 120.0
+"""Seconds that a picture may take altogether."""
+PIECE = 2**16
+"""Bytes after which the clock is looked at."""
 
 
 def find_pictures(places: Iterable[str]) -> list[str]:
@@ -59,6 +70,16 @@ def _pictures_of(place: str) -> Iterator[str]:
         raise InputError(f"no file or folder {place}; an address begins with https://")
 
 
+def file_stem(place: str) -> str:
+    """Return a name, without ending, for a file that is made of a picture: of an address its path's, without a query.
+
+    It is cut to LONGEST_STEM bytes; what no file system takes is left out.
+    """
+    path = unquote(urlsplit(place).path) if place.startswith(ADDRESSES) else place
+    stem = re.sub(r'[\x00-\x1f<>:"|?*\\/]', "_", Path(path).stem)
+    return stem.encode(errors="ignore")[:LONGEST_STEM].decode(errors="ignore")
+
+
 def fetch(place: str) -> bytes:
     """Read the bytes of a file or address, MOST_BYTES at most.
 
@@ -78,12 +99,12 @@ def fetch(place: str) -> bytes:
 
 def _download(address: str) -> bytes:
     try:
-        request = urllib.request.Request(address, headers={"User-Agent": "timm-deconv", "Accept": "image/*"})
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            kind = answer.headers.get_content_type()
-            if kind.startswith(PAGES):
-                raise InputError(f"the address answers with a page ({kind}); give that of the picture itself")
-            return answer.read(MOST_BYTES + 1)
+        request = Request(address, headers={"User-Agent": "timm-deconv", "Accept": "image/*"})
+        with urllib.request.build_opener(_Redirects).open(request, timeout=PATIENCE) as answer:
+            content, kind = _body(answer), answer.headers.get_content_type()
+        if kind.startswith(PAGES) and not _begins_as_picture(content):
+            raise InputError(f"the address answers with a page ({kind}); give that of the picture itself")
+        return content
     except urllib.error.HTTPError as error:
         raise InputError(f"the server answers {error.code} {error.reason}; check the address") from None
     except (OSError, HTTPException, ValueError) as error:
@@ -91,6 +112,36 @@ def _download(address: str) -> bytes:
             raise
         reason = getattr(error, "reason", error)
         raise InputError(f"cannot be had ({reason}); check the address and the network, or give a file") from None
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Leads on to other addresses of http and https alone: urllib follows to ftp too."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        if not newurl.lower().startswith(ADDRESSES):
+            raise urllib.error.HTTPError(newurl, code, f"{msg}, to {newurl}, which is not followed", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _body(answer: HTTPResponse) -> bytes:
+    """Read MOST_BYTES and one more at most, until the deadline."""
+    content, end = bytearray(), time.monotonic() + DEADLINE
+    while len(content) <= MOST_BYTES and (piece := answer.read1(PIECE)):
+        content += piece
+        if time.monotonic() > end:
+            raise InputError(f"takes more than {DEADLINE:.0f} seconds; try again later, or give a file")
+    return bytes(content)
+
+
+def _begins_as_picture(content: bytes) -> bool:
+    """Tell what a picture is by itself: some servers send it without a type, others with a wrong one."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except UNREADABLE:
+        return False
 
 
 def read_picture(content: bytes, channels: int = 3) -> Image.Image:

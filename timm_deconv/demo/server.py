@@ -27,6 +27,8 @@ __all__ = ["DemoServer"]
 ADDRESS = "127.0.0.1"
 PATIENCE = 30
 """Seconds without a byte after which a connection is given up."""
+MOST_DIGITS = 20
+"""Of a body's length; Python refuses to read numbers of thousands of digits."""
 
 TYPES = {
     "html": "text/html; charset=utf-8",
@@ -136,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.NOT_FOUND, {"error": "there is no such page here"})
         elif not (length.isascii() and length.isdecimal()):
             self._send_json(HTTPStatus.LENGTH_REQUIRED, {"error": "the request does not say how long it is"})
-        elif int(length) > MOST_BYTES:
+        elif len(length) > MOST_DIGITS or int(length) > MOST_BYTES:
             too_large = f"the file has more than {MOST_BYTES >> 20} MB; make it smaller"
             self._send_json(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": too_large})
         else:

@@ -35,8 +35,8 @@ class Format:
 
     Attributes:
         ending: of the file's name; '' for a folder.
-        write: writes a plain network as this; takes images of the example and whether other batches and sizes are to
-            be possible.
+        write: writes a plain network as this; takes images of the example, in the wanted precision, and whether other
+            batches and sizes are to be possible.
         open: makes what runs the written network.
     """
 
@@ -48,12 +48,12 @@ class Format:
 # safetensors
 
 
-def _write_safetensors(model: nn.Module, folder: Path, _images: Tensor, _dynamic: bool) -> None:
+def _write_safetensors(model: nn.Module, folder: Path, images: Tensor, _dynamic: bool) -> None:
     """Write the weights, and the configuration by which timm makes the plain network again."""
     if not hasattr(model, "_model_args"):
         raise InputError(f"timm has not made this {type(model).__name__}, so cannot load it; choose another format")
     model._model_args = {**model._model_args, "fused": True}
-    save_network(model, folder)
+    save_network(model, folder, half=images.dtype is torch.float16)
 
 
 def _open_safetensors(folder: Path) -> Runner:

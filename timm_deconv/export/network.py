@@ -26,6 +26,8 @@ HALF_TOLERANCE = 2e-2
 """How far outputs may be from the network's own, as a share of its largest one; the second of float16, whose numbers
 have 11 bits."""
 
+PRECISIONS = (torch.float32, torch.float16)
+
 
 @dataclass(frozen=True)
 class Export:
@@ -63,7 +65,7 @@ def export_network(
         file: to be written, of safetensors a folder. There must be none yet, nor may it end as those of another format.
         format: `safetensors` (loads by `timm.create_model('local-dir:FOLDER', pretrained=True)`), `onnx`,
             `torch-export` or `torchscript`.
-        half: weights and computation in float16, and so images and outputs; of safetensors the weights alone.
+        half: weights and computation in float16, and so images and outputs; of safetensors matrices and kernels alone.
         dynamic: batches and images of any size; without, one image of the network's own size.
         int8: batches of images (N, C, H, W) as the network wants them, or (images, targets), gone through several
             times, on which ranges of values are found; ONNX is then written with weights and activations in 8 bits.
@@ -110,7 +112,8 @@ def default_name(model: nn.Module, format: str, *, half: bool = False, int8: boo
 
 
 def _dtype(format: str, half: bool) -> torch.dtype:
-    return torch.float16 if half and format != "safetensors" else torch.float32
+    """Return the precision in which a written network computes."""
+    return PRECISIONS[half and format != "safetensors"]
 
 
 class _Written:
@@ -126,8 +129,7 @@ class _Written:
         self.images = check_images(self.plain, dynamic)
         itself = copy.deepcopy(model).eval()
         self.wanted = [run(itself, images) for images in self.images]
-        if half:
-            self.plain.half()
+        self.plain.to(_dtype(format, half))
 
     def checked(self, file: Path) -> float:
         """Write a file, run it and return by how much its outputs differ.
@@ -137,7 +139,7 @@ class _Written:
         """
         how, tolerance = FORMATS[self.format], HALF_TOLERANCE if self.half else TOLERANCE
         with self._refused():
-            how.write(self.plain, file, self.images[-1].to(_dtype(self.format, self.half)), self.dynamic)
+            how.write(self.plain, file, self.images[-1].to(PRECISIONS[self.half]), self.dynamic)
             written = open_export(file, self.format, half=self.half)
             given = [written(images) for images in self.images]
         difference = max(map(largest_difference, given, self.wanted))

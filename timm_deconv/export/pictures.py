@@ -29,12 +29,13 @@ def labelled_pictures(model: nn.Module, place: str | Path, images: int | None = 
 
 
 def _numbers(model: Any, folders: list[str], place: str | Path) -> list[int]:
-    """Return the network's class for each folder: by order where there are as many, else by name."""
+    """Return the network's class for each folder: by name; by order where no name is known and there are as many."""
     number = getattr(model, "num_classes", None)
-    if len(folders) == number:
-        return list(range(len(folders)))
     names = list(model.pretrained_cfg.get("label_names") or (ImageNetInfo().label_names() if number == 1000 else ()))
-    if unknown := [name for name in folders if name not in names]:
+    unknown = [name for name in folders if name not in names]
+    if unknown == folders and len(folders) == number:
+        return list(range(number))
+    if unknown:
         raise InputError(
             f"{place} has {len(folders)} folders and the network {number} classes: {unknown[0]!r} is the name of none;"
             " give pictures in a folder for each class"

@@ -114,7 +114,7 @@ def _result(source: Source, measured: Measured | None) -> EvalResult | None:
 def _figure(source: Source, measured: Measured | None) -> str:
     if measured:
         return measured.figure
-    return next((figure for figure in FIGURES if figure in source.result), "top1")
+    return "miou" if source.dense else "top1"
 
 
 def _hub_dataset(source: Source) -> str | None:
@@ -153,10 +153,15 @@ def _introduction(source: Source) -> str:
     count = sum(parameter.numel() for parameter in source.model.parameters())
     cfg: Any = source.model.pretrained_cfg
     size = " x ".join(map(str, cfg["input_size"]))
+    if source.dense:
+        what += ". It is for segmentation, and gives a class to each pixel"
     return f"{what}. {count:,} parameters, {source.model.num_classes} classes, input {size}; a plugin of timm knows it."
 
 
 def _use(source: Source, repository: str) -> str:
+    working = "`num_classes`, `in_chans` and `features_only` work as in"
+    if source.dense:
+        working = "It gives logits (N, classes, H, W). `num_classes` and `in_chans` work as in"
     lines = [
         "## Use",
         "",
@@ -170,7 +175,7 @@ def _use(source: Source, repository: str) -> str:
         "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))",
         "```",
         "",
-        f'`"hf-hub:{repository}@COMMIT"` pins a revision. `num_classes`, `in_chans` and `features_only` work as in',
+        f'`"hf-hub:{repository}@COMMIT"` pins a revision. {working}',
         "timm. `SHA256SUMS` has the checksums of all files.",
     ]
     if source.whitened:
@@ -238,8 +243,9 @@ def _training(source: Source) -> str:
 def _limits(source: Source) -> str:
     cfg: Any = source.model.pretrained_cfg
     _, height, width = cfg["input_size"]
+    what = "pixel" if source.dense else "picture"
     lines = [
-        f"- It knows {source.model.num_classes} classes and gives any other picture one of them, often surely.",
+        f"- It knows {source.model.num_classes} classes and gives any other {what} one of them, often surely.",
         f"- It is made for {height} x {width} pixels; what it does at other sizes was not measured.",
         "- What its training images lack or repeat shows in its errors; errors by group were not measured.",
     ]

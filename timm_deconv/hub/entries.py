@@ -58,8 +58,8 @@ def add_entry(run: str | Path, tag: str, *, packaged: bool = False, configs: Pat
 
     Raises:
         InputError: an unfinished run, weights that do not load or do not fit the limit of size, give outputs that are
-            not finite, or others in float16 than its rounding explains; an entry that is there already; a data set of
-            unknown licence.
+            not finite, or others in float16 than its rounding explains; an entry or its weights that are there already;
+            weights or a data set of unknown licence.
     """
     configs = configs or _checkout()
     source = read_source(run, tag)
@@ -67,25 +67,27 @@ def add_entry(run: str | Path, tag: str, *, packaged: bool = False, configs: Pat
         raise InputError(f"{run} is of no recipe of the package: add it to hub_configs/recipes, and train by it")
     _check_tag(tag, source.whitened)
     name = f"{source.architecture}.{tag}"
-    target = configs / f"{name}.yaml"
-    if target.exists():
-        raise InputError(f"{target} is there already: take another tag, or remove the file first")
+    folder = "packaged" if packaged else "weights"
+    target, weights = configs / f"{name}.yaml", configs / folder / f"{name}.safetensors"
+    if there := next((path for path in (target, weights) if path.exists()), None):
+        raise InputError(f"{there} is there already: take another tag, or remove the file first")
+    if not source.model.pretrained_cfg.get("license"):  # type: ignore[operator, union-attr]
+        raise InputError(f"the licence of the weights is not known: add license to {Path(run) / 'config.json'}")
     if source.dataset not in LICENSES:
         raise InputError(
             f"the licence of {source.dataset!r} is not known: add it to LICENSES of timm_deconv/hub/origins.py"
         )
-    folder = "packaged" if packaged else "weights"
-    weights = configs / folder / f"{name}.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     write_whole(weights, lambda file: _write_checked(source, file, folder))
     try:
         weights.chmod(0o644)  # safetensors lets its owner alone read it
         row = {**source.result, "dataset": source.dataset}
         entry = _entry(source, row, {folder: _described(weights)})
-        _record(configs / "results" / f"{source.dataset}.csv", row)
         text = yaml.safe_dump(entry.to_dict(), sort_keys=False, allow_unicode=True, width=120)
         write_text(target, f"# Made by: python scripts/add_to_zoo.py RUN_DIR --tag {tag}\n{text}")
+        _record(configs / "results" / f"{source.dataset}.csv", row)  # last, as others may add to the file meanwhile
     except BaseException:
+        target.unlink(missing_ok=True)
         weights.unlink()
         raise
     return entry
@@ -159,7 +161,7 @@ def _entry(source: Source, row: Mapping[str, str], files: Mapping[str, WeightsFi
     return ZooEntry(
         architecture=source.architecture,
         tag=source.tag,
-        license="apache-2.0",
+        license=cfg["license"],
         origin=f"trained by timm_deconv from {f'{start} weights' if start else 'random weights'}",
         dataset=source.dataset,
         dataset_license=LICENSES[source.dataset],

@@ -33,14 +33,12 @@ class Published:
         repository: ORGANISATION/NAME.
         commit: its revision, by which `hf-hub:REPOSITORY@COMMIT` pins it.
         url: of the commit.
-        tree: what went up; its folder is gone.
         sizes: files and their bytes.
     """
 
     repository: str
     commit: str
     url: str
-    tree: Tree
     sizes: dict[str, int]
 
 
@@ -101,7 +99,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="timm_deconv_") as place:
         tree = _checked_tree(source, org, Path(place, "tree"), evaluate, data_dir)
         commit, url = remote.upload(tree, private)
-        return Published(remote.repository, commit, url, tree, tree.sizes())
+        return Published(remote.repository, commit, url, tree.sizes())
 
 
 def _checked_tree(source: Source, org: str, place: Path, evaluate: bool, data_dir: str | Path | None) -> Tree:
@@ -162,7 +160,8 @@ class Remote:
         if {"config.json", CHECKSUMS} <= files:
             with tempfile.TemporaryDirectory(prefix="timm_deconv_") as place:
                 found = _architecture(self._read(info.sha, "config.json", place))
-                self.ours = [line.partition("  ")[2] for line in self._read(info.sha, CHECKSUMS, place).splitlines()]
+                ours = {line.partition("  ")[2] for line in self._read(info.sha, CHECKSUMS, place).splitlines()}
+                self.ours = sorted(ours & files)  # the owner may have removed some
         if found != architecture:
             what = f"a network {found}" if found else f"other files ({', '.join(sorted(files)[:3])})"
             raise InputError(
@@ -184,19 +183,34 @@ class Remote:
         """
         visibility = {"private": True} if private else {}  # else as the organisation has it
         patiently(lambda: self.api.create_repo(self.repository, **visibility, exist_ok=True))
-        parent = self.head or self._head_of_new()
+        parent = self.head or self._head_of_new(private)
         if self.revision is not None:
             start = {"branch": self.revision, "revision": parent}
             patiently(lambda: self.api.create_branch(self.repository, **start, exist_ok=True))
-        commit = patiently(lambda: self._commit(tree, parent))
+        try:
+            commit = patiently(lambda: self._commit(tree, parent))
+        except Exception as error:
+            if status_of(error) == 412 and (done := self._committed(tree)):
+                return done
+            raise
         return commit.oid, commit.commit_url
 
-    def _head_of_new(self) -> str:
-        """Return the commit that the Hub begins a repository with."""
+    def _head_of_new(self, private: bool) -> str:
+        """Return the commit that the Hub begins a repository with; somebody else may have made it meanwhile."""
         info = patiently(lambda: self.api.model_info(self.repository))
-        if _files(info):
+        if _files(info) or (private and not info.private):
             raise InputError(f"{self.repository}: {CHANGED}")
         return info.sha
+
+    def _committed(self, tree: Tree) -> tuple[str, str] | None:
+        """Return the head and its address where it holds the tree: the answer to a commit had been lost."""
+        info = self._info(self.revision)
+        if info is None or CHECKSUMS not in _files(info):
+            return None
+        with tempfile.TemporaryDirectory(prefix="timm_deconv_") as place:
+            if self._read(info.sha, CHECKSUMS, place) != (tree.folder / CHECKSUMS).read_text():
+                return None
+        return info.sha, f"{self.api.endpoint}/{self.repository}/commit/{info.sha}"
 
     def _commit(self, tree: Tree, parent: str) -> CommitInfo:
         files = tree.files()

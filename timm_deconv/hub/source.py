@@ -15,8 +15,9 @@ from torch import nn
 from timm_deconv.convert.head import GENERIC_NAME
 from timm_deconv.convert.module_types import is_whitened
 from timm_deconv.errors import InputError, needs_extra
-from timm_deconv.models import list_models
+from timm_deconv.models.deeplabv3 import SegmentationNet
 from timm_deconv.models.loading import load_network
+from timm_deconv.models.segmenter import Segmenter
 from timm_deconv.models.weights import PACKAGES, TAG_PREFIX
 
 with needs_extra("publish"):
@@ -69,6 +70,11 @@ class Source:
         return is_whitened(self.model)
 
     @property
+    def dense(self) -> bool:
+        """Whether it gives a class to each pixel."""
+        return isinstance(self.model, Segmenter | SegmentationNet)
+
+    @property
     def dataset(self) -> str:
         """The data set in one word, such as cifar10, also where the run read it from folders; '' without a recipe."""
         return dataset_word(self.recipe) if self.recipe else ""
@@ -110,7 +116,7 @@ def read_source(folder: str | Path, tag: str | None = None) -> Source:
     metadata = _metadata(folder)
     recipe, result, curve = _run(folder)
     model = _network(folder).eval()
-    if model.pretrained_cfg["architecture"] in (GENERIC_NAME, *list_models()) and not is_whitened(model):  # type: ignore[index, union-attr]
+    if getattr(model, "_model_args", {}).get("fused"):
         raise InputError(f"{folder} holds folded weights: publish the network that they were folded from, and both go")
     return Source(folder, model, _tag(folder, tag, model, recipe), metadata, recipe, result, curve)
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from timm_deconv.atomic_io import remove
+from timm_deconv.atomic_io import write_whole
 from timm_deconv.convert import fuse
 from timm_deconv.errors import InputError
 from timm_deconv.models.checksums import CHECKSUMS
@@ -88,22 +88,14 @@ def write_tree(
     Raises:
         InputError: the folder has no room, or cannot be made.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
     tree = Tree(folder, repository, source.architecture, measured)
     try:
-        remove(partial)
-        partial.mkdir(parents=True)
-        _check_room(source, partial)
-        _fill(partial, source, forms, tree)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder, lambda partial: _fill(partial, source, forms, tree))
     except (OSError, SafetensorError) as error:
         cause = " ".join(str(error).split())
         way_out = "make room, or name another place (--output, TMPDIR)"
         raise InputError(f"{folder} could not be written ({cause}): {way_out}") from None
-    finally:
-        remove(partial)
     return tree
 
 
@@ -114,6 +106,8 @@ def _check_room(source: Source, folder: Path) -> None:
 
 
 def _fill(folder: Path, source: Source, forms: Mapping[str, nn.Module], tree: Tree) -> None:
+    folder.mkdir()
+    _check_room(source, folder)
     run = {"commit": code_version()} if source.recipe is None else run_metadata(source.recipe)
     metadata = {**run, **source.metadata}
     config = _configuration(source, tree)
@@ -143,7 +137,7 @@ def _configuration(source: Source, tree: Tree) -> dict[str, Any]:
         "paper_ids": [*papers, *([PAPER] if source.whitened and PAPER not in papers else [])],
     }
     names = tree.measured.class_names if tree.measured and source.recipe else ()
-    if not cfg.get("label_names") and len(names) == source.model.num_classes:  # runs before 0.2 did not name them
+    if not cfg.get("label_names") and len(names) == source.model.num_classes:  # as older runs did not name them
         described["label_names"] = list(names)
     return {"pretrained_cfg": described}
 

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models._hub import hf_split
+
+from timm_deconv.errors import InputError
 
 from .weights import check_sha256
 
@@ -17,31 +19,37 @@ WEIGHTS = "model.safetensors"
 
 
 def check_recorded(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> None:
-    """Verify the weights of a saved or published network where their checksum is recorded.
+    """Verify the weights of a saved or published network, or of a file, where their checksum is recorded.
 
     Args:
         cfg: timm's configuration, which says where they are.
         cache_dir: as in `timm.create_model`.
 
     Raises:
-        InputError: they are other weights.
+        InputError: they are other weights, or are not there; or the Hub does not answer whether there are checksums.
     """
-    folders = {"local-dir": _local, "hf-hub": _cached}
-    found = folders[cfg["source"]](cfg, cache_dir) if cfg.get("source") in folders else None
+    if cfg.get("source") == "hf-hub":
+        found = _cached(cfg, cache_dir)
+    else:
+        found = _local(Path(cfg["file"]).absolute()) if cfg.get("file") else None
     if found is None:
         return
     sums, file = found
     name = file.relative_to(sums.parent).as_posix()
     known = next((line[:64] for line in sums.read_text().splitlines() if line[64:].lstrip(" *") == name), None)
-    if known and file.is_file():
-        check_sha256(file, known, f"get it again, or remove {sums} if you changed the weights yourself")
+    if known is None:
+        return
+    way_out = f"get it again, or remove {sums} if you changed the weights yourself"
+    if not file.is_file():
+        raise InputError(f"{sums} lists {name}, which is missing: {way_out}")
+    check_sha256(file, known, way_out)
 
 
-def _local(cfg: Mapping[str, Any], _: object) -> tuple[Path, Path] | None:
-    """Find checksums and weights of a folder; a repository's folded/ is listed one level above."""
-    folder = Path(cfg["file"]).absolute()
-    sums = (place / CHECKSUMS for place in (folder, folder.parent))
-    return next(((path, folder / WEIGHTS) for path in sums if path.is_file()), None)
+def _local(place: Path) -> tuple[Path, Path] | None:
+    """Find checksums and weights of a folder or a file; a repository's folded/ is listed one level above."""
+    file = place / WEIGHTS if place.is_dir() else place
+    sums = (folder / CHECKSUMS for folder in (file.parent, file.parent.parent))
+    return next(((path, file) for path in sums if path.is_file()), None)
 
 
 def _cached(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> tuple[Path, Path] | None:
@@ -49,6 +57,14 @@ def _cached(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> tuple[Path,
     repository, revision = hf_split(cfg["hf_hub_id"])
     try:
         sums = Path(hf_hub_download(repository, CHECKSUMS, revision=revision, cache_dir=cache_dir))
-    except EntryNotFoundError:  # there are none, or none in the cache while there is no connection
+    except LocalEntryNotFoundError as error:
+        missing = try_to_load_from_cache(repository, CHECKSUMS, cache_dir=cache_dir, revision=revision)
+        if constants.HF_HUB_OFFLINE or missing is _CACHED_NO_EXIST:
+            return None
+        raise InputError(
+            f"the checksums of {repository} cannot be had, as the Hub does not answer: try again, or set"
+            " HF_HUB_OFFLINE=1 to take what was downloaded"
+        ) from error
+    except EntryNotFoundError:
         return None
     return sums, sums.parent / WEIGHTS

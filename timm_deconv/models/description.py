@@ -1,7 +1,9 @@
 """What a network is: its layers and how they whiten, its size and cost, and the weights that there are for it."""
 
 import copy
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,8 +20,9 @@ from timm_deconv.convert.fuse import fuse_in_place
 from timm_deconv.convert.head import GENERIC_NAME
 from timm_deconv.convert.module_types import WHITENING_TYPES, weighted_layers
 from timm_deconv.convert.roles import find_roles
+from timm_deconv.errors import InputError
 
-__all__ = ["Cost", "Layer", "cost_of", "layers_of", "list_own", "settings_by_role", "weights_of"]
+__all__ = ["Cost", "Layer", "cost_of", "layers_of", "list_own", "settings_by_role", "taking_images", "weights_of"]
 
 BUILDERS = (GENERIC_NAME, "segmenter")
 """Registered names that make a network of any other, which is an argument of theirs."""
@@ -96,12 +99,17 @@ def cost_of(model: nn.Module, image_size: int | None = None) -> Cost:
     Args:
         model: of timm, on any device, `meta` too.
         image_size: height and width; None for those of its configuration.
+
+    Raises:
+        InputError: the network cannot take images of this size.
     """
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image size {image_size}: it is a positive number")
     channels, *size = timm.data.resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)["input_size"]
     size = [image_size, image_size] if image_size else size
     plain = copy.deepcopy(model).to("meta").eval()
     fuse_in_place(plain)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with taking_images(size), FlopCounterMode(display=False) as counter, torch.no_grad():
         plain(torch.empty(1, channels, *size, device="meta"))
     numbers = [sum(value.numel() for value in each.state_dict().values()) for each in (model, plain)]
     return Cost(
@@ -114,9 +122,30 @@ def cost_of(model: nn.Module, image_size: int | None = None) -> Cost:
     )
 
 
+@contextmanager
+def taking_images(size: Sequence[int]) -> Iterator[None]:
+    """Say in one line that a network does not take images of a size, as they are too small for its layers or too large.
+
+    Raises:
+        InputError: the body, which runs the network, met such an error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = textwrap.shorten(str(error), 160, placeholder=" ...")
+        shape = " x ".join(map(str, size))
+        raise InputError(f"images of {shape} cannot be taken ({reason}); give another image size") from error
+
+
 def list_own(pattern: str) -> list[str]:
-    """List the networks that this package registers, with whitening and with batch norm, whose names match."""
-    names = (name for name in timm.list_models() if fnmatch(name, pattern) and name not in BUILDERS)
+    """List the networks that this package registers, with whitening and with batch norm, whose names match.
+
+    Names that make a network of any other are among them if they have weights, which say of which.
+    """
+    matching = (name for name in timm.list_models() if fnmatch(name, pattern))
+    names = (name for name in matching if name not in BUILDERS or weights_of(name))
     return [name for name in names if model_entrypoint(name).__module__.startswith("timm_deconv.")]
 
 

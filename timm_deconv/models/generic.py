@@ -50,8 +50,7 @@ def deconv(
             do not fit.
     """
     given = {"base": base, "deconv": deconv, "pretrained_cfg": pretrained_cfg, **kwargs}
-    if pretrained:
-        given = named_weights(GENERIC_NAME, given)
+    given = named_weights(GENERIC_NAME, given, pretrained=pretrained)
     base = _check_base(given.pop("base", None))
     pretrained_cfg = given.pop("pretrained_cfg", None) or {**default_cfg(base), "architecture": GENERIC_NAME}
 

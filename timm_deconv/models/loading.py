@@ -25,7 +25,8 @@ def load_network(name: str, *, weights: bool = True) -> nn.Module:
 
     Args:
         name: of the network.
-        weights: load them; else the network is made as they need it, without them.
+        weights: load them; else the network is made as they need it, without them. A name without a tag means the
+            default weights.
 
     Raises:
         InputError: no such folder, name or repository (with the nearest names), or timm knows no weights for the name.
@@ -44,10 +45,9 @@ def load_network(name: str, *, weights: bool = True) -> nn.Module:
 def _saved_network(folder: Path, weights: bool) -> nn.Module:
     try:
         return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=weights)
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise InputError(
-            f"{folder} is damaged ({type(error).__name__} {error}); resume the run, or take another of its folders"
-        ) from error
+    except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
+        raise InputError(f"{folder} is damaged ({reason}); resume the run, or take another of its folders") from error
 
 
 def _hub_id(name: str) -> str:
@@ -66,9 +66,12 @@ def _load_from(name: str, weights: bool) -> nn.Module:
     try:
         if weights and timm.is_model(name) and name.partition(".")[0] not in list_models():
             return create_batch_norm(name)  # whose weights may be those of an installed package
-        return timm.create_model(name, pretrained=weights)
-    except (OSError, RuntimeError, AssertionError) as error:  # which the errors of the Hub's client are too
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        return timm.create_model(name, pretrained=weights, pretrained_cfg=cfg and cfg.tag)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, AssertionError, ValueError) as error:  # which the errors of the Hub's client are too
         reason = textwrap.shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
-        raise InputError(
-            f"{name} cannot be had ({reason}); is it the folder of a run, or ORG/NAME of the Hub?"
-        ) from error
+        known = "its weights are on the Hub: look at the network, or give a folder that holds them"
+        hint = known if timm.is_model(name) else "is it the folder of a run, or ORG/NAME of the Hub?"
+        raise InputError(f"{name} cannot be had ({reason}); {hint}") from error

@@ -36,18 +36,22 @@ def entry_cfgs(architecture: str, shared: Mapping[str, Any]) -> Iterator[tuple[s
         yield entry.name, {**shared, **entry.timm_cfg()}
 
 
-def named_weights(architecture: str, arguments: Mapping[str, Any], source: str | None = None) -> dict[str, Any]:
-    """Complete `timm.create_model`'s arguments, where they ask for weights by name, by what an entry of the zoo says.
+def named_weights(
+    architecture: str, arguments: Mapping[str, Any], source: str | None = None, *, pretrained: bool
+) -> dict[str, Any]:
+    """Complete `timm.create_model`'s arguments, where they name weights, by what an entry of the zoo says.
 
     Args:
         architecture: the network.
         arguments: `pretrained_cfg` (the weights' tag) and `pretrained_cfg_overlay` among them. Where these name weights
             by themselves, as for a saved or published network, nothing changes.
         source: the batch-norm network, whose entries the 'bn_' tags are of.
+        pretrained: the weights are asked for, by default those of the network's first tag; else a tag alone counts, and
+            says how the network is made.
 
     Returns:
-        The arguments, with what the network of these weights is made with where they do not say it, and with their
-        file, whose checksum was verified.
+        The arguments, with what the network of these weights is made with where they do not say it; if the weights are
+        asked for with their tag and their file, whose checksum was verified.
 
     Raises:
         InputError: no such tag, or it has no weights here: the message says which have some, and how to train one. Or
@@ -56,15 +60,16 @@ def named_weights(architecture: str, arguments: Mapping[str, Any], source: str |
     tag, overlay = arguments.get("pretrained_cfg"), arguments.get("pretrained_cfg_overlay") or {}
     if (tag and not isinstance(tag, str)) or any(overlay.get(key) for key in SOURCES):
         return dict(arguments)
-    cfg = _registered(architecture, tag)
-    if cfg is None or not cfg.has_weights:
+    cfg = _registered(architecture, tag) if tag or pretrained else None
+    if pretrained and (cfg is None or not cfg.has_weights):
         raise InputError(_no_weights(architecture, tag, cfg))
-    entry = _entry(architecture, cfg.tag, source)
-    if entry is None:
+    entry = _entry(architecture, cfg.tag, source) if cfg else None
+    if cfg is None or entry is None:
         return dict(arguments)
-    file = _checked_file(entry, arguments.get("cache_dir"))
     given = {key: value for key, value in arguments.items() if value is not None}
-    completed = {**entry.model_args, **given, "pretrained_model_args": dict(entry.model_args)}
+    saved = dict(entry.model_args)
+    completed = {**saved, **given, "pretrained_model_args": saved, "pretrained_cfg": cfg.tag}
+    file = _checked_file(entry, arguments.get("cache_dir")) if pretrained else None
     return completed if file is None else {**completed, "pretrained_cfg_overlay": {**overlay, "file": str(file)}}
 
 

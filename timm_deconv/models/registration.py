@@ -172,7 +172,7 @@ def _batch_norm_entry_point(
         **kwargs: Any,
     ) -> nn.Module:
         _check_counts(kwargs)
-        kwargs = named_weights(name, kwargs) if pretrained else kwargs
+        kwargs = named_weights(name, kwargs, pretrained=pretrained)
         built_with: dict[str, Any] = {}
 
         def build(**given: Any) -> nn.Module:
@@ -246,10 +246,8 @@ def build_deconv(
         InputError: `num_classes` or `in_chans` makes no sense, or the weights do not fit.
     """
     _check_counts(kwargs)
-    if pretrained:
-        kwargs = named_weights(name, {"deconv": deconv, **kwargs}, source)
-        deconv = kwargs.pop("deconv", None)
-    requested = as_saved(deconv, kwargs.get("pretrained_model_args"))
+    kwargs = named_weights(name, {"deconv": deconv, **kwargs}, source, pretrained=pretrained)
+    requested = as_saved(kwargs.pop("deconv", None), kwargs.get("pretrained_model_args"))
     arguments: dict[str, Any] = {}
 
     def whitened(settings: Any, given: Mapping[str, Any]) -> nn.Module:
@@ -262,7 +260,7 @@ def build_deconv(
         model = whitened(requested, given)
         if fused:
             fuse_in_place(model)
-        model._model_args = dict(getattr(model, "own_arguments", {}))  # timm's factory adds the user's
+        model._model_args = dict(getattr(model, "own_arguments", {}))
         read_other_forms(model)
         return model
 
@@ -295,6 +293,8 @@ def build_model(
     where = cfg.get("file") or cfg.get("hf_hub_id") if isinstance(cfg, Mapping) else None
     with readable(f"the file of weights of {where or name}"):
         model = build_model_with_cfg(build, name, pretrained, **kwargs)
+    saved = kwargs.get("pretrained_model_args") or {}
+    model._model_args = {**saved, **getattr(model, "_model_args", {})}  # timm's factory adds the user's
     if pretrained:
         check_recorded(model.pretrained_cfg, kwargs.get("cache_dir"))
     else:

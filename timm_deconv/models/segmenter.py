@@ -59,7 +59,7 @@ class Segmenter(nn.Module):
         chs = encoder.feature_info.channels()[-1]  # type: ignore[operator, union-attr]
         self.head = Head(ASPP(chs, HEAD_CHS, RATES, drop_rate=0.1), nn.Conv2d(HEAD_CHS, num_classes, 1))
 
-        self.policy: DeconvPolicy | None = None
+        self.deconv_policy: DeconvPolicy | None = None
 
     def whiten(self, deconv: str | Mapping[str, Any] | DeconvPolicy, input_size: tuple[int, ...] | None = None) -> None:
         """Replace batch norms by whitening, in place.
@@ -69,8 +69,8 @@ class Segmenter(nn.Module):
             input_size: (C, H, W) of the images, where the encoder is to compute what it did, as `timm_deconv.transfer`
                 makes it; None leaves that.
         """
-        self.policy = resolve_policy(deconv)
-        encoder, head = (_of_its_roles(self.policy, part) for part in (self.encoder, self.head))
+        self.deconv_policy = resolve_policy(deconv)
+        encoder, head = (_of_its_roles(self.deconv_policy, part) for part in (self.encoder, self.head))
         if input_size is None:
             convert_deconv_model(self.encoder, encoder)
         else:
@@ -80,7 +80,7 @@ class Segmenter(nn.Module):
     @property
     def _model_args(self) -> dict[str, Any]:
         """What timm records to build the network again, with the policy by its full name."""
-        whitened: dict[str, Any] = {} if self.policy is None else {"deconv": self.policy.to_dict()}
+        whitened: dict[str, Any] = {} if self.deconv_policy is None else {"deconv": self.deconv_policy.to_dict()}
         if whitened and not is_whitened(self):
             whitened["fused"] = True
         return {**self.__dict__.get("_recorded_args", {}), **whitened}
@@ -147,11 +147,13 @@ def segmenter(
         kwargs: `num_classes`, and arguments of `base`.
 
     Raises:
-        InputError: no `base`, or one that timm does not know or that cannot be an encoder; or the weights do not fit.
+        InputError: no `base`, or one that timm does not know or that cannot be an encoder; `features_only`; or the
+            weights do not fit.
     """
     given = {"base": base, "deconv": deconv, "pretrained_cfg": pretrained_cfg, **kwargs}
-    if pretrained:
-        given = named_weights(NAME, given)
+    if given.pop("features_only", False):
+        raise InputError(f"{NAME} gives classes, no maps of features: create its base with features_only=True")
+    given = named_weights(NAME, given, pretrained=pretrained)
     base = given.pop("base", None)
     if not isinstance(base, str) or not timm.is_model(base):
         raise unknown_name(f"base of {NAME}", str(base), timm.list_models())

@@ -13,6 +13,7 @@ from timm_deconv.convert import fuse
 from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.timing import interleave, synchroniser
 
+from .description import taking_images
 from .pretrained import batch_norm_name
 from .registration import list_models
 
@@ -58,7 +59,7 @@ def measure_speed(
         progress: is told of each round.
 
     Raises:
-        InputError: no such network, or a number that is not positive.
+        InputError: no such network, a number that is not positive, or images that the network cannot take.
     """
     if network not in list_models():
         raise unknown_name("deconvolution network", network, list_models())
@@ -77,7 +78,9 @@ def measure_speed(
         for each in forms.values():
             each.train(task == "training")
         actions = {form: _bound(step, each, images) for form, each in forms.items()}
-        speeds += _speeds(task, actions, batch_size, rounds=rounds, synchronise=synchroniser(device), progress=progress)
+        how: dict[str, Any] = {"rounds": rounds, "synchronise": synchroniser(device), "progress": progress}
+        with taking_images(images.shape):
+            speeds += _speeds(task, actions, batch_size, **how)
     return speeds
 
 

@@ -136,11 +136,17 @@ def check_new_folder(folder: str | Path) -> None:
         raise InputError(f"{folder} cannot be made, as {standing} is no folder to write to: name another")
 
 
-def save_network(model: nn.Module, folder: str | Path) -> None:
-    """Write a timm network into a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
+def save_network(model: nn.Module, folder: str | Path, *, half: bool = False) -> None:
+    """Write a timm network into a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
+
+    Args:
+        model: the network.
+        folder: is made where there is none.
+        half: as in `write_weights`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(model, folder / "model.safetensors")
+    write_weights(model, folder / "model.safetensors", half=half)
     save_config_for_hf(model, str(folder / "config.json"))
 
 
@@ -156,16 +162,32 @@ def arguments_of_weights(model: nn.Module) -> Mapping[str, Any] | None:
     cfg: Any = model.pretrained_cfg
     if cfg.get("source") in ("local-dir", "hf-hub") or model.pretrained_model_args:
         return model.pretrained_model_args  # type: ignore[return-value]
-    return saved_arguments(Path(cfg["file"]).parent) if cfg.get("file") else None
+    file = Path(cfg.get("file") or "")
+    return saved_arguments(file.parent, cfg["architecture"]) if file.name in DESCRIBED else None
 
 
-def saved_arguments(folder: Path) -> Mapping[str, Any] | None:
-    """Read a network's arguments from timm's config.json in a folder; None where there is no such file."""
+DESCRIBED = ("model.safetensors", "pytorch_model.bin")
+"""Files of weights that a config.json beside them is of."""
+
+
+def saved_arguments(folder: Path, architecture: str | None = None) -> Mapping[str, Any] | None:
+    """Read a network's arguments from timm's config.json in a folder.
+
+    Args:
+        folder: with the file.
+        architecture: that the file must be of, or of its batch-norm network; None for any.
+
+    Returns:
+        The arguments; None where there is no such file.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    return config.get("model_args", {}) if isinstance(config, dict) and "architecture" in config else None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        return None
+    twins = (name.removesuffix("_deconv").removesuffix("_bn") for name in (config["architecture"], architecture or ""))
+    return config.get("model_args", {}) if architecture is None or len(set(twins)) == 1 else None
 
 
 def follow_saved(model: Any, arguments: Mapping[str, Any] | None) -> None:

@@ -7,7 +7,6 @@ manifest.json     size and sha256 of the other files
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from timm_deconv.atomic_io import flush, flush_folder, remove
+from timm_deconv.atomic_io import write_whole
 
-__all__ = ["PARTIAL", "damage", "read_state", "write_state"]
+__all__ = ["damage", "read_state", "write_state"]
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-"""Where a state is written, beside those that are whole."""
+"""Where any state is written, beside those that are whole: what is left of one goes with the next."""
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -37,20 +36,8 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
         OSError: it could not be written; what lies beside it is as it was.
         TypeError: something else is in it.
     """
-    partial = folder.with_name(PARTIAL)
-    remove(partial)
-    partial.mkdir(parents=True)
-    try:
-        _write_files(partial, state)
-        manifest = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        flush(partial)
-        flush_folder(partial)
-        os.replace(partial, folder)
-        flush_folder(folder.parent)
-    except BaseException:
-        remove(partial)
-        raise
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(folder, lambda partial: _write_files(partial, state), folder.with_name(PARTIAL))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -86,6 +73,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _write_files(folder: Path, state: Mapping[str, Any]) -> None:
+    folder.mkdir()
     described = {}
     for key, value in state.items():
         tensors: dict[str, Tensor] = {}
@@ -93,6 +81,8 @@ def _write_files(folder: Path, state: Mapping[str, Any]) -> None:
         if tensors:
             safetensors.torch.save_file(tensors, folder / f"{key}.safetensors", metadata={"format": "pt"})
     (folder / "state.json").write_text(json.dumps(described))
+    manifest = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def _fingerprint(file: Path) -> dict[str, int | str]:
