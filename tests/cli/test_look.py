@@ -63,6 +63,15 @@ def test_info_shows_blocks_settings_by_role_and_weights(command):
     assert "1000 classes, images of 160 x 160\n" in shown and "hf-hub:timm/seresnet50.a1_in1k\n" in shown
 
 
+def test_info_names_the_weights_of_a_folder_not_those_of_its_architecture(command, tmp_path):
+    save_network(timm.create_model("resnet18_025_cifar_deconv"), tmp_path)
+    for name in (tmp_path, f"local-dir:{tmp_path}"):
+        (weights,) = json.loads(command("info", name, "--json").output)["weights"]
+        assert weights["from"] == f"file {tmp_path}/model.safetensors"
+    (tmp_path / "model.safetensors").unlink()
+    assert json.loads(command("info", tmp_path, "--json").output)["weights"] == []
+
+
 def test_info_describes_a_saved_network_without_its_weights(command, tmp_path):
     save_network(timm.create_model("resnet18_cifar_deconv", width=0.125, num_classes=3, in_chans=1), tmp_path)
     (tmp_path / "model.safetensors").unlink()

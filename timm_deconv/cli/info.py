@@ -28,7 +28,7 @@ def info(model: str, /, *, image_size: int | None = None, json: bool = False) ->
         image_size: height and width of the image that is counted for; default the network's own.
         json: print JSON.
     """
-    from timm_deconv.models.description import cost_of, layers_of, settings_by_role, weights_of
+    from timm_deconv.models.description import cost_of, layers_of, settings_by_role, weights_for
     from timm_deconv.models.loading import load_network
 
     network: Any = load_network(model, weights=False)
@@ -37,7 +37,7 @@ def info(model: str, /, *, image_size: int | None = None, json: bool = False) ->
     roles = [
         {"role": role, "layers": number, "whitening": settings} for role, number, settings in settings_by_role(layers)
     ]
-    weights = weights_of(architecture)
+    weights = weights_for(network)
     if json:
         about = {"network": architecture, "classes": network.num_classes, **asdict(cost)}
         print_json({**about, "roles": roles, "layers": list(map(asdict, layers)), "weights": weights})

@@ -22,7 +22,17 @@ from timm_deconv.convert.module_types import WHITENING_TYPES, weighted_layers
 from timm_deconv.convert.roles import find_roles
 from timm_deconv.errors import InputError
 
-__all__ = ["Cost", "Layer", "cost_of", "layers_of", "list_own", "settings_by_role", "taking_images", "weights_of"]
+__all__ = [
+    "Cost",
+    "Layer",
+    "cost_of",
+    "layers_of",
+    "list_own",
+    "settings_by_role",
+    "taking_images",
+    "weights_for",
+    "weights_of",
+]
 
 BUILDERS = (GENERIC_NAME, "segmenter")
 """Registered names that make a network of any other, which is an argument of theirs."""
@@ -160,6 +170,19 @@ def weights_of(architecture: str) -> list[dict[str, str]]:
         for cfg in get_arch_pretrained_cfgs(architecture).values()
         if cfg.has_weights
     ]
+
+
+def weights_for(model: Any) -> list[dict[str, str]]:
+    """List weights as `weights_of` does; of a network that a folder or repository describes, those that it holds."""
+    cfg = model.pretrained_cfg
+    if cfg.get("source") not in ("local-dir", "hf-hub"):
+        return weights_of(cfg["architecture"])
+    where = [f"hf-hub:{cfg['hf_hub_id']}"] if cfg["source"] == "hf-hub" else _weights_in(Path(cfg["file"]))
+    return [{"tag": cfg.get("tag") or "", "license": cfg.get("license") or "", "from": each} for each in where]
+
+
+def _weights_in(folder: Path) -> list[str]:
+    return [f"file {file}" for name in ("model.safetensors", "pytorch_model.bin") if (file := folder / name).exists()]
 
 
 def _origin(cfg: Any) -> str:
