@@ -79,7 +79,7 @@ def tampered(run: Path) -> None:
         (pickled, "holds pytorch_model.bin, a pickle, and no model.safetensors, which alone is published"),
         (pickled_by_the_name, "model.safetensors is a pickle, no file of safetensors"),
         (of_another_network, "these weights do not fit resnet18_cifar_deconv"),
-        (of_no_network, r"does not load \(.*resnet81"),
+        (of_no_network, r"is damaged \(.*resnet81"),
         (no_configuration, "is damaged"),
         (unfinished, "holds no results.csv, as its run is not finished: go on with it by --resume"),
         (folded, "holds folded weights: publish the network that they were folded from"),

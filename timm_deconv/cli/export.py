@@ -1,10 +1,7 @@
 """`timm-deconv export`."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, cast
-
-from cyclopts import Parameter, Token
+from typing import Literal
 
 from .output import print_json, print_table
 
@@ -14,16 +11,11 @@ Format = Literal["safetensors", "onnx", "torch-export", "torchscript"]
 """The names in `timm_deconv.export.formats.FORMATS`, for help and completion, which wait for no import of them."""
 
 
-def _as_given(_type: type, tokens: Sequence[Token]) -> Format:
-    """Pass on any name: the export tells which known one is the nearest."""
-    return cast(Format, tokens[0].value)
-
-
 def export(
     model: str,
     /,
     *,
-    format: Annotated[Format, Parameter(converter=_as_given)] = "onnx",
+    format: Format = "onnx",
     output: Path | None = None,
     half: bool = False,
     dynamic: bool = False,
