@@ -133,6 +133,8 @@ def test_what_is_said_of_weights_is_not_said_of_a_network_without_them(tmp_path:
         assert not {"tag", "label_names", "notes", "file"} & model.pretrained_cfg.keys()
         save_for_hf(model, str(tmp_path / name), safe_serialization=True)
         assert "class 0" not in (tmp_path / name / "config.json").read_text()
+        own = timm.create_model(name, pretrained_cfg_overlay={"label_names": ("mine",)})
+        assert own.pretrained_cfg["label_names"] == ("mine",)
 
 
 def test_arguments_that_an_entry_names_make_the_network_unless_others_are_given(

@@ -298,7 +298,8 @@ def build_model(
     if pretrained:
         check_recorded(model.pretrained_cfg, kwargs.get("cache_dir"))
     else:
-        model.pretrained_cfg = model.default_cfg = without_weights(model.pretrained_cfg, source)
+        said = kwargs.get("pretrained_cfg_overlay") or {}
+        model.pretrained_cfg = model.default_cfg = without_weights(model.pretrained_cfg, source) | said
     return model
 
 
