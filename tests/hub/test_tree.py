@@ -139,7 +139,9 @@ def test_a_segmenter_goes_up_in_both_forms_with_its_mean_iou(segmentation: tuple
 def test_a_segmenter_of_no_run_is_one_too(tmp_path: Path) -> None:
     save_network(timm.create_model("segmenter", base="test_resnet", num_classes=5, deconv="fast"), tmp_path / "seg")
     prepared = dry_run(tmp_path / "seg", "me", tmp_path / "tree", tag="nd_x", evaluate=False)
-    assert ModelCard.load(prepared.folder / "README.md").data.pipeline_tag == "image-segmentation"
+    card = ModelCard.load(prepared.folder / "README.md")
+    assert card.data.pipeline_tag == "image-segmentation"
+    assert "was not recorded" in card.text and "trained with batch norm" not in card.text
 
 
 def test_equal_weights_give_equal_files(prepared: Tree, finished_run: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_deconv.convert import DeconvPolicy
 from timm_deconv.layers.notices import share_notices
+from timm_deconv.models.weights import TAG_PREFIX
 
 from .measure import Measured
 from .origins import LICENSES
@@ -225,10 +226,13 @@ def _training(source: Source) -> str:
         seen = "No images were seen: call `timm_deconv.calibrate(model, loader)` before fine-tuning."
         if not share_notices(source.model).uncalibrated:
             seen = "Whitening was calibrated by images, so fine-tuning starts from the function that evaluation has."
-        return (
-            "## Training\n\nNot trained by this project: weights that were trained with batch norm, each norm folded"
-            f" into the layer before it, and whitened so that the function stays. {seen}"
-        )
+        origin = "How these weights were trained was not recorded."
+        if source.tag.startswith(TAG_PREFIX):
+            origin = (
+                "Not trained by this project: weights that were trained with batch norm, each norm folded into the"
+                " layer before it, and whitened so that the function stays."
+            )
+        return f"## Training\n\n{origin} {seen if source.whitened else ''}".rstrip()
     recipe = source.recipe
     data = " --data-dir DATA" if recipe.data_dir or recipe.dataset != "digits" else ""
     seconds = float(source.result["seconds"])
