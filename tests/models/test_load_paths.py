@@ -33,14 +33,17 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "deconv": {"base": "test_efficientnet", "deconv": {"block": 16, "classifier": "plain"}},  # squeeze-excite is plain
 }
 SIZE = 32
+INTERLEAVED = {"preset": "paper", "block": 8}
+WINDOW = {**INTERLEAVED, "layout": "window"}
+"""Another layout, of equal shapes."""
 
 Source = tuple[nn.Module, Path]
 
 
-def trained(name: str) -> nn.Module:
+def trained(name: str, **others: Any) -> nn.Module:
     """A network after some forwards of training."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **NETWORKS[name])
+    model = timm.create_model(name, **NETWORKS[name], **others)
     for _ in range(2):
         model.train()(torch.randn(16, 3, SIZE, SIZE))
     return model.eval()
@@ -136,30 +139,23 @@ def test_other_options_that_whiten_the_same_features_together_leave_the_whitener
 
 def test_a_layout_of_equal_shapes_is_not_taken_for_the_trained_one(tmp_path: Path) -> None:
     name, x = "resnet18_025_cifar_deconv", torch.randn(2, 3, SIZE, SIZE)
-    arguments = {**NETWORKS[name], "deconv": {"preset": "paper", "block": 8}}
-    torch.manual_seed(0)
-    model = timm.create_model(name, **arguments)
-    model.train()(torch.randn(16, 3, SIZE, SIZE))
-    save_network(model.eval(), tmp_path)
-    window = {"preset": "paper", "block": 8, "layout": "window"}
-    other = timm.create_model(name, **{**arguments, "deconv": window}).state_dict()
+    model = trained(name, deconv=INTERLEAVED)
+    save_network(model, tmp_path)
+    other = timm.create_model(name, **NETWORKS[name], deconv=WINDOW).state_dict()
     assert all(value.shape == other[key].shape for key, value in model.state_dict().items())
     with pytest.warns(UserWarning, match="were folded"):
-        other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, deconv=window).eval()
+        other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, deconv=WINDOW).eval()
     with torch.no_grad():
         assert close(other(x), model(x))
 
 
 def test_a_configuration_of_other_weights_is_not_believed(tmp_path: Path) -> None:
     name, x = "resnet18_025_cifar_deconv", torch.randn(2, 3, SIZE, SIZE)
-    arguments = {**NETWORKS[name], "deconv": {"preset": "paper", "block": 8}}
-    torch.manual_seed(0)
-    model = timm.create_model(name, **arguments)
-    model.train()(torch.randn(16, 3, SIZE, SIZE))
-    save_network(model.eval(), tmp_path)
-    others = {"preset": "paper", "block": 8, "layout": "window"}
+    arguments = {**NETWORKS[name], "deconv": INTERLEAVED}
+    model = trained(name, deconv=INTERLEAVED)
+    save_network(model, tmp_path)
     for called, architecture in (("epoch3.safetensors", name), ("model.safetensors", "vgg11_cifar_deconv")):
-        config = {"architecture": architecture, "model_args": {**arguments, "deconv": others}}
+        config = {"architecture": architecture, "model_args": {**arguments, "deconv": WINDOW}}
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / called).write_bytes((tmp_path / "model.safetensors").read_bytes())
         overlay = {"file": str(tmp_path / called)}

@@ -22,6 +22,8 @@ from timm_deconv.convert.module_types import WHITENING_TYPES, weighted_layers
 from timm_deconv.convert.roles import find_roles
 from timm_deconv.errors import InputError
 
+from .weights import DESCRIBED
+
 __all__ = [
     "Cost",
     "Layer",
@@ -182,7 +184,7 @@ def weights_for(model: Any) -> list[dict[str, str]]:
 
 
 def _weights_in(folder: Path) -> list[str]:
-    return [f"file {file}" for name in ("model.safetensors", "pytorch_model.bin") if (file := folder / name).exists()]
+    return [f"file {file}" for name in DESCRIBED if (file := folder / name).exists()]
 
 
 def _origin(cfg: Any) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from timm_deconv.errors import InputError
 
 __all__ = [
+    "DESCRIBED",
     "SOURCES",
     "TAG_PREFIX",
     "arguments_of_weights",
