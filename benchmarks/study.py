@@ -2,6 +2,7 @@
 
 A variant is a text of one word and settings: `twin` (batch norm), `iterative` (iterative normalisation) or a preset's
 name, then `key=value` of the recipe, or of the whitening as `deconv.key=value`: `fast deconv.block=16 lr=0.05`.
+`live_every=N` lets statistics live in every N-th step alone; the steps between whiten with the running ones.
 """
 
 import csv
@@ -9,13 +10,15 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from timm_deconv.convert.statistics import freeze_statistics
 from timm_deconv.data import SEGMENTATION
 from timm_deconv.errors import InputError, unknown_name
 from timm_deconv.layers import PRESETS
@@ -23,6 +26,7 @@ from timm_deconv.timing import interleave
 from timm_deconv.training.loop import train
 from timm_deconv.training.recipe import Recipe, load_recipe, parse_settings
 from timm_deconv.training.tasks import Classification, RecipeTask, create_task
+from timm_deconv.training.tasks.base import Batch
 
 from . import plots
 from .networks import with_iterative_norm
@@ -46,6 +50,8 @@ __all__ = [
 ]
 
 PEERS = ("twin", "iterative")
+
+LIVE_EVERY = "live_every="
 
 COLUMNS = [
     *"network width variant recipe recipe_hash seed data opt lr amp epochs epoch top1 miou train_loss seconds".split(),
@@ -110,6 +116,22 @@ class IterativeNormalisation(Classification):
         return with_iterative_norm(super().create_model())
 
 
+class SparseStatistics(Classification):
+    """The recipe's whitened network, whose statistics are live in the first of every so many training steps.
+
+    In the others layers whiten with the running ones, as they are.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, *, live_every: int) -> None:
+        super().__init__(recipe, device)
+        self._live_every, self._steps = live_every, 0
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        freeze_statistics(model, frozen=self._steps % self._live_every > 0)
+        self._steps += 1
+        return super().loss(model, batch)
+
+
 def variant(text: str, network: str, recipe: Recipe) -> Variant:
     """Read a text as a variant of a registered pair of networks and a recipe, whose model is filled in.
 
@@ -126,13 +148,28 @@ def variant(text: str, network: str, recipe: Recipe) -> Variant:
     arguments.pop("deconv", None)
     if first in PRESETS:
         arguments["deconv"] = {"preset": first}
+    sparse = [setting for setting in settings if setting.startswith(LIVE_EVERY)]
+    settings = [setting for setting in settings if setting not in sparse]
     long = [f"model_kwargs.{setting}" if setting.startswith("deconv.") else setting for setting in settings]
     model = {"model": network if first in PEERS else f"{network}_deconv", "model_kwargs": arguments}
     model |= {"calibration_images": 0} if first in PEERS else {}
     changed = recipe.merged(parse_settings(long, recipe.model_dump() | model))
     if first == "iterative" and (changed.dataset in SEGMENTATION or changed.freeze_bn or changed.freeze_backbone):
         raise InputError(f"{text!r}: iterative normalisation is compared in classification, with nothing frozen")
+    if sparse:
+        number = _live_every(text, sparse[-1], first, changed)
+        return Variant(text, changed, partial(SparseStatistics, live_every=number))
     return Variant(text, changed, IterativeNormalisation if first == "iterative" else create_task)
+
+
+def _live_every(text: str, setting: str, first: str, recipe: Recipe) -> int:
+    """Read the number of steps of `live_every=N`."""
+    number = setting.removeprefix(LIVE_EVERY)
+    if not number.isdecimal() or int(number) < 1:
+        raise InputError(f"{text!r}: {LIVE_EVERY}{number} must be a whole number of steps, 1 or more")
+    if first in PEERS or recipe.dataset in SEGMENTATION:
+        raise InputError(f"{text!r}: {LIVE_EVERY} is for whitened networks that classify")
+    return int(number)
 
 
 def train_variants(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from benchmarks.baselines import IterativeNorm2d
@@ -51,11 +52,25 @@ def test_a_variant_is_a_form_and_its_settings(recipe: Recipe) -> None:
         ("fasst", "vgg11_cifar", "no variant 'fasst'; nearest: fast"),
         ("fast", "vgg12_cifar", "no pair of networks 'vgg12_cifar'"),
         ("fast learning=1", "vgg11_cifar", "no recipe key 'learning'"),
+        ("fast live_every=0", "vgg11_cifar", "live_every=0 must be a whole number of steps, 1 or more"),
+        ("twin live_every=2", "vgg11_cifar", "live_every= is for whitened networks"),
     ],
 )
 def test_what_is_not_known_is_refused(recipe: Recipe, text: str, network: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         variant(text, network, recipe)
+
+
+def test_statistics_live_in_some_steps_alone(recipe: Recipe) -> None:
+    sparse = variant("fast live_every=2 lr=0.05", "vgg11_cifar", recipe)
+    task = sparse.task(sparse.recipe, torch.device("cpu"))
+    model, batch = sparse.create_model(), (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
+    layers = [module for module in model.modules() if isinstance(module, Deconv2d)]
+    counts = []
+    for _ in range(5):
+        task.loss(model, batch)
+        counts.append({int(layer.num_batches_tracked) for layer in layers})
+    assert counts == [{1}, {1}, {2}, {2}, {3}] and sparse.recipe.lr == 0.05
 
 
 def test_runs_are_recorded_once_and_compared_with_their_steps(
