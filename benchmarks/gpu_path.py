@@ -14,7 +14,9 @@ import torch
 
 from timm_deconv import kernels
 from timm_deconv.errors import InputError
+from timm_deconv.kernels import replay
 from timm_deconv.kernels.gpu import dispatch
+from timm_deconv.layers import linear, operation
 
 __all__ = ["MODULES", "driver_without_gpu", "on_gpu_path"]
 
@@ -72,14 +74,17 @@ def on_gpu_path(*, launches: bool = False) -> Iterator[list[str]]:
     launched: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "why_not", lambda index: None))
+        for module in (linear, operation):
+            stack.enter_context(mock.patch.object(module, "on_cpu", lambda x: False))
+        stack.enter_context(mock.patch.object(replay, "_on_current_gpu", lambda tensor: launches))
         stack.enter_context(mock.patch.object(torch.cuda, "device", contextlib.nullcontext))
         stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: None))
         library = stack.enter_context(torch.library._scoped_library("timm_deconv", "IMPL"))
-        for operation, name in kernels.GPU_MODULES.items():
+        for each, name in kernels.GPU_MODULES.items():
             importlib.import_module(f"{MODULES}.{name}")
-            form = operation._kernels["cuda"]
-            library.impl(operation.__name__, operation._of_numbers(form), "CPU")
-            stack.enter_context(mock.patch.dict(operation._kernels, {"cpu": form}))
+            form = each._kernels["cuda"]
+            library.impl(each.__name__, each._of_numbers(form), "CPU")
+            stack.enter_context(mock.patch.dict(each._kernels, {"cpu": form}))
         stack.enter_context(_listing(launched, launches))
         yield launched
 
@@ -93,15 +98,22 @@ def driver_without_gpu() -> Iterator[None]:
         yield
 
 
-def _listing(launched: list[str], launches: bool) -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def _listing(launched: list[str], launches: bool) -> Iterator[None]:
     """Patch launches: their kernels' names are listed, and they go on to Triton or end here."""
     from timm_deconv.kernels.gpu.launch import Launch
+    from timm_deconv.kernels.gpu.tape import Tape
 
-    original = Launch.__call__
+    original, original_play = Launch.__call__, Tape.play
 
     def launch(self: Launch, *tensors: torch.Tensor | None) -> None:
         launched.append(self.kernel.fn.__name__)
         if launches:
             original(self, *tensors)
 
-    return mock.patch.object(Launch, "__call__", launch)
+    def play(self: Tape, tensors: Any) -> Any:
+        launched.extend(step.launch.kernel.fn.__name__ for step in self.steps)
+        return original_play(self, tensors)
+
+    with mock.patch.object(Launch, "__call__", launch), mock.patch.object(Tape, "play", play):
+        yield

@@ -12,6 +12,8 @@ operation too:
 What is computed is written in plain torch; where a CPU is faster by other means, `onednn` knows it, and GPUs have the
 Triton kernels of `gpu`. Another device gets its own by `sampled_moments.register_kernel` and the like. `plain_form` is
 the way back to plain torch.
+
+`replayed` does again what a layer does with several of them, by their launches alone.
 """
 
 from .application import apply_whitener, apply_whitener_backward
@@ -20,6 +22,7 @@ from .folding import fold_whitening, fold_whitening_backward
 from .gpu.dispatch import GpuForm
 from .moments import add_moments_gradient_, sampled_moments
 from .operation import Operation, plain_form
+from .replay import replayed
 from .roots import Root, inverse_root, inverse_root_backward
 from .tracking import Averaging, average_in_
 from .windows import PIXEL, Sampling, Share, Window
@@ -42,6 +45,7 @@ __all__ = [
     "inverse_root",
     "inverse_root_backward",
     "plain_form",
+    "replayed",
     "sampled_moments",
 ]
 

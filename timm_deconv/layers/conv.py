@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Window, sampled_moments
+from timm_deconv.kernels import Window, replayed, sampled_moments
 from timm_deconv.kernels.windows import as_pair
 
 from .config import DeconvCfg, conv_kind
 from .functional import Moments, check_rows, fold, no_moments
 from .geometry import ConvGeometry, conv_blocks, conv_geometry
 from .joint import Seen
-from .module import WhiteningMixin, check_dtype
-from .operation import Setting, convolve, whitened_conv
+from .module import Step, WhiteningMixin, check_dtype
+from .operation import LiveWeight, Setting, computing_dtype, convolve, fold_live, whitened_conv
 from .presets import resolve_cfg
 
 __all__ = ["Deconv2d"]
@@ -47,7 +47,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
     __jit_unused_properties__ = ("window", "_name")
 
     if TYPE_CHECKING:
-        _known: tuple[tuple[Any, ...], ConvGeometry | None] | None
+        _known: tuple[tuple[Any, ...], Setting | None] | None
 
     def __init__(
         self,
@@ -108,24 +108,39 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
             weight, bias = fold(self.weight, self.bias, self.running_mean, self.running_deconv, self.blocks)
             return self._conv_forward(input, weight, bias)
         else:
-            geometry = self._checked_geometry(input) if self.training else None
-            if geometry is not None:
-                output = self._train_forward(self._padded_batch(input), geometry)
+            setting = self._checked_setting(input) if self.training else None
+            if setting is not None:
+                output = self._train_forward(self._padded_batch(input), setting)
                 return output if input.ndim == 4 else output.squeeze(0)
             weight, bias = self.folded()
             return self._conv_forward(input, weight, bias)
 
     @torch.jit.unused
-    def _train_forward(self, x: Tensor, geometry: ConvGeometry) -> Tensor:
+    def _train_forward(self, x: Tensor, setting: Setting) -> Tensor:
         """Convolve x (N, C, H, W), padded, whitened by its own statistics unless they are frozen."""
-        step = self._begin_step()
+        geometry, step = setting.geometry, self._begin_step()
         if step.frozen:
             return convolve(x, *self._frozen_fold(step), geometry)
-        check_rows(geometry.most_rows, self._name, x)
+        check_rows(geometry.most_rows, setting.name, x)
         with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
+            live = self._live_weight(x, geometry, step)
+        self._end_step(step, live.nonfinite)
+        return whitened_conv(x, self.weight, self.bias, live, setting)
+
+    @torch.jit.unused
+    def _live_weight(self, x: Tensor, geometry: ConvGeometry, step: Step) -> LiveWeight:
+        """Estimate the statistics of x, average them in, and fold them."""
+
+        def fold() -> list[Tensor | None]:
             own, seen = self._moments(x, geometry), Seen(x, geometry.seen, self.blocks)
             statistics = self._estimate(own, geometry.own_rows, seen, geometry.share, step)
-        return whitened_conv(x, self.weight, self.bias, statistics, Setting(geometry, self.cfg, self._name, self.joint))
+            return fold_live(x, self.weight, self.bias, statistics, geometry).tensors
+
+        if self.joint is not None:
+            return LiveWeight.of_tensors(fold())
+        tensors = (x, self.weight, self.bias, *self._buffers.values())
+        settings = (geometry, self.cfg, self.cumulative, step.recomputing, computing_dtype(x))
+        return LiveWeight.of_tensors(replayed(fold, tensors, *settings))
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
@@ -204,7 +219,7 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         return plain.train(self.training)
 
     @torch.jit.unused
-    def _checked_geometry(self, input: Tensor) -> ConvGeometry | None:
+    def _checked_setting(self, input: Tensor) -> Setting | None:
         """Return what the layer does with an input in training; None if there is nothing to whiten.
 
         In eager mode it is found once for all inputs of a shape, until an attribute changes: it takes as long as ten
@@ -215,16 +230,17 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         """
         check_dtype(input, self.weight)
         if torch.compiler.is_compiling() or type(input) is not Tensor:  # a size may be a symbol
-            return self._found_geometry(input)
-        sizes = (self.kernel_size, _fixed(self.stride), _fixed(self.padding), _fixed(self.dilation))
-        joined = None if self.joint is None or self.statistics_frozen else self.joint.sizes
-        key = (input.shape, joined, *sizes, self.groups, self.padding_mode, self.in_channels, self.blocks, self.cfg)
+            return self._found_setting(input)
+        joint, label = self.joint, self.label
+        joined = None if joint is None or self.statistics_frozen else joint.sizes
+        window = (self.kernel_size, _fixed(self.stride), _fixed(self.padding), _fixed(self.dilation), self.padding_mode)
+        key = (input.shape, self.in_channels, *window, self.groups, self.blocks, self.cfg, joint, joined, label)
         if self._known is None or self._known[0] != key:
-            self._known = (key, self._found_geometry(input))
+            self._known = (key, self._found_setting(input))
         return self._known[1]
 
     @torch.jit.unused
-    def _found_geometry(self, input: Tensor) -> ConvGeometry | None:
+    def _found_setting(self, input: Tensor) -> Setting | None:
         _check_positive(stride=self.stride, dilation=self.dilation)
         _check_padding(self.padding)
         if self.padding == "same" and as_pair(self.stride) != (1, 1):
@@ -251,7 +267,8 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
                 f" {self.dilation} and padding {self.padding!r}; use larger images or more padding"
             )
         share = None if self.statistics_frozen else self._share(images)
-        return conv_geometry(padded, self.window, self.groups, self.blocks, self.cfg, share)
+        geometry = conv_geometry(padded, self.window, self.groups, self.blocks, self.cfg, share)
+        return Setting(geometry, self.cfg, self._name, self.joint)
 
 
 def _fixed(value: Any) -> Any:

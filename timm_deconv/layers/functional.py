@@ -50,6 +50,7 @@ class Statistics(NamedTuple):
         mean: (S, F). whitener: (S, F, F).
         varies: bool (S,), whether a set's features vary at all.
         kept: what the way back through the root needs beside the whitener.
+        nonfinite: bool (), whether they are not finite; None until they are averaged in.
         frozen: bool (), or None: where it is true, mean and whitener are not the batch's and pass on no gradient.
     """
 
@@ -58,6 +59,7 @@ class Statistics(NamedTuple):
     whitener: Tensor
     varies: Tensor
     kept: list[Tensor]
+    nonfinite: Tensor | None = None
     frozen: Tensor | None = None
 
 

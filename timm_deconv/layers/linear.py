@@ -16,7 +16,7 @@ from .functional import Moments, Statistics, check_rows, fold
 from .geometry import linear_blocks
 from .joint import Seen
 from .module import WhiteningMixin, check_dtype
-from .operation import computing_dtype
+from .operation import computing_dtype, on_cpu
 from .presets import resolve_cfg
 
 __all__ = ["DeconvLinear"]
@@ -92,8 +92,9 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         if share is not None:
             found = found._replace(row_count=share.whole * self.blocks.number)
         check_rows(found.row_count, self._name, vectors)
-        seen = Seen(_as_images(vectors), PIXEL, self.blocks)
-        return self._whitened(vectors, self._estimate(found, own_rows, seen, share, step))
+        statistics = self._estimate(found, own_rows, Seen(_as_images(vectors), PIXEL, self.blocks), share, step)
+        self._end_step(step, statistics.nonfinite)
+        return self._whitened(vectors, statistics)
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
@@ -106,7 +107,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     def _whitened(self, vectors: Tensor, statistics: Statistics) -> Tensor:
         """Whiten the weight or, on a CPU and if they are fewer than the outputs, the vectors: the same function."""
         mean, whitener = statistics.mean, statistics.whitener
-        if vectors.device.type == "cpu" and len(vectors) < self.out_features:
+        if on_cpu(vectors) and len(vectors) < self.out_features:
             return F.linear(self._whiten(vectors, mean, whitener), self.weight, self.bias)
         dtype, weight = computing_dtype(vectors), _as_images(self.weight)
         weight, bias = fold_whitening(weight, self.bias, mean, whitener, self.blocks, dtype, False)

@@ -30,10 +30,12 @@ class Step(NamedTuple):
     Attributes:
         frozen: use the running values; None if the device decides it, as in compiled forwards of layers that freeze.
         recomputing: the forward runs a second time for its gradient and changes nothing.
+        forwards: the counter before, where it is to be known after.
     """
 
     frozen: bool | None
     recomputing: bool
+    forwards: int | None
 
 
 class WhiteningMixin(nn.Module):
@@ -158,11 +160,23 @@ class WhiteningMixin(nn.Module):
         self._init_statistics(self.cfg, self.blocks, weight.device)
         self.training = source.training
 
-    # A training forward: _begin_step, then _frozen_fold or, with live statistics, _estimate; either counts it.
+    # A training forward: _begin_step, then _frozen_fold or, with live statistics, _estimate, which counts it, and
+    # _end_step.
 
     def _begin_step(self) -> Step:
         recomputing = in_recomputation()
-        return Step(self.statistics_frozen or self._freezes(recomputing), recomputing)
+        frozen = self.statistics_frozen or self._freezes(recomputing)
+        if not (frozen or recomputing):
+            self._speak()
+        needed = self.cfg.freeze or self.notices.uncalibrated
+        return Step(frozen, recomputing, self._known_forwards() if needed else None)
+
+    def _end_step(self, step: Step, nonfinite: Tensor | None) -> None:
+        """Keep whether a batch's statistics were not finite, and the counter, if it was known."""
+        self.__dict__["saw_nonfinite"] = nonfinite  # as nn.Module sets it, but for searching parameters and buffers
+        if step.forwards is not None:
+            counter = self.num_batches_tracked
+            self._counted = (counter, counter._version, step.forwards + (not step.recomputing))
 
     def _share(self, images: int) -> Share | None:
         """Return which images of the processes' joined batch a batch of so many is; None where nothing is joined."""
@@ -206,14 +220,12 @@ class WhiteningMixin(nn.Module):
             seen: what whiteners are measured on.
             step: of `_begin_step`.
         """
-        if not step.recomputing:
-            self._speak()
-        cfg, forwards, buffers = self.cfg, self._known_forwards(), self._buffers  # attributes of modules are slow
+        cfg, buffers = self.cfg, self._buffers  # attributes of modules are slow
         gained = [buffers["running_gain"], buffers["running_power"]] if cfg.gain_corrected else []
         freeze_iter = cfg.freeze_iter if cfg.freeze else 0
         averaging = Averaging(cfg.momentum, cfg.start_corrected, self.cumulative, freeze_iter, step.recomputing)
         with torch.no_grad():
-            self.saw_nonfinite = average_in_(
+            nonfinite = average_in_(
                 buffers["running_mean"],
                 buffers["running_deconv"],
                 gained,
@@ -228,7 +240,7 @@ class WhiteningMixin(nn.Module):
                 seen.blocks,
                 averaging,
             )
-        self._follow(forwards, step)
+        live = live._replace(nonfinite=nonfinite)
         return self._unless_frozen(live) if step.frozen is None else live
 
     def _unless_frozen(self, live: Statistics) -> Statistics:
@@ -246,9 +258,8 @@ class WhiteningMixin(nn.Module):
         """Fold the running values as they are: the backward pass may come after they went on."""
         mean, whitener = (value.detach().clone() for value in self._running_values())
         if not (step.recomputing or self.statistics_frozen):
-            forwards = self._known_forwards()
             self.num_batches_tracked.add_(1)
-            self._follow(forwards, step)
+            self._end_step(step, self.saw_nonfinite)
         with full_precision(self.weight):
             return fold(self.weight, self.bias, mean, whitener, self.blocks)
 
@@ -298,12 +309,6 @@ class WhiteningMixin(nn.Module):
         if torch.compiler.is_compiling() or counted is None or counter.is_inference():  # that has no version
             return None
         return counted[2] if counted[0] is counter and counted[1] == counter._version else None
-
-    def _follow(self, forwards: int | None, step: Step) -> None:
-        """Know num_batches_tracked after a step that wrote it, if it was known before."""
-        if forwards is not None:
-            counter = self.num_batches_tracked
-            self._counted = (counter, counter._version, forwards + (not step.recomputing))
 
     # Files and copies
 

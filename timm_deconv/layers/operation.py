@@ -4,18 +4,21 @@ Written as separate operations, autograd would keep the unfolded input alive unt
 mostly zero gradient of the whole input for the few sampled windows.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from timm_deconv.kernels import (
+    Blocks,
     add_moments_gradient_,
     apply_whitener,
     apply_whitener_backward,
     fold_whitening,
     fold_whitening_backward,
     inverse_root_backward,
+    replayed,
 )
 from timm_deconv.kernels.folding import shift_bias, shift_bias_backward_
 from timm_deconv.kernels.formats import is_channels_last
@@ -26,7 +29,16 @@ from .functional import Statistics, root_of
 from .geometry import ConvGeometry
 from .joint import JointBatch
 
-__all__ = ["Setting", "computing_dtype", "convolve", "whitened_conv", "whitens_input"]
+__all__ = [
+    "LiveWeight",
+    "Setting",
+    "computing_dtype",
+    "convolve",
+    "fold_live",
+    "on_cpu",
+    "whitened_conv",
+    "whitens_input",
+]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -63,7 +75,7 @@ def sum_outputs(grad: Tensor, dtype: torch.dtype) -> Tensor:
     A processor was seen to take 5 ms for it in the convolution's own backward pass, and 0.8 ms for the sum; 20 ms where
     it had to convert the numbers first, which a GPU does not.
     """
-    return grad.sum((0, 2, 3)).to(dtype) if grad.device.type == "cpu" else grad.sum((0, 2, 3), dtype=dtype)
+    return grad.sum((0, 2, 3)).to(dtype) if on_cpu(grad) else grad.sum((0, 2, 3), dtype=dtype)
 
 
 class Setting(NamedTuple):
@@ -80,13 +92,57 @@ class Setting(NamedTuple):
     joint: JointBatch | None = None
 
 
-def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: Statistics, setting: Setting) -> Tensor:
+class LiveWeight(NamedTuple):
+    """Weight and bias that whiten a batch, and what the way back needs of its statistics.
+
+    Attributes:
+        nonfinite: bool (), whether the statistics are not finite.
+        weight, bias: folded; None where `whitens_input`.
+        frozen: see `Statistics`.
+        mean: (S, F). whitener: (S, F, F).
+        kept: see `Statistics`.
+    """
+
+    nonfinite: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    frozen: Tensor | None
+    mean: Tensor
+    whitener: Tensor
+    kept: Sequence[Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """All of it in one list."""
+        return [self.nonfinite, self.weight, self.bias, self.frozen, self.mean, self.whitener, *self.kept]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Any]) -> "LiveWeight":
+        """Return what a list was made of."""
+        nonfinite, weight, bias, frozen, mean, whitener, *kept = tensors
+        return cls(nonfinite, weight, bias, frozen, mean, whitener, kept)
+
+
+def fold_live(
+    x: Tensor, weight: Tensor, bias: Tensor | None, statistics: Statistics, geometry: ConvGeometry
+) -> LiveWeight:
+    """Fold the statistics of x (N, C, H, W) into weight (O, C / groups, h, w) and bias (O,) of its convolution.
+
+    On a CPU they are left for the input where that `whitens_input`.
+    """
+    live, folded, folded_bias = statistics, None, None
+    if not whitens_input(x, weight, geometry):
+        folded, folded_bias = _fold(x, weight, bias, live.mean, live.whitener, geometry.blocks)
+    return LiveWeight(live.nonfinite, folded, folded_bias, live.frozen, live.mean, live.whitener, live.kept)
+
+
+def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, live: LiveWeight, setting: Setting) -> Tensor:
     """Convolve whitened windows of x; gradients flow to x (through its statistics too), weight and bias.
 
     Args:
         x: (N, C, H, W).
         weight: (O, C / groups, h, w). bias: (O,); None counts as zeros.
-        statistics: what to whiten with, estimated from x.
+        live: what `fold_live` made of them.
         setting: the layer's.
 
     Returns:
@@ -95,9 +151,7 @@ def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, statistics: St
     Raises:
         RuntimeError: in a backward pass through these gradients, which are written by hand.
     """
-    live = statistics
-    tensors = (live.mean, live.whitener, live.frozen, *live.kept)
-    output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, live.row_count, *tensors)
+    output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, *live.tensors[1:])
     return output
 
 
@@ -115,25 +169,24 @@ class _WhitenedConv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         setting: Setting,
-        row_count: int,
+        folded: Tensor | None,
+        folded_bias: Tensor | None,
+        frozen: Tensor | None,
         mean: Tensor,
         whitener: Tensor,
-        frozen: Tensor | None,
         *kept: Tensor,
     ) -> Tensor:
         geometry, dtype = setting.geometry, computing_dtype(x)
         with full_precision(x):
             input = x.to(dtype)
-            if whitens_input(x, weight, geometry):
+            if folded is None or folded_bias is None:
                 shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
                 folded_bias = shift_bias(bias, weight.to(whitener.dtype), shift, geometry.blocks).to(dtype)
                 input, folded = apply_whitener(input, whitener), weight.to(dtype)
-            else:
-                folded, folded_bias = _fold(input, weight, bias, mean, whitener, geometry)
             output = convolve(input, folded, folded_bias, geometry)
-        kept_weight = None if x.device.type == "cpu" else folded
-        ctx.save_for_backward(x, weight, kept_weight, mean, whitener, frozen, *kept)
-        ctx.setting, ctx.row_count, ctx.has_bias, ctx.dtype = setting, row_count, bias is not None, dtype
+        kept_weight = None if on_cpu(x) else folded
+        ctx.save_for_backward(x, weight, kept_weight, frozen, mean, whitener, *kept)
+        ctx.setting, ctx.has_bias, ctx.dtype = setting, bias is not None, dtype
         return output
 
     @staticmethod
@@ -164,79 +217,115 @@ class _OnlyOnce(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, weight and bias, each None where it is not asked for."""
-    x, weight, folded, mean, whitener, frozen, *kept = ctx.saved_tensors
-    geometry, cfg, _, joint = ctx.setting
-    blocks, with_x = geometry.blocks, ctx.needs_input_grad[0]
+    x, weight, folded, frozen, mean, whitener, *kept = ctx.saved_tensors
+    setting, with_x = ctx.setting, ctx.needs_input_grad[0]
+    statistics = _Kept(x, frozen, mean, whitener, kept)
     with full_precision(x):
-        backward = _input_gradients if whitens_input(x, weight, geometry) else _weight_gradients
-        whitened, grad = _Whitened(x.to(ctx.dtype), weight, folded, mean, whitener), grad.to(ctx.dtype)
+        grad, input = grad.to(ctx.dtype), x.to(ctx.dtype)
         grad_bias = sum_outputs(grad, weight.dtype)
-        grad_x, grad_weight, of_statistics = backward(grad, grad_bias, whitened, geometry, with_x)
-        if grad_x is not None:
-            grad_x = grad_x.to(x.dtype)
-            grad_mean, grad_whitener = of_statistics
-            if frozen is not None:
-                grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
-            own_mean, *of_moments = inverse_root_backward(
-                grad_mean, grad_whitener, mean, whitener, kept, ctx.row_count, geometry.padding, root_of(cfg)
-            )
-            if joint is not None:
-                of_moments = joint.join_gradients(*of_moments, geometry.part)
-            if geometry.own_rows:
-                images = (geometry.sampled(grad_x), geometry.sampled(x))
-                add_moments_gradient_(*images, own_mean, *of_moments, geometry.sampling, blocks)
+        backward = _input_gradients if whitens_input(x, weight, setting.geometry) else _weight_gradients
+        grad_x, grad_weight = backward(grad, grad_bias, input, weight, folded, statistics, setting, with_x)
     return grad_x, grad_weight, grad_bias if ctx.has_bias else None
 
 
-class _Whitened(NamedTuple):
-    """What a convolution was made of: x in the dtype of the convolution, and the folded weight if it was kept."""
+class _Kept(NamedTuple):
+    """What was kept of a batch: it, and of its statistics what `LiveWeight` says."""
 
     x: Tensor
-    weight: Tensor
-    folded: Tensor | None
+    frozen: Tensor | None
     mean: Tensor
     whitener: Tensor
+    kept: Sequence[Tensor]
 
 
-Gradients = tuple[Tensor | None, Tensor, list[Tensor]]
-"""Those of x (None unless it is asked for), weight, and with that of x [mean, whitener]."""
+Gradients = tuple[Tensor | None, Tensor]
+"""Those of x (None unless it is asked for) and weight."""
 
 
 def _weight_gradients(
-    grad: Tensor, grad_bias: Tensor, made_of: _Whitened, geometry: ConvGeometry, with_x: bool
+    grad: Tensor,
+    grad_bias: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    folded: Tensor | None,
+    batch: _Kept,
+    setting: Setting,
+    with_x: bool,
 ) -> Gradients:
     """Compute gradients from those of output (N, O, H', W') and bias where whitening was folded into the weight."""
-    x, weight, folded, mean, whitener = made_of
+    geometry, mean, whitener = setting.geometry, batch.mean, batch.whitener
     if folded is None:
-        folded = _fold(x, weight, None, mean, whitener, geometry)[0] if with_x else weight.to(x.dtype)
-    grad_x, grad_kernel = convolve_backward(grad, x, folded, geometry, with_x)
-    tensors = (grad_kernel, grad_bias, weight, mean, whitener)
-    return grad_x, *fold_whitening_backward(*tensors, geometry.blocks, with_x)
+        folded = _fold(input, weight, None, mean, whitener, geometry.blocks)[0] if with_x else weight.to(input.dtype)
+    grad_x, grad_kernel = convolve_backward(grad, input, folded, geometry, with_x)
+    grad_x = None if grad_x is None else grad_x.to(batch.x.dtype)
+
+    def derive() -> list[Tensor]:
+        tensors = (grad_kernel, grad_bias, weight, mean, whitener)
+        grad_weight, of_statistics = fold_whitening_backward(*tensors, geometry.blocks, with_x)
+        if grad_x is not None:
+            grad_mean, grad_whitener = of_statistics
+            _add_statistics_gradient_(grad_x, grad_mean, grad_whitener, batch, setting)
+        return [grad_weight]
+
+    if setting.joint is not None:
+        return grad_x, derive()[0]
+    x, *statistics, kept = batch
+    tensors = (x, *statistics, *kept, grad_kernel, grad_bias, weight, grad_x)
+    return grad_x, replayed(derive, tensors, geometry, setting.cfg)[0]
 
 
 def _input_gradients(
-    grad: Tensor, grad_bias: Tensor, made_of: _Whitened, geometry: ConvGeometry, with_x: bool
+    grad: Tensor,
+    grad_bias: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    folded: Tensor | None,
+    batch: _Kept,
+    setting: Setting,
+    with_x: bool,
 ) -> Gradients:
     """Compute gradients from those of output (N, O, H', W') and bias where whitening was applied to x."""
-    x, weight, _, mean, whitener = made_of
+    geometry, mean, whitener = setting.geometry, batch.mean, batch.whitener
     wide = weight.to(whitener.dtype)
-    grad_x, grad_kernel = convolve_backward(grad, apply_whitener(x, whitener), weight.to(x.dtype), geometry, with_x)
+    whitened = apply_whitener(input, whitener)
+    grad_x, grad_kernel = convolve_backward(grad, whitened, weight.to(input.dtype), geometry, with_x)
     grad_weight, shift = grad_kernel.to(wide.dtype), torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
     grad_shift = shift_bias_backward_(grad_weight, grad_bias.to(wide.dtype), wide, shift, geometry.blocks)
     grad_weight = grad_weight.to(weight.dtype)
     if grad_x is None:
-        return None, grad_weight, []
-    grad_x, grad_whitener = apply_whitener_backward(grad_x, x, whitener)
+        return None, grad_weight
+    grad_x, grad_whitener = apply_whitener_backward(grad_x, input, whitener)
+    grad_x = grad_x.to(batch.x.dtype)
     grad_whitener = torch.baddbmm(grad_whitener, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
-    return grad_x, grad_weight, [torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1), grad_whitener]
+    grad_mean = torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1)
+    _add_statistics_gradient_(grad_x, grad_mean, grad_whitener, batch, setting)
+    return grad_x, grad_weight
+
+
+def _add_statistics_gradient_(
+    grad_x: Tensor, grad_mean: Tensor, grad_whitener: Tensor, batch: _Kept, setting: Setting
+) -> None:
+    """Add to the gradient of x, in place, what reaches it through mean and whitener."""
+    geometry, cfg, _, joint = setting
+    x, frozen, mean, whitener, kept = batch
+    if frozen is not None:
+        grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
+    own_mean, of_mean, of_cov = inverse_root_backward(
+        grad_mean, grad_whitener, mean, whitener, kept, geometry.row_count, geometry.padding, root_of(cfg)
+    )
+    if joint is not None:
+        of_mean, of_cov = joint.join_gradients(of_mean, of_cov, geometry.part)
+    if geometry.own_rows:
+        images = (geometry.sampled(grad_x), geometry.sampled(x))
+        add_moments_gradient_(*images, own_mean, of_mean, of_cov, geometry.sampling, geometry.blocks)
 
 
 def _fold(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, whitener: Tensor, geometry: ConvGeometry
+    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, whitener: Tensor, blocks: Blocks
 ) -> tuple[Tensor, Tensor]:
     """Fold whitening into weight and bias of the convolution of x, in the dtype and format in which it takes them."""
-    last = is_channels_last(x) or is_channels_last(weight)
-    folded: tuple[Tensor, Tensor] = fold_whitening(weight, bias, mean, whitener, geometry.blocks, x.dtype, last)
+    dtype, last = computing_dtype(x), is_channels_last(x) or is_channels_last(weight)
+    folded: tuple[Tensor, Tensor] = fold_whitening(weight, bias, mean, whitener, blocks, dtype, last)
     return folded
 
 
@@ -246,8 +335,12 @@ def whitens_input(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
     F products an element either way, 4 times: in the forward and the backward pass, and for the gradients of both.
     Elsewhere than on CPUs products cost less than beginning them does, and folding begins fewer.
     """
-    on_cpu = x.device.type == "cpu"
-    return on_cpu and geometry.blocks.pixels and geometry.groups == 1 and x.numel() < weight.numel()
+    return on_cpu(x) and geometry.blocks.pixels and geometry.groups == 1 and x.numel() < weight.numel()
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Tell whether what is computed costs more than to begin computing it."""
+    return x.device.type == "cpu"
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:

@@ -1,6 +1,8 @@
 """What all kernels share: the one place where they are launched, and the tiles that matrices are cut into."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction, driver
 
-__all__ = ["PLANS", "TILE", "Launch", "Unfit", "check_dtypes", "padded", "parts_of", "tiles"]
+__all__ = ["ALIGNMENT", "PLANS", "TILE", "Launch", "Unfit", "check_dtypes", "padded", "parts_of", "tiles", "watching"]
 
 TILE = 64
 """Features in a tile of a matrix; a program holds one or a few tiles."""
@@ -21,6 +23,9 @@ ALIGNMENT = 16
 
 PLANS = 4096
 """Plans of launches that an operation keeps: one for each layer and shape of its input."""
+
+
+_watchers = threading.local()
 
 
 class Unfit(Exception):
@@ -60,9 +65,15 @@ class Launch:
         key = (device, *kinds, *[pointer and pointer % ALIGNMENT for pointer in pointers])
         compiled = self._compiled.get(key)
         if compiled is None or knobs.runtime.launch_enter_hook.calls:  # by profilers
-            self._compiled[key] = self._launch_by_triton(tensors)
-            return
-        stream = driver.active.get_current_stream(device)
+            compiled = self._compiled[key] = self._launch_by_triton(tensors)
+        else:
+            self.again(compiled, driver.active.get_current_stream(device), pointers)
+        seen = getattr(_watchers, "seen", None)
+        if seen is not None:
+            seen.append((self, compiled, tensors))
+
+    def again(self, compiled: Any, stream: int, pointers: Sequence[int | None]) -> None:
+        """Launch what was compiled for tensors of the same dtypes and alignment as those that pointers lead to."""
         function, metadata = compiled.function, compiled.packed_metadata
         compiled.run(*self._extents, stream, function, metadata, None, None, None, *pointers, *self._values)
 
@@ -70,6 +81,16 @@ class Launch:
         """Launch the kernel, compile it if need be, and return what was compiled; the interpreter compiles nothing."""
         options = self.options if isinstance(self.kernel, JITFunction) else {}
         return self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **options)
+
+
+@contextmanager
+def watching(seen: list[tuple[Launch, Any, tuple[Tensor | None, ...]]]) -> Iterator[None]:
+    """List the launches of this thread, with what was compiled for each (None by the interpreter) and its tensors."""
+    _watchers.seen = seen
+    try:
+        yield
+    finally:
+        _watchers.seen = None
 
 
 def padded(features: int) -> int:
