@@ -7,10 +7,9 @@
     study.py finetune mobilenetv2_100 --rates rates.png --output finetune.csv
 
 A variant is `twin` (batch norm), `iterative` (iterative normalisation) or a preset, and settings as of train.py, those
-of the whitening as deconv.key=value. With live_every=N statistics live in every N-th step alone. Rows go to --output,
-and with --record to hub_configs/results of the checkout too: finetune.csv for runs from weights, else study.csv. A run
-that has rows there is not done again. With --picture or --rates nothing is trained: rows are drawn, against steps that
-are timed now or against the rate.
+of the whitening as deconv.key=value, live_every=N for statistics in every N-th step alone. Rows go to --output, and
+with --record to hub_configs/results too: finetune.csv for runs from weights, else study.csv. A run that has rows there
+is not done again. With --picture or --rates rows are drawn, against steps that are timed now or against the rate.
 """
 
 import argparse
