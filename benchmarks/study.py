@@ -2,13 +2,14 @@
 
 A variant is a text of one word and settings: `twin` (batch norm), `iterative` (iterative normalisation) or a preset's
 name, then `key=value` of the recipe, or of the whitening as `deconv.key=value`: `fast deconv.block=16 lr=0.05`.
-`live_every=N` lets statistics live in every N-th step alone; the steps between whiten with the running ones.
+`live_every=N` lets statistics live in every N-th step alone; the steps between whiten with the running ones, or with
+`between=last` with the latest that were live.
 """
 
 import csv
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from timm_deconv.convert.statistics import freeze_statistics
 from timm_deconv.data import SEGMENTATION
 from timm_deconv.errors import InputError, unknown_name
-from timm_deconv.layers import PRESETS
+from timm_deconv.layers import PRESETS, WhiteningMixin
 from timm_deconv.timing import interleave
 from timm_deconv.training.loop import train
 from timm_deconv.training.recipe import Recipe, load_recipe, parse_settings
@@ -51,7 +52,7 @@ __all__ = [
 
 PEERS = ("twin", "iterative")
 
-LIVE_EVERY = "live_every="
+SPARSE = ("live_every=", "between=")
 
 COLUMNS = [
     *"network width variant recipe recipe_hash seed data opt lr amp epochs epoch top1 miou train_loss seconds".split(),
@@ -119,17 +120,46 @@ class IterativeNormalisation(Classification):
 class SparseStatistics(Classification):
     """The recipe's whitened network, whose statistics are live in the first of every so many training steps.
 
-    In the others layers whiten with the running ones, as they are.
+    In the others layers whiten with statistics that pass on no gradient: the running ones, or the latest live ones.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, *, live_every: int) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, *, live_every: int, between: str) -> None:
         super().__init__(recipe, device)
-        self._live_every, self._steps = live_every, 0
+        self._live_every, self._keeps, self._steps = live_every, between == "last", 0
+        self._latest: dict[WhiteningMixin, tuple[Tensor, Tensor]] = {}
+
+    def create_model(self) -> nn.Module:
+        model = super().create_model()
+        for layer in model.modules() if self._keeps else ():
+            if isinstance(layer, WhiteningMixin):
+                layer._estimate = partial(self._estimated, layer, layer._estimate)
+        return model
+
+    def _estimated(self, layer: WhiteningMixin, estimate: Callable[..., Any], *args: Any) -> Any:
+        """Estimate a layer's statistics, and remember them."""
+        live = estimate(*args)
+        self._latest[layer] = live.mean, live.whitener
+        return live
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        freeze_statistics(model, frozen=self._steps % self._live_every > 0)
+        frozen = self._steps % self._live_every > 0
+        freeze_statistics(model, frozen=frozen)
         self._steps += 1
-        return super().loss(model, batch)
+        if not frozen:
+            return super().loss(model, batch)
+        running = {layer: _exchanged(layer, *latest) for layer, latest in self._latest.items()}
+        found = super().loss(model, batch)
+        for layer, values in running.items():
+            _exchanged(layer, *values)
+        return found
+
+
+def _exchanged(layer: WhiteningMixin, mean: Tensor, whitener: Tensor) -> tuple[Tensor, Tensor]:
+    """Give a layer other running values, and return those that it had."""
+    before = layer.running_mean.clone(), layer.running_deconv.clone()
+    layer.running_mean.copy_(mean.detach().reshape(layer.running_mean.shape))
+    layer.running_deconv.copy_(whitener.detach().reshape(layer.running_deconv.shape))
+    return before
 
 
 def variant(text: str, network: str, recipe: Recipe) -> Variant:
@@ -148,8 +178,8 @@ def variant(text: str, network: str, recipe: Recipe) -> Variant:
     arguments.pop("deconv", None)
     if first in PRESETS:
         arguments["deconv"] = {"preset": first}
-    sparse = [setting for setting in settings if setting.startswith(LIVE_EVERY)]
-    settings = [setting for setting in settings if setting not in sparse]
+    sparse = dict(setting.split("=", 1) for setting in settings if setting.startswith(SPARSE))
+    settings = [setting for setting in settings if not setting.startswith(SPARSE)]
     long = [f"model_kwargs.{setting}" if setting.startswith("deconv.") else setting for setting in settings]
     model = {"model": network if first in PEERS else f"{network}_deconv", "model_kwargs": arguments}
     model |= {"calibration_images": 0} if first in PEERS else {}
@@ -157,19 +187,20 @@ def variant(text: str, network: str, recipe: Recipe) -> Variant:
     if first == "iterative" and (changed.dataset in SEGMENTATION or changed.freeze_bn or changed.freeze_backbone):
         raise InputError(f"{text!r}: iterative normalisation is compared in classification, with nothing frozen")
     if sparse:
-        number = _live_every(text, sparse[-1], first, changed)
-        return Variant(text, changed, partial(SparseStatistics, live_every=number))
+        return Variant(text, changed, _sparse_task(text, sparse, changed))
     return Variant(text, changed, IterativeNormalisation if first == "iterative" else create_task)
 
 
-def _live_every(text: str, setting: str, first: str, recipe: Recipe) -> int:
-    """Read the number of steps of `live_every=N`."""
-    number = setting.removeprefix(LIVE_EVERY)
+def _sparse_task(text: str, sparse: Mapping[str, str], recipe: Recipe) -> Callable[..., RecipeTask]:
+    """Return what makes a task of statistics that live in some steps alone."""
+    number, between = sparse.get("live_every", ""), sparse.get("between", "average")
     if not number.isdecimal() or int(number) < 1:
-        raise InputError(f"{text!r}: {LIVE_EVERY}{number} must be a whole number of steps, 1 or more")
-    if first in PEERS or recipe.dataset in SEGMENTATION:
-        raise InputError(f"{text!r}: {LIVE_EVERY} is for whitened networks that classify")
-    return int(number)
+        raise InputError(f"{text!r}: live_every={number} must be a whole number of steps, 1 or more")
+    if between not in ("average", "last"):
+        raise unknown_name("kind of statistics", between, ("average", "last"))
+    if not recipe.model.endswith("_deconv") or recipe.dataset in SEGMENTATION:
+        raise InputError(f"{text!r}: live_every= is for whitened networks that classify")
+    return partial(SparseStatistics, live_every=int(number), between=between)
 
 
 def train_variants(

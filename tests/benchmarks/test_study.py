@@ -53,6 +53,7 @@ def test_a_variant_is_a_form_and_its_settings(recipe: Recipe) -> None:
         ("fast", "vgg12_cifar", "no pair of networks 'vgg12_cifar'"),
         ("fast learning=1", "vgg11_cifar", "no recipe key 'learning'"),
         ("fast live_every=0", "vgg11_cifar", "live_every=0 must be a whole number of steps, 1 or more"),
+        ("fast live_every=2 between=first", "vgg11_cifar", "no kind of statistics 'first'"),
         ("twin live_every=2", "vgg11_cifar", "live_every= is for whitened networks"),
     ],
 )
@@ -61,16 +62,23 @@ def test_what_is_not_known_is_refused(recipe: Recipe, text: str, network: str, m
         variant(text, network, recipe)
 
 
-def test_statistics_live_in_some_steps_alone(recipe: Recipe) -> None:
-    sparse = variant("fast live_every=2 lr=0.05", "vgg11_cifar", recipe)
+@pytest.mark.parametrize("between", ["average", "last"])
+def test_statistics_live_in_some_steps_alone(recipe: Recipe, between: str) -> None:
+    sparse = variant(f"fast live_every=2 between={between} lr=0.05", "vgg11_cifar", recipe)
     task = sparse.task(sparse.recipe, torch.device("cpu"))
-    model, batch = sparse.create_model(), (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    model, batch = task.create_model().train(), (images, torch.arange(4))
     layers = [module for module in model.modules() if isinstance(module, Deconv2d)]
-    counts = []
+    counts, losses = [], []
     for _ in range(5):
-        task.loss(model, batch)
+        before = [layer.running_deconv.clone() for layer in layers]
+        losses.append(float(task.loss(model, batch)[0].detach()))
         counts.append({int(layer.num_batches_tracked) for layer in layers})
+        if counts[-1] == counts[:-1][-1:]:
+            assert all(torch.equal(layer.running_deconv, value) for layer, value in zip(layers, before, strict=True))
     assert counts == [{1}, {1}, {2}, {2}, {3}] and sparse.recipe.lr == 0.05
+    same = [abs(live - kept) < 1e-4 * live for live, kept in ((losses[0], losses[1]), (losses[2], losses[3]))]
+    assert same == [between == "last"] * 2
 
 
 def test_runs_are_recorded_once_and_compared_with_their_steps(

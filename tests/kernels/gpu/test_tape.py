@@ -158,7 +158,7 @@ def test_other_tensors_are_written_and_their_versions_told(played: list[Tape]) -
     numbers = [torch.zeros(()) for _ in range(3)]
     for number in numbers:
         before = number._version
-        (result,) = replayed(lambda: watched_addition(number), [number], "addition")
+        (result,) = replayed(lambda number=number: watched_addition(number), [number], "addition")
         assert number == 1 and number._version > before and result.shape == ()
     assert len(played) == 2
 
