@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernels import _Counting
+from timm_deconv.kernels import windows
 from timm_deconv.kernels.windows import PIXEL, Sampling, Window, gather, scatter_add_, spread_windows
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -88,6 +90,21 @@ def test_wider_spacing_takes_a_part_of_the_windows_of_the_convolution(window: Wi
         step = (spacing * window.stride[0], spacing * window.stride[1])
         columns = gather(x, spaced(window, step))
         assert torch.equal(columns, everything[:, ::spacing, ::spacing].flatten(1, 2))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+def test_what_gpus_gather_at_once_a_cpu_gathers_by_position(
+    window: Window, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size, step, last in itertools.product(SIZES, STEPS, (False, True)):
+        x, sampling = images(memory_format, size), spaced(window, step, 2)
+        expected = gather(x, sampling, samples_last=last)
+        with monkeypatch.context() as patch, _Counting() as counting:
+            patch.setattr(windows, "_copies_by_position", lambda x: False)
+            found = gather(x, sampling, samples_last=last)
+        assert torch.equal(found, expected) and counting.kernels <= 3
+        assert found.numel() == 0 or found.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

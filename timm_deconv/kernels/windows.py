@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -216,7 +217,13 @@ def _pixel_grid(x: Tensor, sampling: Sampling) -> Tensor:
 
 def _gather_windows(x: Tensor, window: Window, samples_last: bool) -> Tensor:
     """Gather (N, windows, K) as `F.unfold` does, which is several times slower where windows are sparse or in
-    channels_last."""
+    channels_last. A CPU copies position by position, the fastest way; elsewhere copies cost what it takes to begin them.
+    """
+    if not _copies_by_position(x):
+        windows = _view_windows(x, window)
+        if samples_last:
+            windows = windows.permute(3, 4, 5, 0, 1, 2).contiguous().permute(3, 4, 5, 0, 1, 2)
+        return windows.flatten(3).flatten(1, 2)
     size = (x.shape[2], x.shape[3])
     samples, features = (x.shape[0], *window.grid(size)), (x.shape[1], *window.kernel_size)
     if samples_last:
@@ -227,6 +234,21 @@ def _gather_windows(x: Tensor, window: Window, samples_last: bool) -> Tensor:
     for of_columns, of_x in _kernel_positions(x, window):
         columns[of_columns] = x[of_x].permute(0, 2, 3, 1)
     return columns.flatten(3).flatten(1, 2)
+
+
+def _copies_by_position(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _view_windows(x: Tensor, window: Window) -> Tensor:
+    """View the windows of images (N, C, H, W), padded if need be, as (N, rows, columns, C, height, width)."""
+    above, beside = window.padding
+    padded = F.pad(x, (beside, beside, above, above)) if above or beside else x
+    image, channel, down, right = padded.stride()
+    (row_step, col_step), (far_down, far_right) = window.stride, window.dilation
+    size = (x.shape[0], *window.grid((x.shape[2], x.shape[3])), x.shape[1], *window.kernel_size)
+    steps = (image, down * row_step, right * col_step, channel, down * far_down, right * far_right)
+    return padded.as_strided(size, steps)
 
 
 def _zero_border_(columns: Tensor, window: Window, size: Pair) -> None:
