@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from tests.layers.sampled import sampled_rows
-from timm_deconv.layers import ChannelDeconv, DeconvCfg, DeconvLinear, compat
-from timm_deconv.layers import linear as layers_linear
+from timm_deconv.layers import ChannelDeconv, DeconvCfg, DeconvLinear, compat, operation
 from timm_deconv.layers.functional import Moments, estimate, fold, root_of
 from timm_deconv.linalg import covariance
 
@@ -43,8 +42,8 @@ def test_the_fewer_of_vectors_and_outputs_are_whitened(
 ) -> None:
     layer = DeconvLinear(24, 7, cfg=DeconvCfg(block=24))
     whitened: list[torch.Tensor] = []
-    apply = layers_linear.apply_whitener
-    monkeypatch.setattr(layers_linear, "apply_whitener", lambda *a: (whitened.append(a[0]), apply(*a))[1])
+    apply = operation.apply_whitener
+    monkeypatch.setattr(operation, "apply_whitener", lambda *a: (whitened.append(a[0]), apply(*a))[1])
     layer(torch.randn(vectors, 24))
     assert [len(values) for values in whitened] == [vectors] * on_vectors
 

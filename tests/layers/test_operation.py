@@ -116,29 +116,65 @@ def test_no_folded_weight_and_no_whitened_input_is_kept_for_the_backward_pass(si
     assert others and sum(t.numel() for t in others) < 0.2 * layer.weight.numel()
 
 
-@pytest.mark.parametrize("power", [1, 2])  # of 1 the incoming gradient requires none
-def test_a_second_derivative_through_a_convolution_in_training_is_refused_not_wrong(power: int) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 3, 3), Deconv2d(3, 4, 3))
+def test_a_second_derivative_through_a_single_row_is_refused_not_wrong() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), Deconv2d(3, 4, 3, cfg={"sampling_stride": 5}))
     share_notices(network)
-    x = torch.randn(2, 3, 12, 12, requires_grad=True)
-    (grad,) = torch.autograd.grad(network(x).pow(power).mean(), x, create_graph=True)
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(network(x).pow(2).mean(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"second derivative of Deconv2d 1 .*model.eval\(\).*timm_deconv.freeze"):
         grad.pow(2).sum().backward()
 
 
-@pytest.mark.parametrize("mode", ["eval", "frozen", "linear"])
-def test_second_derivatives_are_right_where_they_are_given(mode: str) -> None:
-    layer: nn.Module = DeconvLinear(6, 4).double() if mode == "linear" else Deconv2d(3, 4, 3).double()
-    x = torch.randn((5, 6) if mode == "linear" else (2, 3, 5, 5), dtype=torch.float64, requires_grad=True)
+DERIVED = {
+    "eval": lambda: Deconv2d(3, 4, 3),
+    "frozen": lambda: Deconv2d(3, 4, 3),
+    "paper": lambda: Deconv2d(3, 4, 3, stride=2, padding=1),
+    "fast": lambda: Deconv2d(4, 4, 1, cfg={"preset": "fast", "block": 2}),
+    "quartic": lambda: Deconv2d(4, 6, 3, padding=1, groups=2, cfg="fast"),
+    "depthwise": lambda: Deconv2d(4, 4, 3, groups=4, bias=False, cfg="fast"),
+    "linear": lambda: DeconvLinear(6, 4),
+    "few vectors": lambda: DeconvLinear(6, 10, cfg={"preset": "fast"}),
+}
+
+
+@pytest.mark.parametrize("mode", DERIVED)
+def test_second_derivatives_are_right(mode: str) -> None:
+    torch.manual_seed(0)
+    layer = DERIVED[mode]().double()
+    shape = (5, layer.in_features) if isinstance(layer, nn.Linear) else (2, layer.in_channels, 5, 5)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     layer(x)
     if mode == "frozen":
         layer.statistics_frozen = True
     layer.train(mode != "eval")
-    assert torch.autograd.gradgradcheck(lambda x: layer(x).pow(2), (x,))
+    weight = layer.weight.detach().clone().requires_grad_()
+    call = lambda x, weight: torch.func.functional_call(layer, {"weight": weight}, (x,))  # noqa: E731
+    assert torch.autograd.gradgradcheck(call, (x, weight))
+
+
+def test_the_gradient_of_a_gradients_norm_reaches_the_layer_before() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), Deconv2d(3, 4, 3, cfg="fast")).double()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64, requires_grad=True)
+    weights = [network[0].weight, network[1].weight]
+
+    def penalty(power: int, create_graph: bool) -> Tensor:
+        (grad,) = torch.autograd.grad(network(x).pow(power).mean(), x, create_graph=create_graph)
+        return grad.square().sum()
+
+    for power in (1, 2):  # of 1 the incoming gradient requires none
+        for weight, found in zip(weights, torch.autograd.grad(penalty(power, True), weights), strict=True):
+            step, moved = 1e-6 * torch.randn_like(weight), []
+            for sign in (1, -2):
+                with torch.no_grad():
+                    weight.add_(step, alpha=sign)
+                moved.append(penalty(power, False))
+            with torch.no_grad():
+                weight.add_(step)
+            torch.testing.assert_close((moved[0] - moved[1]) / 2, (found * step).sum(), rtol=1e-4, atol=1e-12)
 
 
 def test_a_graph_that_is_kept_but_not_derived_again_is_no_error() -> None:
-    layer, x = Deconv2d(3, 4, 3), torch.randn(2, 3, 8, 8, requires_grad=True)
+    layer, x = Deconv2d(3, 4, 3).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     output = layer(x).square().sum()
     kept = torch.autograd.grad(output, [x, layer.weight], create_graph=True)
     torch.testing.assert_close(kept, torch.autograd.grad(output, [x, layer.weight]))

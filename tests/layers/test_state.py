@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_deconv.layers import ChannelDeconv, Deconv2d, DeconvCfg, DeconvLinear
-from timm_deconv.layers import conv as layers_conv
+from timm_deconv.layers import module as layers_module
 from timm_deconv.layers.notices import share_notices
 
 
@@ -61,7 +61,7 @@ def test_frozen_layers_compute_no_statistics_and_pass_no_gradient_through_them()
     layer = conv(freeze=True, freeze_iter=1)
     live_forwards(layer, 2)
     x = images().requires_grad_()
-    with mock.patch.object(layers_conv, "sampled_moments", side_effect=AssertionError):
+    with mock.patch.object(layers_module, "sampled_moments", side_effect=AssertionError):
         output = layer(x)
     cotangent = torch.randn_like(output)
     (grad,) = torch.autograd.grad(output, x, cotangent)

@@ -217,7 +217,7 @@ def _pixel_grid(x: Tensor, sampling: Sampling) -> Tensor:
 
 def _gather_windows(x: Tensor, window: Window, samples_last: bool) -> Tensor:
     """Gather (N, windows, K) as `F.unfold` does, which is several times slower where windows are sparse or in
-    channels_last. A CPU copies position by position, the fastest way; elsewhere copies cost what it takes to begin them.
+    channels_last. A CPU copies position by position, the fastest way; elsewhere a copy costs what it takes to begin.
     """
     if not _copies_by_position(x):
         windows = _view_windows(x, window)

@@ -8,15 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Window, replayed, sampled_moments
+from timm_deconv.kernels import Window
 from timm_deconv.kernels.windows import as_pair
 
 from .config import DeconvCfg, conv_kind
-from .functional import Moments, check_rows, fold, no_moments
+from .functional import Moments, fold
 from .geometry import ConvGeometry, conv_blocks, conv_geometry
-from .joint import Seen
-from .module import Step, WhiteningMixin, check_dtype
-from .operation import LiveWeight, Setting, computing_dtype, convolve, fold_live, whitened_conv
+from .module import WhiteningMixin, check_dtype
+from .operation import Setting, convolve
 from .presets import resolve_cfg
 
 __all__ = ["Deconv2d"]
@@ -121,40 +120,13 @@ class Deconv2d(WhiteningMixin, nn.Conv2d):
         geometry, step = setting.geometry, self._begin_step()
         if step.frozen:
             return convolve(x, *self._frozen_fold(step), geometry)
-        check_rows(geometry.most_rows, setting.name, x)
-        with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
-            live = self._live_weight(x, geometry, step)
-        self._end_step(step, live.nonfinite)
-        return whitened_conv(x, self.weight, self.bias, live, setting)
-
-    @torch.jit.unused
-    def _live_weight(self, x: Tensor, geometry: ConvGeometry, step: Step) -> LiveWeight:
-        """Estimate the statistics of x, average them in, and fold them."""
-
-        def fold() -> list[Tensor | None]:
-            own, seen = self._moments(x, geometry), Seen(x, geometry.seen, self.blocks)
-            statistics = self._estimate(own, geometry.own_rows, seen, geometry.share, step)
-            return fold_live(x, self.weight, self.bias, statistics, geometry).tensors
-
-        if self.joint is not None:
-            return LiveWeight.of_tensors(fold())
-        tensors = (x, self.weight, self.bias, *self._buffers.values())
-        settings = (geometry, self.cfg, self.cumulative, step.recomputing, computing_dtype(x))
-        return LiveWeight.of_tensors(replayed(fold, tensors, *settings))
+        return self._convolve_live(x, self.weight, setting, step)
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
         """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (N, Cin, H, W)."""
         x = self._padded_batch(input)
         return self._moments(x, self._geometry(x))
-
-    @torch.jit.unused
-    def _moments(self, x: Tensor, geometry: ConvGeometry) -> Moments:
-        if geometry.own_rows:
-            mean, cov = sampled_moments(geometry.sampled(x), geometry.sampling, self.blocks)
-        else:
-            mean, cov = no_moments(x, self.blocks)  # all rows of the joined batch are other processes'
-        return Moments(mean, cov, geometry.row_count, geometry.padding)
 
     @torch.jit.unused
     def _geometry(self, x: Tensor) -> ConvGeometry:

@@ -10,7 +10,7 @@ from timm_deconv.kernels import PIXEL, Blocks, Sampling, Share, Window
 
 from .config import DeconvCfg
 
-__all__ = ["ConvGeometry", "conv_blocks", "conv_geometry", "largest_divisor", "linear_blocks"]
+__all__ = ["ConvGeometry", "conv_blocks", "conv_geometry", "largest_divisor", "linear_blocks", "linear_geometry"]
 
 FEWEST = 16
 """Positions of an image below which images are passed over and the spacing grows no more."""
@@ -75,6 +75,7 @@ class ConvGeometry(NamedTuple):
         share: which images these are of a batch that several processes hold together, whose rows are counted; None
             where they are all.
         own_rows: how many of the rows lie in them.
+        linear: the layer is a linear one, of vectors that are taken for images of one pixel.
     """
 
     window: Window
@@ -88,6 +89,7 @@ class ConvGeometry(NamedTuple):
     share: Share | None = None
     own_rows: int = 0
     skipped: int = 0
+    linear: bool = False
 
     def sampled(self, images: Tensor) -> Tensor:
         """Return the images (N, C, H, W) without those before the first that is sampled."""
@@ -132,6 +134,13 @@ def conv_geometry(
     sampling, skipped = _sampling_of_share(sampling, shape, share)
     own_rows = sampling.positions((max(shape[0] - skipped, 0), *shape[1:])) * shared
     return geometry._replace(sampling=sampling, own_rows=own_rows, skipped=skipped)
+
+
+def linear_geometry(vectors: int, blocks: Blocks, share: Share | None = None) -> ConvGeometry:
+    """Return what a linear layer does with so many vectors, of which each is a sample; see `conv_geometry`."""
+    own = vectors * blocks.number
+    rows = own if share is None else share.whole * blocks.number
+    return ConvGeometry(PIXEL, 1, blocks, PIXEL, Sampling(PIXEL), 0.0, rows, rows, share, own, linear=True)
 
 
 def _sampling_of_share(sampling: Sampling, shape: Sequence[int], share: Share) -> tuple[Sampling, int]:

@@ -8,21 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import PIXEL, Sampling, apply_whitener, fold_whitening, sampled_moments
-from timm_deconv.kernels.blocks import spread_over_window
 
 from .config import DeconvCfg
-from .functional import Moments, Statistics, check_rows, fold
-from .geometry import linear_blocks
-from .joint import Seen
+from .functional import Moments, fold
+from .geometry import linear_blocks, linear_geometry
 from .module import WhiteningMixin, check_dtype
-from .operation import computing_dtype, on_cpu
+from .operation import Setting, as_images
 from .presets import resolve_cfg
 
 __all__ = ["DeconvLinear"]
-
-EVERY_VECTOR = Sampling(PIXEL)
-
 
 class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch declares that there always is a bias
     """`nn.Linear` of whitened input features, in runs of `cfg.block` that share one mean and covariance.
@@ -87,37 +81,15 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         step = self._begin_step()
         if step.frozen:
             return F.linear(vectors, *self._frozen_fold(step))
-        found, share = self.moments(vectors), self._share(len(vectors))
-        own_rows = found.row_count
-        if share is not None:
-            found = found._replace(row_count=share.whole * self.blocks.number)
-        check_rows(found.row_count, self._name, vectors)
-        statistics = self._estimate(found, own_rows, Seen(_as_images(vectors), PIXEL, self.blocks), share, step)
-        self._end_step(step, statistics.nonfinite)
-        return self._whitened(vectors, statistics)
+        geometry = linear_geometry(len(vectors), self.blocks, self._share(len(vectors)))
+        setting = Setting(geometry, self.cfg, self._name, self.joint)
+        return self._convolve_live(as_images(vectors), as_images(self.weight), setting, step).flatten(1)
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:
         """Compute mean (S, F) and covariance (S, F, F) of the layer's samples of an input (..., in_features)."""
         vectors = input.reshape(-1, self.in_features)
-        mean, cov = sampled_moments(_as_images(vectors), EVERY_VECTOR, self.blocks)
-        return Moments(mean, cov, len(vectors) * self.blocks.number)
-
-    @torch.jit.unused
-    def _whitened(self, vectors: Tensor, statistics: Statistics) -> Tensor:
-        """Whiten the weight or, on a CPU and if they are fewer than the outputs, the vectors: the same function."""
-        mean, whitener = statistics.mean, statistics.whitener
-        if on_cpu(vectors) and len(vectors) < self.out_features:
-            return F.linear(self._whiten(vectors, mean, whitener), self.weight, self.bias)
-        dtype, weight = computing_dtype(vectors), _as_images(self.weight)
-        weight, bias = fold_whitening(weight, self.bias, mean, whitener, self.blocks, dtype, False)
-        return F.linear(vectors, weight.flatten(1), bias)
-
-    @torch.jit.unused
-    def _whiten(self, vectors: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
-        """Compute D (x - mu) of vectors (R, in_features)."""
-        centred = vectors.to(whitener.dtype) - spread_over_window(mean, list(self.weight.shape), self.blocks)
-        return apply_whitener(_as_images(centred), whitener).flatten(1).to(vectors.dtype)
+        return self._moments(as_images(vectors), linear_geometry(len(vectors), self.blocks))
 
     @torch.jit.unused
     def fuse(self) -> nn.Linear:
@@ -136,8 +108,3 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
             raise InputError(f"input of shape {tuple(input.shape)}: expected (..., {self.in_features})")
         check_dtype(input, self.weight)
         return input.numel() > 0
-
-
-def _as_images(vectors: Tensor) -> Tensor:
-    """View vectors (R, C) as images of one pixel, (R, C, 1, 1)."""
-    return vectors[:, :, None, None]

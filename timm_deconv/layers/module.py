@@ -7,15 +7,26 @@ import torch
 from torch import Tensor, nn
 
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import Averaging, Blocks, Share, average_in_
+from timm_deconv.kernels import Averaging, Blocks, Share, average_in_, replayed, sampled_moments
 from timm_deconv.kernels.roots import LEAST_VARIANCE
 from timm_deconv.kernels.tracking import CYCLE
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .functional import Moments, Statistics, estimate, fold, moments_of_pixels, root_of
+from .functional import (
+    Moments,
+    Statistics,
+    check_rows,
+    estimate,
+    fold,
+    moments_of_pixels,
+    no_moments,
+    root_of,
+)
+from .geometry import ConvGeometry
 from .joint import JointBatch, Seen
 from .notices import LIVE_STATISTICS, UNCALIBRATED, Notices
+from .operation import LiveWeight, Setting, computing_dtype, fold_live, whitened_conv
 
 __all__ = ["MANY_BATCHES", "Step", "WhiteningMixin", "be_leaf", "check_dtype", "in_recomputation"]
 
@@ -160,8 +171,7 @@ class WhiteningMixin(nn.Module):
         self._init_statistics(self.cfg, self.blocks, weight.device)
         self.training = source.training
 
-    # A training forward: _begin_step, then _frozen_fold or, with live statistics, _estimate, which counts it, and
-    # _end_step.
+    # A training forward: _begin_step, then _frozen_fold or, with live statistics, _convolve_live; either counts it.
 
     def _begin_step(self) -> Step:
         recomputing = in_recomputation()
@@ -178,29 +188,61 @@ class WhiteningMixin(nn.Module):
             counter = self.num_batches_tracked
             self._counted = (counter, counter._version, step.forwards + (not step.recomputing))
 
+    def _convolve_live(self, x: Tensor, weight: Tensor, setting: Setting, step: Step) -> Tensor:
+        """Convolve x (N, C, H, W), padded and whitened by its own statistics, with a weight (O, C / groups, h, w).
+
+        Raises:
+            InputError: x has one row.
+        """
+        check_rows(setting.geometry.most_rows, setting.name, x)
+        with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
+            live = self._live_weight(x, weight, setting.geometry, step)
+        self._end_step(step, live.nonfinite)
+        return whitened_conv(x, weight, self.bias, live, setting)
+
+    def _live_weight(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, step: Step) -> LiveWeight:
+        """Estimate the statistics of x, average them in, and fold them."""
+
+        def fold_in() -> list[Tensor | None]:
+            statistics = self._estimate(x, geometry, step)
+            return fold_live(x, weight, self.bias, statistics, geometry).tensors
+
+        if self.joint is not None:
+            return LiveWeight.of_tensors(fold_in())
+        tensors = (x, weight, self.bias, *self._buffers.values())
+        settings = (geometry, self.cfg, self.cumulative, step.recomputing, computing_dtype(x))
+        return LiveWeight.of_tensors(replayed(fold_in, tensors, *settings))
+
+    def _moments(self, x: Tensor, geometry: ConvGeometry) -> Moments:
+        if geometry.own_rows:
+            mean, cov = sampled_moments(geometry.sampled(x), geometry.sampling, self.blocks)
+        else:
+            mean, cov = no_moments(x, self.blocks)  # all rows of the joined batch are other processes'
+        return Moments(mean, cov, geometry.row_count, geometry.padding)
+
     def _share(self, images: int) -> Share | None:
         """Return which images of the processes' joined batch a batch of so many is; None where nothing is joined."""
         return None if self.joint is None else self.joint.share(images, self._name)
 
-    def _estimate(self, own: Moments, own_rows: int, seen: Seen, share: Share | None, step: Step) -> Statistics:
+    def _estimate(self, x: Tensor, geometry: ConvGeometry, step: Step) -> Statistics:
         """Estimate a batch's statistics, average them in, and return what to whiten it with: they, or the running ones
         if frozen.
 
         Args:
-            own: moments of its samples; `row_count` is that of the joined batch, of which own_rows are here.
-            seen: what the layer whitens of it.
-            share: of `_share`.
+            x: the batch (N, C, H, W).
+            geometry: what the layer does with it; with a share, statistics are those of the joined batch.
             step: of `_begin_step`.
         """
+        own, seen, share = self._moments(x, geometry), Seen(x, geometry.seen, self.blocks), geometry.share
         found, probed = own, seen
         if self.joint is not None and share is not None:
             if self.cfg.gain_corrected:
-                found, probed = self.joint.join_seen(own, own_rows, seen, share)
+                found, probed = self.joint.join_seen(own, geometry.own_rows, seen, share)
             else:
-                found = self.joint.join(own, own_rows)
+                found = self.joint.join(own, geometry.own_rows)
         live = estimate(found, root_of(self.cfg))
         if found.row_count == 1:
-            live = self._unless_constant(live, seen.x.detach(), share)
+            live = self._unless_constant(live, x.detach(), share)
         return self._average_in(live, found.mean, probed, step)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from timm_deconv.kernels import (
@@ -19,19 +20,21 @@ from timm_deconv.kernels import (
     fold_whitening_backward,
     inverse_root_backward,
     replayed,
+    sampled_moments,
 )
-from timm_deconv.kernels.folding import shift_bias, shift_bias_backward_
+from timm_deconv.kernels.folding import fold, shift_bias, shift_bias_backward_
 from timm_deconv.kernels.formats import is_channels_last
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .functional import Statistics, root_of
+from .functional import Moments, Statistics, estimate, root_of
 from .geometry import ConvGeometry
 from .joint import JointBatch
 
 __all__ = [
     "LiveWeight",
     "Setting",
+    "as_images",
     "computing_dtype",
     "convolve",
     "fold_live",
@@ -49,6 +52,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, geometry: ConvGeometry) ->
         weight: (O, C / groups, h, w). bias: (O,); all of one dtype.
         geometry: the layer's.
     """
+    if geometry.linear:
+        return as_images(F.linear(x.flatten(1), weight.flatten(1), bias))
     window = geometry.window
     return torch.conv2d(x, weight, bias, window.stride, window.padding, window.dilation, geometry.groups)
 
@@ -63,10 +68,19 @@ def convolve_backward(
         x, weight, geometry: those of the forward pass.
         with_x: whether the gradient of x is asked for.
     """
+    if geometry.linear:
+        flat = grad.flatten(1)
+        grad_x = as_images(flat @ weight.flatten(1)) if with_x else None
+        return grad_x, as_images(flat.mT @ x.flatten(1))
     window, needed = geometry.window, [with_x, True, False]
     arguments = (window.stride, window.padding, window.dilation, False, [0, 0], geometry.groups)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, [0], *arguments, needed)
     return grad_x, grad_weight
+
+
+def as_images(vectors: Tensor) -> Tensor:
+    """View vectors (R, C) as images of one pixel, (R, C, 1, 1)."""
+    return vectors[:, :, None, None]
 
 
 def sum_outputs(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,7 +163,8 @@ def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, live: LiveWeig
         (N, O, H', W'), in the autocast dtype if there is one.
 
     Raises:
-        RuntimeError: in a backward pass through these gradients, which are written by hand.
+        RuntimeError: in a backward pass through these gradients, where they are written by hand: of statistics that
+            are synchronised, or of a single row.
     """
     output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, *live.tensors[1:])
     return output
@@ -191,12 +206,16 @@ class _WhitenedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        others = [None] * (len(ctx.needs_input_grad) - 3)
+        # by create_graph=True, whether the incoming gradient requires one or not
         keeps_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if keeps_graph and _is_derivable(ctx.setting):
+            return *_gradients_to_derive(ctx, grad), *others
         with torch.no_grad():
             grads = _gradients(ctx, grad)
-        if keeps_graph:  # by create_graph=True, whether the incoming gradient requires one or not
+        if keeps_graph:
             grads = _OnlyOnce.apply(ctx.setting.name, *(g if g is None else g.requires_grad_() for g in grads))
-        return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
+        return *grads, *others
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -210,9 +229,30 @@ class _OnlyOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            f"a second derivative of {ctx.name} in training: its gradients are written by hand and cannot be derived"
-            " again; take it in evaluation (model.eval()) or with frozen statistics (timm_deconv.freeze)"
+            f"a second derivative of {ctx.name} in training, with statistics of several processes or of a single row:"
+            " its gradients are written by hand and cannot be derived again; take it in evaluation (model.eval()) or"
+            " with frozen statistics (timm_deconv.freeze)"
         )
+
+
+def _is_derivable(setting: Setting) -> bool:
+    """Tell whether the operations say all of what a layer does."""
+    return setting.joint is None and setting.geometry.row_count > 1
+
+
+def _gradients_to_derive(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Compute the gradients of x, weight and bias from the batch anew, by operations that can be derived twice."""
+    x, weight, *_ = ctx.saved_tensors
+    geometry, dtype, needed = ctx.setting.geometry, ctx.dtype, ctx.needs_input_grad[:3]
+    bias = weight.detach().new_zeros(len(weight)).requires_grad_()
+    with full_precision(x):
+        mean, cov = sampled_moments(geometry.sampled(x), geometry.sampling, geometry.blocks)
+        live = estimate(Moments(mean, cov, geometry.row_count, geometry.padding), root_of(ctx.setting.cfg))
+        folded, folded_bias = fold(weight, bias, live.mean, live.whitener, geometry.blocks)
+        output = convolve(x.to(dtype), folded.to(dtype), folded_bias.to(dtype), geometry)
+    inputs = [each for each, wanted in zip((x, weight, bias), needed, strict=True) if wanted]
+    found = iter(torch.autograd.grad(output, inputs, grad, create_graph=True))
+    return [next(found) if wanted else None for wanted in needed]
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

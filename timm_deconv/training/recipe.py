@@ -230,7 +230,7 @@ class Recipe(BaseModel):
         if opt not in (known := list_optimizers()):
             raise unknown_name("optimiser (opt)", opt, known)
         if opt == "adahessian":
-            raise ValueError("it needs second derivatives, which whitening layers do not have")
+            raise ValueError("it needs second derivatives, which training does not compute")
         return opt
 
     @field_validator("std")
