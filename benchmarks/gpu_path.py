@@ -16,7 +16,7 @@ from timm_deconv import kernels
 from timm_deconv.errors import InputError
 from timm_deconv.kernels import replay, windows
 from timm_deconv.kernels.gpu import dispatch
-from timm_deconv.layers import operation
+from timm_deconv.layers import convolution, operation
 
 __all__ = ["MODULES", "driver_without_gpu", "on_gpu_path"]
 
@@ -74,7 +74,8 @@ def on_gpu_path(*, launches: bool = False) -> Iterator[list[str]]:
     launched: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "why_not", lambda index: None))
-        stack.enter_context(mock.patch.object(operation, "on_cpu", lambda x: False))
+        for module in (convolution, operation):
+            stack.enter_context(mock.patch.object(module, "on_cpu", lambda x: False))
         stack.enter_context(mock.patch.object(windows, "_copies_by_position", lambda x: False))
         stack.enter_context(mock.patch.object(replay, "_on_current_gpu", lambda tensor: launches))
         stack.enter_context(mock.patch.object(torch.cuda, "device", contextlib.nullcontext))

@@ -15,7 +15,7 @@ from timm_deconv.errors import InputError
 from timm_deconv.kernels import PIXEL, Blocks, Sampling, plain_form, sampled_moments
 from timm_deconv.kernels.gpu.dispatch import GpuForm
 from timm_deconv.kernels.operation import wants_plain_form
-from timm_deconv.layers import Deconv2d, operation
+from timm_deconv.layers import Deconv2d, convolution, operation
 
 pytest.importorskip("triton")
 
@@ -63,7 +63,8 @@ def test_the_path_is_that_of_a_gpu_back_to_the_plain_form_too() -> None:
 
 
 def test_kernels_for_gpus_are_counted_with_what_torch_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operation, "on_cpu", lambda x: False)  # for the plain forms too
+    for module in (convolution, operation):  # for the plain forms too
+        monkeypatch.setattr(module, "on_cpu", lambda x: False)
     layer, x = Deconv2d(4, 4, 1, cfg="fast"), torch.randn(8, 4, 3, 3, requires_grad=True)
     with torch.no_grad(), _Counting() as of_moments:
         sampled_moments.function(x, *SAMPLED)

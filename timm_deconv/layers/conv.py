@@ -12,10 +12,11 @@ from timm_deconv.kernels import Window
 from timm_deconv.kernels.windows import as_pair
 
 from .config import DeconvCfg, conv_kind
+from .convolution import convolve
 from .functional import Moments, fold
 from .geometry import ConvGeometry, conv_blocks, conv_geometry
 from .module import WhiteningMixin, check_dtype
-from .operation import Setting, convolve
+from .operation import Setting
 from .presets import resolve_cfg
 
 __all__ = ["Deconv2d"]

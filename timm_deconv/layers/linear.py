@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from timm_deconv.errors import InputError
 
 from .config import DeconvCfg
+from .convolution import as_images
 from .functional import Moments, fold
 from .geometry import linear_blocks, linear_geometry
 from .module import WhiteningMixin, check_dtype
-from .operation import Setting, as_images
+from .operation import Setting
 from .presets import resolve_cfg
 
 __all__ = ["DeconvLinear"]

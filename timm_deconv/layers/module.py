@@ -13,6 +13,7 @@ from timm_deconv.kernels.tracking import CYCLE
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
+from .convolution import computing_dtype
 from .functional import (
     Moments,
     Statistics,
@@ -26,7 +27,7 @@ from .functional import (
 from .geometry import ConvGeometry
 from .joint import JointBatch, Seen
 from .notices import LIVE_STATISTICS, UNCALIBRATED, Notices
-from .operation import LiveWeight, Setting, computing_dtype, fold_live, whitened_conv
+from .operation import LiveWeight, Setting, fold_live, whitened_conv
 
 __all__ = ["MANY_BATCHES", "Step", "WhiteningMixin", "be_leaf", "check_dtype", "in_recomputation"]
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_deconv.kernels import (
@@ -22,74 +21,18 @@ from timm_deconv.kernels import (
     replayed,
     sampled_moments,
 )
+from timm_deconv.kernels.blocks import spread_over_window, sum_over_window
 from timm_deconv.kernels.folding import fold, shift_bias, shift_bias_backward_
 from timm_deconv.kernels.formats import is_channels_last
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
+from .convolution import computing_dtype, convolve, convolve_backward, on_cpu, sum_outputs
 from .functional import Moments, Statistics, estimate, root_of
 from .geometry import ConvGeometry
 from .joint import JointBatch
 
-__all__ = [
-    "LiveWeight",
-    "Setting",
-    "as_images",
-    "computing_dtype",
-    "convolve",
-    "fold_live",
-    "on_cpu",
-    "whitened_conv",
-    "whitens_input",
-]
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Convolve x with another weight and bias in a layer's geometry.
-
-    Args:
-        x: (N, C, H, W).
-        weight: (O, C / groups, h, w). bias: (O,); all of one dtype.
-        geometry: the layer's.
-    """
-    if geometry.linear:
-        return as_images(F.linear(x.flatten(1), weight.flatten(1), bias))
-    window = geometry.window
-    return torch.conv2d(x, weight, bias, window.stride, window.padding, window.dilation, geometry.groups)
-
-
-def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, with_x: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Compute the gradients of x (None unless `with_x`) and weight from that of `convolve`; see `sum_outputs` too.
-
-    Args:
-        grad: the shape of the output.
-        x, weight, geometry: those of the forward pass.
-        with_x: whether the gradient of x is asked for.
-    """
-    if geometry.linear:
-        flat = grad.flatten(1)
-        grad_x = as_images(flat @ weight.flatten(1)) if with_x else None
-        return grad_x, as_images(flat.mT @ x.flatten(1))
-    window, needed = geometry.window, [with_x, True, False]
-    arguments = (window.stride, window.padding, window.dilation, False, [0, 0], geometry.groups)
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, [0], *arguments, needed)
-    return grad_x, grad_weight
-
-
-def as_images(vectors: Tensor) -> Tensor:
-    """View vectors (R, C) as images of one pixel, (R, C, 1, 1)."""
-    return vectors[:, :, None, None]
-
-
-def sum_outputs(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the gradient of the bias (O,), in its dtype, from that of the output (N, O, H, W).
-
-    A processor was seen to take 5 ms for it in the convolution's own backward pass, and 0.8 ms for the sum; 20 ms where
-    it had to convert the numbers first, which a GPU does not.
-    """
-    return grad.sum((0, 2, 3)).to(dtype) if on_cpu(grad) else grad.sum((0, 2, 3), dtype=dtype)
+__all__ = ["LiveWeight", "Setting", "fold_live", "whitened_conv", "whitens_input"]
 
 
 class Setting(NamedTuple):
@@ -195,9 +138,9 @@ class _WhitenedConv(torch.autograd.Function):
         with full_precision(x):
             input = x.to(dtype)
             if folded is None or folded_bias is None:
-                shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
-                folded_bias = shift_bias(bias, weight.to(whitener.dtype), shift, geometry.blocks).to(dtype)
-                input, folded = apply_whitener(input, whitener), weight.to(dtype)
+                folded_bias = _bias_of_whitened(bias, weight, mean, whitener, geometry).to(dtype)
+                folded = weight.to(dtype)
+                input = apply_whitener(_centred(input, mean, geometry), whitener)
             output = convolve(input, folded, folded_bias, geometry)
         kept_weight = None if on_cpu(x) else folded
         ctx.save_for_backward(x, weight, kept_weight, frozen, mean, whitener, *kept)
@@ -326,20 +269,42 @@ def _input_gradients(
 ) -> Gradients:
     """Compute gradients from those of output (N, O, H', W') and bias where whitening was applied to x."""
     geometry, mean, whitener = setting.geometry, batch.mean, batch.whitener
-    wide = weight.to(whitener.dtype)
-    whitened = apply_whitener(input, whitener)
+    centred, wide = _centred(input, mean, geometry), weight.to(whitener.dtype)
+    whitened = apply_whitener(centred, whitener)
     grad_x, grad_kernel = convolve_backward(grad, whitened, weight.to(input.dtype), geometry, with_x)
-    grad_weight, shift = grad_kernel.to(wide.dtype), torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
-    grad_shift = shift_bias_backward_(grad_weight, grad_bias.to(wide.dtype), wide, shift, geometry.blocks)
+    grad_weight = grad_kernel.to(wide.dtype)
+    if not geometry.linear:
+        shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
+        grad_shift = shift_bias_backward_(grad_weight, grad_bias.to(wide.dtype), wide, shift, geometry.blocks)
     grad_weight = grad_weight.to(weight.dtype)
     if grad_x is None:
         return None, grad_weight
-    grad_x, grad_whitener = apply_whitener_backward(grad_x, input, whitener)
+    grad_x, grad_whitener = apply_whitener_backward(grad_x, centred, whitener)
+    if geometry.linear:
+        grad_mean = sum_over_window(grad_x.sum(0, keepdim=True, dtype=mean.dtype), geometry.blocks).neg()
+    else:
+        grad_whitener = torch.baddbmm(grad_whitener, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
+        grad_mean = torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1)
     grad_x = grad_x.to(batch.x.dtype)
-    grad_whitener = torch.baddbmm(grad_whitener, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
-    grad_mean = torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1)
     _add_statistics_gradient_(grad_x, grad_mean, grad_whitener, batch, setting)
     return grad_x, grad_weight
+
+
+def _centred(x: Tensor, mean: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Take the mean from vectors; x as it is of a convolution, whose padding has no mean."""
+    if not geometry.linear:
+        return x
+    return (x - spread_over_window(mean, [1, *x.shape[1:]], geometry.blocks)).to(x.dtype)
+
+
+def _bias_of_whitened(
+    bias: Tensor | None, weight: Tensor, mean: Tensor, whitener: Tensor, geometry: ConvGeometry
+) -> Tensor:
+    """Return the bias that a layer has for an input that is whitened: of a convolution, less what D mu makes of it."""
+    if geometry.linear:
+        return weight.new_zeros(len(weight)) if bias is None else bias
+    shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
+    return shift_bias(bias, weight.to(whitener.dtype), shift, geometry.blocks)
 
 
 def _add_statistics_gradient_(
@@ -376,16 +341,3 @@ def whitens_input(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
     Elsewhere than on CPUs products cost less than beginning them does, and folding begins fewer.
     """
     return on_cpu(x) and geometry.blocks.pixels and geometry.groups == 1 and x.numel() < weight.numel()
-
-
-def on_cpu(x: Tensor) -> bool:
-    """Tell whether what is computed costs more than to begin computing it."""
-    return x.device.type == "cpu"
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """Return what a convolution or linear layer of x (N, ...) itself computes in."""
-    device = x.device.type
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)

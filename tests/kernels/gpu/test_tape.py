@@ -21,7 +21,7 @@ from timm_deconv.kernels.gpu import folding, launch, moments, roots, tape, track
 from timm_deconv.kernels.gpu.launch import Launch
 from timm_deconv.kernels.gpu.probe import _add_one, add_one
 from timm_deconv.kernels.gpu.tape import Tape
-from timm_deconv.layers import Deconv2d
+from timm_deconv.layers import Deconv2d, DeconvLinear
 
 
 class Compiled:
@@ -97,6 +97,7 @@ LAYERS = {
     "tiles": lambda: Deconv2d(80, 8, 1, cfg="fast"),
     "depthwise": lambda: Deconv2d(16, 16, 3, padding=1, groups=16, cfg="fast"),
     "grouped": lambda: Deconv2d(32, 32, 3, padding=1, groups=2, cfg="fast"),
+    "linear": lambda: DeconvLinear(32, 10, cfg="fast"),
     "no gain": lambda: Deconv2d(16, 16, 1, cfg={"preset": "fast", "gain_corrected": False}),
 }
 
@@ -112,6 +113,10 @@ def step(layer: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     return {"output": output.detach(), "x": x.grad, **grads, **buffers, "nonfinite": layer.saw_nonfinite.clone()}
 
 
+def formatted(values: Tensor, format: torch.memory_format) -> Tensor:
+    return values.to(memory_format=format) if values.ndim == 4 else values
+
+
 @pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS.keys())
 def test_steps_that_are_replayed_are_those_of_the_plain_form(
@@ -119,13 +124,14 @@ def test_steps_that_are_replayed_are_those_of_the_plain_form(
 ) -> None:
     torch.manual_seed(0)
     layer, other = build(), build()
+    shape = (24, layer.in_features) if isinstance(layer, nn.Linear) else (4, layer.in_channels, 8, 8)
     exact = build().double()
     for each in (exact, other):
         each.load_state_dict(layer.state_dict())
     for number in range(4):
-        x = (torch.randn(4, layer.in_channels, 8, 8) + number).to(memory_format=format)
+        x = formatted(torch.randn(shape) + number, format)
         with plain_form():
-            cotangent = torch.randn(exact(x.double()).shape).to(memory_format=format)
+            cotangent = formatted(torch.randn(exact(x.double()).shape), format)
             exact.load_state_dict(other.state_dict())
             expected = step(exact, x.double(), cotangent.double())
         del played[:]
