@@ -9,6 +9,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from timm_deconv.convert.policy import DEFAULT_PRESET
 from timm_deconv.errors import unknown_name
 from timm_deconv.kernels import plain_form
-from timm_deconv.layers import Deconv2d
+from timm_deconv.layers import Deconv2d, DeconvLinear
 from timm_deconv.timing import interleave
 
 from .gpu_path import driver_without_gpu, on_gpu_path
@@ -31,16 +33,17 @@ COLUMNS = [
 
 SHOWN = COLUMNS[:8]
 
-LAYERS = {
+LAYERS: dict[str, dict[str, Any]] = {
     "spatial": {"kernel_size": 3, "padding": 1},
     "pointwise": {"kernel_size": 1},
     "depthwise": {"kernel_size": 3, "padding": 1, "groups": 16},
     "grouped": {"kernel_size": 3, "padding": 1, "groups": 2},
+    "linear": {},
 }
-"""Arguments of convolutions from 16 to 16 channels: their arithmetic takes next to no time."""
+"""Arguments of layers from 16 to 16 channels: their arithmetic takes next to no time."""
 
 SHAPE = (16, 16, 8, 8)
-"""Of the input: it has as many rows as need no shrinking."""
+"""Of the input: it has as many rows as need no shrinking. A linear layer is given its first two dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,8 @@ def host_rows(settings: HostSettings, progress: Callable[[str], object] = print)
 
 def _rows_of(name: str, settings: HostSettings, launched: list[str]) -> Iterator[Row]:
     torch.manual_seed(0)
-    x = torch.randn(SHAPE).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(SHAPE).to(memory_format=torch.channels_last)
+    x = (x[:, :, 0, 0].clone() if name == "linear" else x).requires_grad_()
     cotangent, forms = torch.randn_like(x), _forms(name)
     actions, launches = {}, {}
     for form, (layer, path) in forms.items():
@@ -107,17 +111,21 @@ def _rows_of(name: str, settings: HostSettings, launched: list[str]) -> Iterator
         }
 
 
+CONVOLUTIONS: Any = nn.Conv2d, nn.BatchNorm2d, Deconv2d
+LINEAR: Any = nn.Linear, nn.BatchNorm1d, DeconvLinear
+
 Path = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 def _forms(name: str) -> dict[str, tuple[nn.Module, Path]]:
-    channels, arguments = SHAPE[1], LAYERS[name]
-    convolution = nn.Conv2d(channels, channels, **arguments, bias=False)
+    plain, norm, deconv = LINEAR if name == "linear" else CONVOLUTIONS
+    build = partial(plain, SHAPE[1], SHAPE[1], **LAYERS[name])
+    whitened = partial(deconv, SHAPE[1], SHAPE[1], **LAYERS[name], cfg=DEFAULT_PRESET)
     return {
-        "none": (nn.Conv2d(channels, channels, **arguments), contextlib.nullcontext),
-        "twin": (nn.Sequential(convolution, nn.BatchNorm2d(channels)), contextlib.nullcontext),
-        "plain": (Deconv2d(channels, channels, **arguments, cfg=DEFAULT_PRESET), plain_form),
-        "triton": (Deconv2d(channels, channels, **arguments, cfg=DEFAULT_PRESET), contextlib.nullcontext),
+        "none": (build(), contextlib.nullcontext),
+        "twin": (nn.Sequential(build(bias=False), norm(SHAPE[1])), contextlib.nullcontext),
+        "plain": (whitened(), plain_form),
+        "triton": (whitened(), contextlib.nullcontext),
     }
 
 
