@@ -22,6 +22,7 @@ import timm_deconv
 from benchmarks.kernels import eager_kernels
 from benchmarks.pages import TABLES, stale_pages
 from benchmarks.pictures import NOT_OF_ROWS, PICTURES
+from benchmarks.tables import read_rows
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, links
 from tests.hub_server import hub
 from timm_deconv import __main__ as runner
@@ -161,6 +162,17 @@ def test_figures_in_sentences_are_those_of_the_rows() -> None:
     assert f"all kernels of `resnet18` take {100 * (kernels - 1):.0f} % longer" in readme
     networks, *passed = map(int, TABLES["conversions"](RESULTS).body[0][1:4])
     assert f"{sum(passed)} of {networks} convert" in converting
+
+
+def test_what_the_host_is_spared_is_in_the_rows() -> None:
+    rows = [row for row in read_rows(RESULTS / "benchmark_host.csv") if row["form"] == "triton"]
+    spared = []
+    for layer in {row["layer"] for row in rows}:
+        over = [float(row["over_twin"]) for row in rows if row["layer"] == layer]
+        if len(over) > 1:  # there are rows of before
+            spared.append(round(100 * (1 - over[-1] / over[0])))
+    page = (ROOT / "docs" / "gpu-and-compile.md").read_text()
+    assert f"takes away {min(spared)} to {max(spared)} % of what a whitened layer costs the host" in page
 
 
 def test_what_the_readme_admits_of_its_comparison_is_in_the_rows() -> None:
