@@ -77,7 +77,7 @@ def on_gpu_path(*, launches: bool = False) -> Iterator[list[str]]:
         for module in (convolution, operation):
             stack.enter_context(mock.patch.object(module, "on_cpu", lambda x: False))
         stack.enter_context(mock.patch.object(windows, "_copies_by_position", lambda x: False))
-        stack.enter_context(mock.patch.object(replay, "_on_current_gpu", lambda tensor: launches))
+        stack.enter_context(mock.patch.object(replay, "_has_kernels", lambda tensor: launches))
         stack.enter_context(mock.patch.object(torch.cuda, "device", contextlib.nullcontext))
         stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: None))
         library = stack.enter_context(torch.library._scoped_library("timm_deconv", "IMPL"))
@@ -113,7 +113,7 @@ def _listing(launched: list[str], launches: bool) -> Iterator[None]:
             original(self, *tensors)
 
     def play(self: Tape, tensors: Any) -> Any:
-        launched.extend(step.launch.kernel.fn.__name__ for step in self.steps)
+        launched.extend(each.launch.kernel.fn.__name__ for each in self.launches)
         return original_play(self, tensors)
 
     with mock.patch.object(Launch, "__call__", launch), mock.patch.object(Tape, "play", play):

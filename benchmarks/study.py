@@ -132,12 +132,12 @@ class SparseStatistics(Classification):
         model = super().create_model()
         for layer in model.modules() if self._keeps else ():
             if isinstance(layer, WhiteningMixin):
-                layer._estimate = partial(self._estimated, layer, layer._estimate)
+                layer._live_weight = partial(self._live_weight, layer, layer._live_weight)
         return model
 
-    def _estimated(self, layer: WhiteningMixin, estimate: Callable[..., Any], *args: Any) -> Any:
-        """Estimate a layer's statistics, and remember them."""
-        live = estimate(*args)
+    def _live_weight(self, layer: WhiteningMixin, live_weight: Callable[..., Any], *args: Any) -> Any:
+        """Do what the layer does, and remember its statistics."""
+        live = live_weight(*args)
         self._latest[layer] = live.mean, live.whitener
         return live
 
@@ -148,10 +148,11 @@ class SparseStatistics(Classification):
         if not frozen:
             return super().loss(model, batch)
         running = {layer: _exchanged(layer, *latest) for layer, latest in self._latest.items()}
-        found = super().loss(model, batch)
-        for layer, values in running.items():
-            _exchanged(layer, *values)
-        return found
+        try:
+            return super().loss(model, batch)
+        finally:
+            for layer, values in running.items():
+                _exchanged(layer, *values)
 
 
 def _exchanged(layer: WhiteningMixin, mean: Tensor, whitener: Tensor) -> tuple[Tensor, Tensor]:

@@ -146,3 +146,14 @@ def test_whiteners_of_sets_that_do_not_vary_are_zero_and_have_no_gradient() -> N
     assert cov.grad[0].any() and not cov.grad[1].any()
     _, whitener, varies, _ = inverse_root(mean, cov, 1, 0.0, Root(3, True, 1e-5, 0.0, True))
     assert whitener.any((1, 2)).all() and not varies[1]  # nothing is known from one row
+
+
+@pytest.mark.parametrize("n_iter", [3, 10, 15])
+def test_what_is_derived_twice_is_as_precise_as_the_root(n_iter: int) -> None:
+    rows = torch.randn(2, 64, 8) * torch.logspace(0, -3, 8)
+    mean, cov = covariance(rows)
+    root = Root(n_iter, False, 1e-5, 0.0, True)
+    exact = COMPUTE_ROOT(mean.double(), cov.double(), 64, 0.0, root)[1]
+    ours, plain = COMPUTE_ROOT(mean, cov, 64, 0.0, root)[1], plain_root(mean, cov, 64, 0.0, root)[1]
+    assert plain.dtype == ours.dtype == torch.float32
+    assert (plain - exact).norm() <= 2 * (ours - exact).norm() + 1e-6 * exact.norm()

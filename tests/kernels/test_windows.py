@@ -107,6 +107,22 @@ def test_what_gpus_gather_at_once_a_cpu_gathers_by_position(
         assert found.numel() == 0 or found.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("by_position", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [((2, 3, 4, 4), (4, 4)), ((1, 3, 4, 4), (4, 4)), ((2, 1, 4, 5), (2, 5)), ((1, 1, 1, 8), (1, 3))],
+)
+def test_gathered_windows_are_copies(
+    shape: tuple[int, ...], kernel: tuple[int, int], by_position: bool, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "_copies_by_position", lambda x: by_position)
+    x = torch.randn(shape)
+    before = x.clone()
+    gather(x, Sampling(Window(kernel, (1, 1), (1, 1), (0, 0))), samples_last=last).sub_(1)
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
 def test_samples_last_is_a_layout_of_the_same_columns(window: Window, memory_format: torch.memory_format) -> None:

@@ -48,6 +48,22 @@ def test_the_fewer_of_vectors_and_outputs_are_whitened(
     assert [len(values) for values in whitened] == [vectors] * on_vectors
 
 
+@pytest.mark.parametrize("vectors", [5, 9])
+def test_the_output_can_be_changed_in_place(vectors: int) -> None:
+    x, layer = torch.randn(vectors, 6, requires_grad=True), DeconvLinear(6, 7)
+    kept, changed = (nn.Sequential(layer, nn.ReLU(inplace=inplace)) for inplace in (False, True))
+    expected = torch.autograd.grad(kept(x).square().sum(), [x, layer.weight])
+    torch.testing.assert_close(torch.autograd.grad(changed(x).square().sum(), [x, layer.weight]), expected)
+
+
+def test_few_vectors_far_from_zero_keep_their_digits_under_autocast() -> None:
+    layer, x = DeconvLinear(16, 32, cfg={"preset": "fast", "min_rows": 0.0}), 100 + torch.randn(5, 16)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16 and (found - expected).norm() < 0.02 * expected.norm()
+
+
 def test_linear_layers_take_any_leading_dimensions() -> None:
     layer = DeconvLinear(6, 4)
     x = torch.randn(3, 5, 6)

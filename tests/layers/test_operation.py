@@ -173,6 +173,15 @@ def test_the_gradient_of_a_gradients_norm_reaches_the_layer_before() -> None:
             torch.testing.assert_close((moved[0] - moved[1]) / 2, (found * step).sum(), rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.parametrize("layer", [Deconv2d(3, 4, 1), DeconvLinear(3, 4)], ids=["conv", "linear"])
+def test_hooks_of_what_is_derived_twice_are_called_once(layer: nn.Module) -> None:
+    x = torch.randn((9, 3) if isinstance(layer, nn.Linear) else (4, 3, 5, 5), requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    x.register_hook(lambda grad: grad * 0.5)
+    (halved,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(halved, 0.5 * expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_graph_that_is_kept_but_not_derived_again_is_no_error() -> None:
     layer, x = Deconv2d(3, 4, 3).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     output = layer(x).square().sum()

@@ -142,6 +142,8 @@ def _plain_gradients(
     plain: Function, args: Sequence[Any], wanted: Sequence[bool], grads: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of the arguments that are wanted through a plain form, with a graph of their own."""
+    # aliases, as hooks of the tensors themselves are called by whoever asked for these gradients
+    args = [arg.view_as(arg) if isinstance(arg, Tensor) else arg for arg in args]
     outputs = plain(*args)
     pairs = zip((outputs,) if isinstance(outputs, Tensor) else outputs, grads, strict=False)
     derived, of_outputs = zip(*((output, grad) for output, grad in pairs if output.requires_grad), strict=True)

@@ -154,7 +154,7 @@ def plain_root(mean: Tensor, cov: Tensor, row_count: int, padding: float, root: 
     with full_precision(cov):
         mean, cov = _count_padding(mean, cov, padding)
         isqrt = isqrt_quartic if root.quartic else isqrt_newton_schulz
-        whitener = isqrt(_regularise(cov, row_count, root), root.n_iter)
+        whitener = isqrt(_widen(_regularise(cov, row_count, root), root.n_iter), root.n_iter).to(cov.dtype)
         if root.zeroes_constant and row_count > 1:
             whitener = whitener * (cov.diagonal(dim1=-2, dim2=-1).mean(-1) > LEAST_VARIANCE * root.eps)[:, None, None]
         return mean, whitener

@@ -216,14 +216,13 @@ def _pixel_grid(x: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _gather_windows(x: Tensor, window: Window, samples_last: bool) -> Tensor:
-    """Gather (N, windows, K) as `F.unfold` does, which is several times slower where windows are sparse or in
+    """Gather copies (N, windows, K) as `F.unfold` does, which is several times slower where windows are sparse or in
     channels_last. A CPU copies position by position, the fastest way; elsewhere a copy costs what it takes to begin.
     """
     if not _copies_by_position(x):
-        windows = _view_windows(x, window)
-        if samples_last:
-            windows = windows.permute(3, 4, 5, 0, 1, 2).contiguous().permute(3, 4, 5, 0, 1, 2)
-        return windows.flatten(3).flatten(1, 2)
+        order = (3, 4, 5, 0, 1, 2) if samples_last else (0, 1, 2, 3, 4, 5)
+        windows = _view_windows(x, window).permute(order).clone(memory_format=torch.contiguous_format)
+        return windows.permute(order).flatten(3).flatten(1, 2)
     size = (x.shape[2], x.shape[3])
     samples, features = (x.shape[0], *window.grid(size)), (x.shape[1], *window.kernel_size)
     if samples_last:

@@ -63,7 +63,7 @@ def largest_divisor(number: int, most: int) -> int:
 
 
 class ConvGeometry(NamedTuple):
-    """A convolution of a batch of images, and what is sampled of it.
+    """A convolution of a batch of images, or a linear layer of one of vectors, and what is sampled of it.
 
     Attributes:
         window: the convolution's windows. groups: its groups.
@@ -75,6 +75,7 @@ class ConvGeometry(NamedTuple):
         share: which images these are of a batch that several processes hold together, whose rows are counted; None
             where they are all.
         own_rows: how many of the rows lie in them.
+        skipped: images before the first that is sampled.
         linear: the layer is a linear one, of vectors that are taken for images of one pixel.
     """
 

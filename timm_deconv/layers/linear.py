@@ -19,6 +19,7 @@ from .presets import resolve_cfg
 
 __all__ = ["DeconvLinear"]
 
+
 class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch declares that there always is a bias
     """`nn.Linear` of whitened input features, in runs of `cfg.block` that share one mean and covariance.
 
@@ -32,6 +33,8 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
     Shape:
         (..., in_features) -> (..., out_features). An empty input gives an empty output and leaves the statistics alone.
     """
+
+    __jit_unused_properties__ = ("_name",)
 
     def __init__(
         self,
@@ -56,8 +59,6 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
         layer = cls(linear.in_features, linear.out_features, device="meta", cfg=cfg)
         layer._adopt(linear)
         return layer
-
-    __jit_unused_properties__ = ("_name",)
 
     @property
     def _name(self) -> str:
@@ -84,7 +85,7 @@ class DeconvLinear(WhiteningMixin, nn.Linear):  # type: ignore[misc]  # torch de
             return F.linear(vectors, *self._frozen_fold(step))
         geometry = linear_geometry(len(vectors), self.blocks, self._share(len(vectors)))
         setting = Setting(geometry, self.cfg, self._name, self.joint)
-        return self._convolve_live(as_images(vectors), as_images(self.weight), setting, step).flatten(1)
+        return self._convolve_live(as_images(vectors), as_images(self.weight), setting, step)
 
     @torch.jit.unused
     def moments(self, input: Tensor) -> Moments:

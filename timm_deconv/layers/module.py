@@ -14,16 +14,7 @@ from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
 from .convolution import computing_dtype
-from .functional import (
-    Moments,
-    Statistics,
-    check_rows,
-    estimate,
-    fold,
-    moments_of_pixels,
-    no_moments,
-    root_of,
-)
+from .functional import Moments, Statistics, check_rows, estimate, fold, moments_of_pixels, no_moments, root_of
 from .geometry import ConvGeometry
 from .joint import JointBatch, Seen
 from .notices import LIVE_STATISTICS, UNCALIBRATED, Notices
@@ -177,8 +168,6 @@ class WhiteningMixin(nn.Module):
     def _begin_step(self) -> Step:
         recomputing = in_recomputation()
         frozen = self.statistics_frozen or self._freezes(recomputing)
-        if not (frozen or recomputing):
-            self._speak()
         needed = self.cfg.freeze or self.notices.uncalibrated
         return Step(frozen, recomputing, self._known_forwards() if needed else None)
 
@@ -196,21 +185,26 @@ class WhiteningMixin(nn.Module):
             InputError: x has one row.
         """
         check_rows(setting.geometry.most_rows, setting.name, x)
+        if not step.recomputing:
+            self._speak()
+        bias = self.bias  # which a parametrisation may compute
         with torch.no_grad():  # `whitened_conv` derives through the statistics by hand
-            live = self._live_weight(x, weight, setting.geometry, step)
+            live = self._live_weight(x, weight, bias, setting.geometry, step)
         self._end_step(step, live.nonfinite)
-        return whitened_conv(x, weight, self.bias, live, setting)
+        return whitened_conv(x, weight, bias, live, setting)
 
-    def _live_weight(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, step: Step) -> LiveWeight:
+    def _live_weight(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, step: Step
+    ) -> LiveWeight:
         """Estimate the statistics of x, average them in, and fold them."""
 
         def fold_in() -> list[Tensor | None]:
             statistics = self._estimate(x, geometry, step)
-            return fold_live(x, weight, self.bias, statistics, geometry).tensors
+            return fold_live(x, weight, bias, statistics, geometry).tensors
 
         if self.joint is not None:
             return LiveWeight.of_tensors(fold_in())
-        tensors = (x, weight, self.bias, *self._buffers.values())
+        tensors = (x, weight, bias, *self._buffers.values())
         settings = (geometry, self.cfg, self.cumulative, step.recomputing, computing_dtype(x))
         return LiveWeight.of_tensors(replayed(fold_in, tensors, *settings))
 

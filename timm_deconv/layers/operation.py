@@ -103,11 +103,10 @@ def whitened_conv(x: Tensor, weight: Tensor, bias: Tensor | None, live: LiveWeig
         setting: the layer's.
 
     Returns:
-        (N, O, H', W'), in the autocast dtype if there is one.
+        (N, O, H', W'), of vectors (R, O); in the autocast dtype if there is one.
 
     Raises:
-        RuntimeError: in a backward pass through these gradients, where they are written by hand: of statistics that
-            are synchronised, or of a single row.
+        RuntimeError: in a backward pass through gradients of synchronised statistics, or of a single row.
     """
     output: Tensor = _WhitenedConv.apply(x, weight, bias, setting, *live.tensors[1:])
     return output
@@ -138,9 +137,8 @@ class _WhitenedConv(torch.autograd.Function):
         with full_precision(x):
             input = x.to(dtype)
             if folded is None or folded_bias is None:
-                folded_bias = _bias_of_whitened(bias, weight, mean, whitener, geometry).to(dtype)
-                folded = weight.to(dtype)
-                input = apply_whitener(_centred(input, mean, geometry), whitener)
+                folded, folded_bias = weight.to(dtype), _bias_of_whitened(bias, weight, mean, whitener, geometry)
+                input, folded_bias = _whiten(x, mean, whitener, geometry, dtype)[1], folded_bias.to(dtype)
             output = convolve(input, folded, folded_bias, geometry)
         kept_weight = None if on_cpu(x) else folded
         ctx.save_for_backward(x, weight, kept_weight, frozen, mean, whitener, *kept)
@@ -152,10 +150,12 @@ class _WhitenedConv(torch.autograd.Function):
         others = [None] * (len(ctx.needs_input_grad) - 3)
         # by create_graph=True, whether the incoming gradient requires one or not
         keeps_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if keeps_graph and _is_derivable(ctx.setting):
-            return *_gradients_to_derive(ctx, grad), *others
+        x, weight, folded, frozen, mean, whitener, *kept = ctx.saved_tensors
+        batch = _Batch(x, weight, folded, frozen, mean, whitener, kept)
+        if keeps_graph and _is_derivable(batch, ctx.setting):
+            return *_gradients_to_derive(ctx, grad, batch), *others
         with torch.no_grad():
-            grads = _gradients(ctx, grad)
+            grads = _gradients(ctx, grad, batch)
         if keeps_graph:
             grads = _OnlyOnce.apply(ctx.setting.name, *(g if g is None else g.requires_grad_() for g in grads))
         return *grads, *others
@@ -178,15 +178,32 @@ class _OnlyOnce(torch.autograd.Function):
         )
 
 
-def _is_derivable(setting: Setting) -> bool:
-    """Tell whether the operations say all of what a layer does."""
-    return setting.joint is None and setting.geometry.row_count > 1
+class _Batch(NamedTuple):
+    """What was kept of a batch: x and weight as they were given, the folded weight if it was kept, and statistics.
+
+    Attributes:
+        frozen, mean, whitener, kept: see `LiveWeight`.
+    """
+
+    x: Tensor
+    weight: Tensor
+    folded: Tensor | None
+    frozen: Tensor | None
+    mean: Tensor
+    whitener: Tensor
+    kept: Sequence[Tensor]
 
 
-def _gradients_to_derive(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+def _is_derivable(batch: _Batch, setting: Setting) -> bool:
+    """Tell whether `_gradients_to_derive` says all of what a layer does."""
+    return setting.joint is None and setting.geometry.row_count > 1 and batch.frozen is None
+
+
+def _gradients_to_derive(ctx: Any, grad: Tensor, batch: _Batch) -> list[Tensor | None]:
     """Compute the gradients of x, weight and bias from the batch anew, by operations that can be derived twice."""
-    x, weight, *_ = ctx.saved_tensors
     geometry, dtype, needed = ctx.setting.geometry, ctx.dtype, ctx.needs_input_grad[:3]
+    # aliases, as hooks of the tensors themselves are called by whoever asked for these gradients
+    x, weight = batch.x.view_as(batch.x), batch.weight.view_as(batch.weight)
     bias = weight.detach().new_zeros(len(weight)).requires_grad_()
     with full_precision(x):
         mean, cov = sampled_moments(geometry.sampled(x), geometry.sampling, geometry.blocks)
@@ -198,49 +215,29 @@ def _gradients_to_derive(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     return [next(found) if wanted else None for wanted in needed]
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, batch: _Batch) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, weight and bias, each None where it is not asked for."""
-    x, weight, folded, frozen, mean, whitener, *kept = ctx.saved_tensors
-    setting, with_x = ctx.setting, ctx.needs_input_grad[0]
-    statistics = _Kept(x, frozen, mean, whitener, kept)
+    x, weight, *_ = batch
     with full_precision(x):
-        grad, input = grad.to(ctx.dtype), x.to(ctx.dtype)
+        grad = grad.to(ctx.dtype)
         grad_bias = sum_outputs(grad, weight.dtype)
-        backward = _input_gradients if whitens_input(x, weight, setting.geometry) else _weight_gradients
-        grad_x, grad_weight = backward(grad, grad_bias, input, weight, folded, statistics, setting, with_x)
+        backward = _input_gradients if whitens_input(x, weight, ctx.setting.geometry) else _weight_gradients
+        grad_x, grad_weight = backward(grad, grad_bias, batch, ctx.setting, ctx.needs_input_grad[0])
     return grad_x, grad_weight, grad_bias if ctx.has_bias else None
-
-
-class _Kept(NamedTuple):
-    """What was kept of a batch: it, and of its statistics what `LiveWeight` says."""
-
-    x: Tensor
-    frozen: Tensor | None
-    mean: Tensor
-    whitener: Tensor
-    kept: Sequence[Tensor]
 
 
 Gradients = tuple[Tensor | None, Tensor]
 """Those of x (None unless it is asked for) and weight."""
 
 
-def _weight_gradients(
-    grad: Tensor,
-    grad_bias: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    folded: Tensor | None,
-    batch: _Kept,
-    setting: Setting,
-    with_x: bool,
-) -> Gradients:
+def _weight_gradients(grad: Tensor, grad_bias: Tensor, batch: _Batch, setting: Setting, with_x: bool) -> Gradients:
     """Compute gradients from those of output (N, O, H', W') and bias where whitening was folded into the weight."""
-    geometry, mean, whitener = setting.geometry, batch.mean, batch.whitener
+    x, weight, folded, frozen, mean, whitener, kept = batch
+    geometry, input = setting.geometry, x.to(grad.dtype)
     if folded is None:
-        folded = _fold(input, weight, None, mean, whitener, geometry.blocks)[0] if with_x else weight.to(input.dtype)
+        folded = _fold(input, weight, None, mean, whitener, geometry.blocks)[0] if with_x else weight.to(grad.dtype)
     grad_x, grad_kernel = convolve_backward(grad, input, folded, geometry, with_x)
-    grad_x = None if grad_x is None else grad_x.to(batch.x.dtype)
+    grad_x = None if grad_x is None else grad_x.to(x.dtype)
 
     def derive() -> list[Tensor]:
         tensors = (grad_kernel, grad_bias, weight, mean, whitener)
@@ -252,67 +249,69 @@ def _weight_gradients(
 
     if setting.joint is not None:
         return grad_x, derive()[0]
-    x, *statistics, kept = batch
-    tensors = (x, *statistics, *kept, grad_kernel, grad_bias, weight, grad_x)
+    tensors = (x, weight, frozen, mean, whitener, *kept, grad_kernel, grad_bias, grad_x)
     return grad_x, replayed(derive, tensors, geometry, setting.cfg)[0]
 
 
-def _input_gradients(
-    grad: Tensor,
-    grad_bias: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    folded: Tensor | None,
-    batch: _Kept,
-    setting: Setting,
-    with_x: bool,
-) -> Gradients:
+def _input_gradients(grad: Tensor, grad_bias: Tensor, batch: _Batch, setting: Setting, with_x: bool) -> Gradients:
     """Compute gradients from those of output (N, O, H', W') and bias where whitening was applied to x."""
-    geometry, mean, whitener = setting.geometry, batch.mean, batch.whitener
-    centred, wide = _centred(input, mean, geometry), weight.to(whitener.dtype)
-    whitened = apply_whitener(centred, whitener)
-    grad_x, grad_kernel = convolve_backward(grad, whitened, weight.to(input.dtype), geometry, with_x)
-    grad_weight = grad_kernel.to(wide.dtype)
+    x, weight, _, _, mean, whitener, _ = batch
+    geometry, wide = setting.geometry, weight.to(whitener.dtype)
+    given, whitened = _whiten(x, mean, whitener, geometry, grad.dtype)
+    grad_x, grad_kernel = convolve_backward(grad, whitened, weight.to(grad.dtype), geometry, with_x)
+    grad_weight, grad_shift = grad_kernel.to(wide.dtype), None
     if not geometry.linear:
-        shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
+        shift = _shift(mean, whitener)
         grad_shift = shift_bias_backward_(grad_weight, grad_bias.to(wide.dtype), wide, shift, geometry.blocks)
     grad_weight = grad_weight.to(weight.dtype)
     if grad_x is None:
         return None, grad_weight
-    grad_x, grad_whitener = apply_whitener_backward(grad_x, centred, whitener)
-    if geometry.linear:
-        grad_mean = sum_over_window(grad_x.sum(0, keepdim=True, dtype=mean.dtype), geometry.blocks).neg()
+    grad_x, grad_whitener = apply_whitener_backward(grad_x.to(given.dtype), given, whitener)
+    if grad_shift is None:
+        grad_mean = sum_over_window(grad_x.sum(0, keepdim=True), geometry.blocks).neg()
     else:
-        grad_whitener = torch.baddbmm(grad_whitener, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
         grad_mean = torch.bmm(grad_shift.unsqueeze(1), whitener).squeeze(1)
-    grad_x = grad_x.to(batch.x.dtype)
+        grad_whitener = torch.baddbmm(grad_whitener, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
+    grad_x = grad_x.to(x.dtype)
     _add_statistics_gradient_(grad_x, grad_mean, grad_whitener, batch, setting)
     return grad_x, grad_weight
 
 
-def _centred(x: Tensor, mean: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Take the mean from vectors; x as it is of a convolution, whose padding has no mean."""
+def _whiten(
+    x: Tensor, mean: Tensor, whitener: Tensor, geometry: ConvGeometry, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return what D is applied to, and D times that in a dtype.
+
+    It is x of a convolution, whose padding has no mean, so that D mu is left to the bias; vectors are centred, in the
+    dtype of the statistics, as a large mean would leave few digits of a narrow one.
+    """
     if not geometry.linear:
-        return x
-    return (x - spread_over_window(mean, [1, *x.shape[1:]], geometry.blocks)).to(x.dtype)
+        given = x.to(dtype)
+        return given, apply_whitener(given, whitener)
+    given = x.to(whitener.dtype) - spread_over_window(mean, [1, *x.shape[1:]], geometry.blocks)
+    return given, apply_whitener(given, whitener).to(dtype)
 
 
 def _bias_of_whitened(
     bias: Tensor | None, weight: Tensor, mean: Tensor, whitener: Tensor, geometry: ConvGeometry
 ) -> Tensor:
-    """Return the bias that a layer has for an input that is whitened: of a convolution, less what D mu makes of it."""
+    """Return the bias that goes with the input of `_whiten`: of a convolution, less what the weight makes of D mu."""
     if geometry.linear:
         return weight.new_zeros(len(weight)) if bias is None else bias
-    shift = torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
-    return shift_bias(bias, weight.to(whitener.dtype), shift, geometry.blocks)
+    return shift_bias(bias, weight.to(whitener.dtype), _shift(mean, whitener), geometry.blocks)
+
+
+def _shift(mean: Tensor, whitener: Tensor) -> Tensor:
+    """Compute D mu, (S, F)."""
+    return torch.bmm(mean.unsqueeze(1), whitener.mT).squeeze(1)
 
 
 def _add_statistics_gradient_(
-    grad_x: Tensor, grad_mean: Tensor, grad_whitener: Tensor, batch: _Kept, setting: Setting
+    grad_x: Tensor, grad_mean: Tensor, grad_whitener: Tensor, batch: _Batch, setting: Setting
 ) -> None:
     """Add to the gradient of x, in place, what reaches it through mean and whitener."""
     geometry, cfg, _, joint = setting
-    x, frozen, mean, whitener, kept = batch
+    x, _, _, frozen, mean, whitener, kept = batch
     if frozen is not None:
         grad_mean, grad_whitener = (g.masked_fill(frozen, 0) for g in (grad_mean, grad_whitener))
     own_mean, of_mean, of_cov = inverse_root_backward(

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction, driver
 
-__all__ = ["ALIGNMENT", "PLANS", "TILE", "Launch", "Unfit", "check_dtypes", "padded", "parts_of", "tiles", "watching"]
+__all__ = ["ALIGNMENT", "PLANS", "TILE", "Launch", "Unfit", "check_dtypes", "listening", "padded", "parts_of", "tiles"]
 
 TILE = 64
 """Features in a tile of a matrix; a program holds one or a few tiles."""
@@ -25,7 +25,7 @@ PLANS = 4096
 """Plans of launches that an operation keeps: one for each layer and shape of its input."""
 
 
-_watchers = threading.local()
+_listeners = threading.local()
 
 
 class Unfit(Exception):
@@ -68,9 +68,9 @@ class Launch:
             compiled = self._compiled[key] = self._launch_by_triton(tensors)
         else:
             self.again(compiled, driver.active.get_current_stream(device), pointers)
-        seen = getattr(_watchers, "seen", None)
-        if seen is not None:
-            seen.append((self, compiled, tensors))
+        launches = getattr(_listeners, "launches", None)
+        if launches is not None:
+            launches.append((self, compiled, tensors))
 
     def again(self, compiled: Any, stream: int, pointers: Sequence[int | None]) -> None:
         """Launch what was compiled for tensors of the same dtypes and alignment as those that pointers lead to."""
@@ -84,13 +84,13 @@ class Launch:
 
 
 @contextmanager
-def watching(seen: list[tuple[Launch, Any, tuple[Tensor | None, ...]]]) -> Iterator[None]:
+def listening(launches: list[tuple[Launch, Any, tuple[Tensor | None, ...]]]) -> Iterator[None]:
     """List the launches of this thread, with what was compiled for each (None by the interpreter) and its tensors."""
-    _watchers.seen = seen
+    _listeners.launches = launches
     try:
         yield
     finally:
-        _watchers.seen = None
+        _listeners.launches = None
 
 
 def padded(features: int) -> int:

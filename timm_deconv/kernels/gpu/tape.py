@@ -1,4 +1,4 @@
-"""Launches that were watched, and what it takes to do them again: where in which tensor each finds what it works on."""
+"""Launches that were recorded, and what it takes to do them again: where each finds what in which tensor."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import driver
 
-from .launch import ALIGNMENT, Launch, watching
+from .launch import ALIGNMENT, Launch, listening
 
-__all__ = ["Tape", "watched"]
+__all__ = ["Tape", "are_usual", "recorded"]
 
 Tensors = Sequence[Tensor | None]
 
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 NOWHERE = Place(-1, 0)
 
 
-class Step(NamedTuple):
+class TapedLaunch(NamedTuple):
     """A launch: the kernel that was compiled for it, and places of its tensors; None for one that is None."""
 
     launch: Launch
@@ -54,16 +54,16 @@ class Tape:
     Places are counted through the function's tensors, those that it returns, and the memory that is needed between.
 
     Args:
-        steps: the launches.
+        launches: what it launched.
         results: what is returned.
         scratch: bytes that launches hand on among themselves.
         written: which of the function's tensors are written to.
     """
 
     def __init__(
-        self, steps: Sequence[Step], results: Sequence[Allocated | None], scratch: int, written: Sequence[int]
+        self, launches: Sequence[TapedLaunch], results: Sequence[Allocated | None], scratch: int, written: Sequence[int]
     ) -> None:
-        self.steps, self.results, self.scratch, self.written = steps, results, scratch, written
+        self.launches, self.results, self.scratch, self.written = launches, results, scratch, written
 
     def play(self, tensors: Tensors) -> list[Tensor | None] | None:
         """Launch what the function launched, and return what it would return.
@@ -83,23 +83,26 @@ class Tape:
         scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
         addresses += [0 if tensor is None else tensor.data_ptr() for tensor in (*results, scratch)]
         stream = driver.active.get_current_stream(first.get_device())
-        for launch, compiled, places in self.steps:
+        for launch, compiled, places in self.launches:
             launch.again(compiled, stream, [place and addresses[place[0]] + place[1] for place in places])
         if self.written:
             torch.autograd.graph.increment_version([tensors[index] for index in self.written])  # type: ignore[misc]
         return results
 
 
-def watched(function: Callable[[], Tensors], tensors: Tensors) -> tuple[Tensors, Tape | None]:
+def are_usual(tensors: Tensors) -> bool:
+    """Tell whether tensors are aligned as those that are allocated, and have versions, which inference tensors lack."""
+    return not any(each is not None and (each.data_ptr() % ALIGNMENT or each.is_inference()) for each in tensors)
+
+
+def recorded(function: Callable[[], Tensors], tensors: Tensors) -> tuple[Tensors, Tape | None]:
     """Return what a function returns, and its tape; None for that if the function does more than launch kernels.
 
     Args:
         function, tensors: see `replay.replayed`.
     """
-    if any(tensor is not None and tensor.is_inference() for tensor in tensors):  # that has no version
-        return function(), None
     versions = [None if tensor is None else tensor._version for tensor in tensors]
-    with _Watch() as watch, watching(watch.launches):
+    with _Watch() as watch, listening(watch.launches):
         results = function()
     written = [
         index for index, tensor in enumerate(tensors) if tensor is not None and tensor._version != versions[index]
@@ -146,14 +149,14 @@ class _Watch(TorchDispatchMode):
         for begin, end in own:
             places[begin, end] = Place(len(whole), scratch)
             scratch += -(-(end - begin) // APART) * APART
-        steps = [
-            Step(launch, compiled, tuple(_place(each, places) for each in given))
+        launches = [
+            TapedLaunch(launch, compiled, tuple(_place(each, places) for each in given))
             for launch, compiled, given in self.launches
         ]
-        if any(step.compiled is None or NOWHERE in step.places for step in steps):
+        if any(each.compiled is None or NOWHERE in each.places for each in launches):
             return None
         allocated = [None if each is None else Allocated(each.shape, each.stride(), each.dtype) for each in results]
-        return Tape(steps, allocated, scratch, written)
+        return Tape(launches, allocated, scratch, written)
 
 
 def _is_view(func: Any) -> bool:
