@@ -119,7 +119,7 @@ def test_a_profile_names_the_operations_of_a_few_updates(whitened, tmp_path, cap
     assert "profile of 4 updates" in capsys.readouterr().err
     told = (tmp_path / "profile" / "operations.txt").read_text()
     calls = next(line.split()[-1] for line in told.splitlines() if "_WhitenedConvBackward" in line)
-    assert calls == str(4 * 20)
+    assert calls == str(4 * 21)  # of 20 convolutions and the classifier
     assert (tmp_path / "profile" / "trace.json").stat().st_size > 10_000
     train(whitened, tmp_path / "short", cpu=True, profile=True)
     assert "no profile: the run had fewer than 7 updates" in capsys.readouterr().err
