@@ -94,7 +94,7 @@ def test_no_training_step_reads_the_device(
         frozen = cfg.freeze and 2 <= step < 10
         assert bool(forward["sqrt"]) is not frozen  # of the covariance's norm
         of_statistics, of_map = ("baddbmm", "convolution_backward") if len(shape) == 4 else ("div", "mm")
-        assert bool(backward[of_statistics]) is not frozen  # by hand; for linear layers by autograd
+        assert bool(backward[of_statistics]) is not frozen
         assert backward[of_map]
         if not cfg.freeze and step == 2:
             break
@@ -120,6 +120,17 @@ def test_a_loaded_counter_is_read_once_if_the_layer_freezes_and_never_if_not() -
     for _ in range(3):
         watched_step(layer, torch.randn(4, 8, 9, 9))
         watched_step(other, torch.randn(4, 8, 9, 9))
+
+
+def test_the_counter_is_read_once_while_weights_are_uncalibrated() -> None:
+    layer = LAYERS["conv"][0](SETTINGS["fast"])
+    layer.notices.uncalibrated = True
+    layer.num_batches_tracked.fill_(3)  # no longer the first batch, of which the user is told
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
+        layer(torch.randn(4, 8, 9, 9))
+    layer(torch.randn(4, 8, 9, 9))
+    for _ in range(3):
+        watched_step(layer, torch.randn(4, 8, 9, 9))
 
 
 class Reading(Deconv2d):

@@ -169,6 +169,8 @@ class WhiteningMixin(nn.Module):
         recomputing = in_recomputation()
         frozen = self.statistics_frozen or self._freezes(recomputing)
         needed = self.cfg.freeze or self.notices.uncalibrated
+        if needed and not torch.compiler.is_compiling():
+            self._forwards()  # is known from here on
         return Step(frozen, recomputing, self._known_forwards() if needed else None)
 
     def _end_step(self, step: Step, nonfinite: Tensor | None) -> None:
