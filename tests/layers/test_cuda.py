@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import timm_deconv  # noqa: F401  registers the networks
 from benchmarks.graphs import captured
 from tests.layers.test_host import LAYERS as OF_HOST
+from timm_deconv.kernels import plain_form
 from timm_deconv.layers import Deconv2d, DeconvCfg, DeconvLinear, preset
 
 pytestmark = [
@@ -174,6 +175,24 @@ def by_replays(model: nn.Module, like: Batch, amp: torch.dtype | None = None, wa
 def precise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.usefixtures("precise")
+def test_steps_are_replayed_from_the_second_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm_deconv.kernels.gpu.tape import Tape
+
+    played, play = [], Tape.play
+    monkeypatch.setattr(Tape, "play", lambda tape, tensors: played.append(tape) or play(tape, tensors))
+    layer = Deconv2d(64, 48, 3, padding=1, cfg="fast").cuda().to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(layer)
+    for step in range(3):
+        x = torch.randn(8, 64, 13, 13, device="cuda").to(memory_format=torch.channels_last)
+        with plain_form():
+            expected = train_twice(plain, [x])
+        found = train_twice(layer, [x])
+        assert len(played) == 2 * step
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.usefixtures("precise")
