@@ -46,7 +46,7 @@ def test_rows_are_selected_by_text_and_grouped_by_run() -> None:
 
 
 def test_conditions_name_each_machine_with_its_versions() -> None:
-    rows = select(read_rows(RESULTS / "study.csv"), network="vgg11_cifar", epochs="5")
+    rows = select(read_rows(RESULTS / "study.csv"), network="vgg11_cifar", epochs="5", variant="twin")
     assert conditions(rows) == (
         "AMD EPYC, 1 thread, torch 2.14.1, timm 1.0.31; NVIDIA H200, torch 2.11.0, timm 1.0.31; 2026-11-27"
     )
