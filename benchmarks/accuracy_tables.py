@@ -35,7 +35,6 @@ __all__ = [
     "segmentation_from_scratch",
     "settings",
     "variants_of",
-    "variants_of_networks",
     "windows_in_depthwise",
 ]
 
@@ -162,29 +161,6 @@ def five_epochs(results: Path) -> Table:
         body.append([title, *(_accuracy(select(own, variant=variant)) for variant in titles)])
     command = STUDY.format(recipe="cifar10_e1").replace("DIR", "DIR epochs=5")
     return Table(["accuracy in %", *titles.values()], body, rows, "study.csv", command)
-
-
-def variants_of_networks(networks: Mapping[str, str], variants: Named, **wanted: str) -> Maker:
-    """Make a table of accuracy after the last epoch: a line a variant, a column a network.
-
-    Args:
-        networks: their widths by name.
-        variants, wanted: as elsewhere.
-    """
-    titles = _titles(variants)
-
-    def make(results: Path) -> Table:
-        rows = select(final_rows(results / "study.csv"), variant=tuple(titles), **wanted)
-        found = {name: select(rows, network=name, width=width) for name, width in networks.items()}
-        body = [
-            [title, *(_accuracy(select(own, variant=variant)) for own in found.values())]
-            for variant, title in titles.items()
-        ]
-        head = ["accuracy in %", *(f"`{name}`, width {width}" for name, width in networks.items())]
-        used = [row for own in found.values() for row in own]
-        return Table(head, body, used, "study.csv", STUDY.format(recipe="cifar10_e1"))
-
-    return make
 
 
 def one_epoch_on_a_core(results: Path) -> Table:

@@ -74,9 +74,8 @@ def on_gpu_path(*, launches: bool = False) -> Iterator[list[str]]:
     launched: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "why_not", lambda index: None))
-        for module in (convolution, operation):
-            stack.enter_context(mock.patch.object(module, "on_cpu", lambda x: False))
-        stack.enter_context(mock.patch.object(windows, "_copies_by_position", lambda x: False))
+        for module in (windows, convolution, operation):
+            stack.enter_context(mock.patch.object(module, "on_cpu", lambda values: False))
         stack.enter_context(mock.patch.object(replay, "_has_kernels", lambda tensor: launches))
         stack.enter_context(mock.patch.object(torch.cuda, "device", contextlib.nullcontext))
         stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: None))

@@ -12,7 +12,7 @@ from benchmarks.host import COLUMNS, HostSettings, host_rows
 from benchmarks.kernels import _Counting, eager_kernels
 from timm_deconv import kernels
 from timm_deconv.errors import InputError
-from timm_deconv.kernels import PIXEL, Blocks, Sampling, plain_form, sampled_moments
+from timm_deconv.kernels import PIXEL, Blocks, Sampling, plain_form, sampled_moments, windows
 from timm_deconv.kernels.gpu.dispatch import GpuForm
 from timm_deconv.kernels.operation import wants_plain_form
 from timm_deconv.layers import Deconv2d, convolution, operation
@@ -63,7 +63,7 @@ def test_the_path_is_that_of_a_gpu_back_to_the_plain_form_too() -> None:
 
 
 def test_kernels_for_gpus_are_counted_with_what_torch_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (convolution, operation):  # for the plain forms too
+    for module in (windows, convolution, operation):  # for the plain forms too
         monkeypatch.setattr(module, "on_cpu", lambda x: False)
     layer, x = Deconv2d(4, 4, 1, cfg="fast"), torch.randn(8, 4, 3, 3, requires_grad=True)
     with torch.no_grad(), _Counting() as of_moments:

@@ -101,7 +101,7 @@ def test_what_gpus_gather_at_once_a_cpu_gathers_by_position(
         x, sampling = images(memory_format, size), spaced(window, step, 2)
         expected = gather(x, sampling, samples_last=last)
         with monkeypatch.context() as patch, _Counting() as counting:
-            patch.setattr(windows, "_copies_by_position", lambda x: False)
+            patch.setattr(windows, "on_cpu", lambda x: False)
             found = gather(x, sampling, samples_last=last)
         assert torch.equal(found, expected) and counting.kernels <= 3
         assert found.numel() == 0 or found.stride() == expected.stride()
@@ -116,7 +116,7 @@ def test_what_gpus_gather_at_once_a_cpu_gathers_by_position(
 def test_gathered_windows_are_copies(
     shape: tuple[int, ...], kernel: tuple[int, int], by_position: bool, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "_copies_by_position", lambda x: by_position)
+    monkeypatch.setattr(windows, "on_cpu", lambda x: by_position)
     x = torch.randn(shape)
     before = x.clone()
     gather(x, Sampling(Window(kernel, (1, 1), (1, 1), (0, 0))), samples_last=last).sub_(1)

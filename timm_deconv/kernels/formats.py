@@ -1,11 +1,11 @@
-"""Memory formats of images and of weights (N, C, H, W): contiguous, or in channels_last."""
+"""Memory formats of images and of weights (N, C, H, W), contiguous or in channels_last, and where they lie."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["in_format", "is_channels_last", "memory_format", "overlaps"]
+__all__ = ["in_format", "is_channels_last", "memory_format", "on_cpu", "overlaps"]
 
 
 def is_channels_last(values: Tensor) -> bool:
@@ -34,3 +34,8 @@ def overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
                 return True
             reach += (extent - 1) * step
     return False
+
+
+def on_cpu(values: Tensor) -> bool:
+    """Tell whether values are on a CPU, where arithmetic costs more than what it takes to begin it."""
+    return values.device.type == "cpu"

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formats import on_cpu
+
 __all__ = [
     "PIXEL",
     "Sampling",
@@ -219,7 +221,7 @@ def _gather_windows(x: Tensor, window: Window, samples_last: bool) -> Tensor:
     """Gather copies (N, windows, K) as `F.unfold` does, which is several times slower where windows are sparse or in
     channels_last. A CPU copies position by position, the fastest way; elsewhere a copy costs what it takes to begin.
     """
-    if not _copies_by_position(x):
+    if not on_cpu(x):
         order = (3, 4, 5, 0, 1, 2) if samples_last else (0, 1, 2, 3, 4, 5)
         windows = _view_windows(x, window).permute(order).clone(memory_format=torch.contiguous_format)
         return windows.permute(order).flatten(3).flatten(1, 2)
@@ -233,10 +235,6 @@ def _gather_windows(x: Tensor, window: Window, samples_last: bool) -> Tensor:
     for of_columns, of_x in _kernel_positions(x, window):
         columns[of_columns] = x[of_x].permute(0, 2, 3, 1)
     return columns.flatten(3).flatten(1, 2)
-
-
-def _copies_by_position(x: Tensor) -> bool:
-    return x.device.type == "cpu"
 
 
 def _view_windows(x: Tensor, window: Window) -> Tensor:

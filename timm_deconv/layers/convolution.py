@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_deconv.kernels.formats import on_cpu
+
 from .geometry import ConvGeometry
 
-__all__ = ["as_images", "computing_dtype", "convolve", "convolve_backward", "on_cpu", "sum_outputs"]
+__all__ = ["as_images", "computing_dtype", "convolve", "convolve_backward", "sum_outputs"]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -58,11 +60,6 @@ def sum_outputs(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """
     others = (0, *range(2, grad.ndim))
     return grad.sum(others).to(dtype) if on_cpu(grad) else grad.sum(others, dtype=dtype)
-
-
-def on_cpu(x: Tensor) -> bool:
-    """Tell whether x is on a CPU, where arithmetic costs more than what it takes to begin it."""
-    return x.device.type == "cpu"
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:

@@ -23,11 +23,11 @@ from timm_deconv.kernels import (
 )
 from timm_deconv.kernels.blocks import spread_over_window, sum_over_window
 from timm_deconv.kernels.folding import fold, shift_bias, shift_bias_backward_
-from timm_deconv.kernels.formats import is_channels_last
+from timm_deconv.kernels.formats import is_channels_last, on_cpu
 from timm_deconv.linalg import full_precision
 
 from .config import DeconvCfg
-from .convolution import computing_dtype, convolve, convolve_backward, on_cpu, sum_outputs
+from .convolution import computing_dtype, convolve, convolve_backward, sum_outputs
 from .functional import Moments, Statistics, estimate, root_of
 from .geometry import ConvGeometry
 from .joint import JointBatch

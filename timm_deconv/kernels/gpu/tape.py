@@ -48,22 +48,22 @@ class TapedLaunch(NamedTuple):
     places: tuple[Place | None, ...]
 
 
-class Tape:
+class Tape(NamedTuple):
     """Launches of a function, to be done again with other tensors of the same shapes, strides and dtypes.
 
     Places are counted through the function's tensors, those that it returns, and the memory that is needed between.
 
-    Args:
+    Attributes:
         launches: what it launched.
         results: what is returned.
         scratch: bytes that launches hand on among themselves.
         written: which of the function's tensors are written to.
     """
 
-    def __init__(
-        self, launches: Sequence[TapedLaunch], results: Sequence[Allocated | None], scratch: int, written: Sequence[int]
-    ) -> None:
-        self.launches, self.results, self.scratch, self.written = launches, results, scratch, written
+    launches: Sequence[TapedLaunch]
+    results: Sequence[Allocated | None]
+    scratch: int
+    written: Sequence[int]
 
     def play(self, tensors: Tensors) -> list[Tensor | None] | None:
         """Launch what the function launched, and return what it would return.
